@@ -1,0 +1,400 @@
+"""The run file: TOML to typed settings, with errors that name file, line, key and remedy.
+
+`load_config` reads a file and `RunConfig.from_dict` takes a dict; both give a `RunConfig`. Its sections follow below in
+the order of the file, with the default and the meaning of each key. Every key is optional. Relative paths are relative
+to the working directory. Whatever is wrong with what the user wrote is a `UserError` of one line.
+"""
+
+import datetime
+import difflib
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationError
+
+from megasft.errors import UserError
+from megasft.runfile import Key, RunFile, Section, explain, parse_override, paths
+from megasft.topology_sizes import TopologySettings, TopologySizes, asked_ranks, fit, resolve_topology
+
+__all__ = ["RunConfig", "TopologySettings", "TopologySizes", "load_config", "resolve_topology"]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), dataset: str | Path | None = None) -> "RunConfig":
+    """Read the run file `path`.
+
+    `overrides` are `section.key=value` with a TOML value and win over the file, a later one over an earlier one;
+    `dataset` wins over `job.data`. `job.output_dir` defaults to `runs/<stem of the run file>`. Raises UserError.
+    """
+    file = RunFile.read(path)
+    for argument in overrides:
+        key, value = parse_override(argument)
+        for replaced in paths(value, key):
+            if replaced in _SAME_SETTING:
+                file.drop(_SAME_SETTING[replaced])
+        file.override(key, value, f"--set {argument}")
+    if dataset is not None:
+        file.override(("job", "data"), os.fspath(dataset), f"--dataset {dataset}")
+    config = _checked(file)
+    if "output_dir" not in config.job.model_fields_set:
+        config = _with(config, ("job", "output_dir"), f"runs/{Path(path).stem}")
+    return config
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a single value may be
+# --------------------------------------------------------------------------------------------------------------------
+
+REFERENCE_MODEL = "Qwen/Qwen3-Coder-30B-A3B-Instruct"
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj")
+
+
+def _refuse_true(reason: str) -> AfterValidator:
+    def check(value: bool) -> bool:
+        if value:
+            raise ValueError(reason)
+        return value
+
+    return AfterValidator(check)
+
+
+def _target_modules(value: Any) -> Any:
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ValueError('must be a list of names, such as ["all-linear"]')
+    known = ("all-linear", *LINEAR_LAYERS)
+    names = {name.strip() for name in value}
+    if unknown := sorted(names.difference(known)):
+        nearest = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(f"{unknown[0]!r} is not a layer that takes LoRA; {hint}known: {', '.join(known)}")
+    if not names:
+        raise ValueError(f"names no layer; known: {', '.join(known)}")
+    return ("all-linear",) if "all-linear" in names else tuple(name for name in LINEAR_LAYERS if name in names)
+
+
+def _validation_loss(value: str) -> str:
+    if value not in ("val.loss", "val_loss", "eval_loss", "loss"):
+        raise ValueError("megasft measures the validation loss only: 'val.loss'")
+    return "val.loss"
+
+
+def _deepspeed_stage(value: int | None) -> int | None:
+    if value not in (None, 1, 2):
+        reason = {
+            0: "stage 0 keeps whole optimizer states on every rank; megasft always shards them",
+            3: "stage 3 shards the weights over data parallel; megasft shards them by [data.topology]",
+        }.get(value, "there is no such stage")
+        raise ValueError(f"{reason}; stage 1 or 2 (optimizer states sharded over data parallel) is what it does")
+    return value
+
+
+def _tag(value: Any) -> Any:
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if not isinstance(value, str | int | float) or value in (math.inf, -math.inf) or value != value:
+        raise ValueError("a tag must be a string, a finite number, true or false")
+    return value
+
+
+def _text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Machines = Annotated[int, Field(ge=1, lt=2**15)]
+Text = Annotated[str, Field(min_length=1), BeforeValidator(_text)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+TargetModules = Annotated[tuple[str, ...], BeforeValidator(_target_modules)]
+Tag = Annotated[str | int | float | bool, PlainValidator(_tag)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The sections of the file
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class AlgorithmSettings(Section):
+    """`[algorithm]`: what kind of training; there is one."""
+
+    type: Literal["offline"] = "offline"
+    method: Literal["sft"] = "sft"
+    variety: Literal["lora"] = "lora"
+
+
+class JobSettings(Section):
+    """`[job]`: what goes in and where the results go."""
+
+    model: Text = REFERENCE_MODEL  # a hub id, or a folder: whatever exists, or begins with . or /
+    data: Text | None = None  # the conversations to train on; `--dataset` replaces it
+    output_dir: Text = "runs/run"  # the run directory; from a file, runs/<stem of the file>
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # of initialisation, order, dropout and held-out conversations
+    init_adapter: Text | None = None  # a PEFT adapter to start from in place of a fresh one
+
+
+class ComputeSettings(Section):
+    """`[compute]`: the machines the job is meant for. Ranks that are launched are held to the topology, not to this."""
+
+    gpu_type: Text | None = None  # such as "H200"
+    gpu_count: Machines | None = None  # per node
+    nodes: Machines = 1
+
+
+class DataSettings(Section):
+    """`[data]`: validation data, and the topology over which batches are spread.
+
+    Where validation is enabled and there is no `validation_path`, `validation_fraction` of the conversations are held
+    out of training, the same ones for the same `job.seed`. In a `RunConfig` from one of its two doors the fraction is
+    what is really held out: 0 where validation is off or has a file of its own.
+    """
+
+    validation_path: Text | None = None
+    validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.02
+    topology: TopologySettings = TopologySettings()
+
+
+class ValidationSettings(Section):
+    """`[training.validation]`: when the validation loss is measured. Where enabled, one measurement closes the run."""
+
+    enabled: bool = False  # when left out: whether [data] gives validation_path or validation_fraction
+    evaluation_strategy: Literal["steps", "epoch", "no"] = "steps"  # "no": only the one that closes the run
+    eval_steps: Count = 100  # optimizer steps from one to the next, for "steps"
+    save_best_model_at_end: bool = True  # keep the adapter of the lowest loss in best/
+    metric_for_best_model: Annotated[str, AfterValidator(_validation_loss)] = "val.loss"
+    greater_is_better: Annotated[bool, _refuse_true("a loss is better when it is smaller; set it to false")] = False
+
+
+class TrainingSettings(Section):
+    """`[training]`: LoRA, and over which base weights."""
+
+    mode: Literal["lora"] = "lora"
+    use_qlora: Annotated[
+        bool,
+        _refuse_true(
+            "4-bit base weights are not built yet; `--set training.use_qlora=false` trains over the bf16 base"
+        ),
+    ] = False
+    validation: ValidationSettings = ValidationSettings()
+
+
+class LoraSettings(Section):
+    """`[lora]`, in peft's vocabulary: delta W = alpha / r * B A."""
+
+    r: Count = 16
+    alpha: Positive = 32.0
+    dropout: BelowOne = 0.05  # of the adapter's input
+    target_modules: TargetModules = ("all-linear",)  # or any of LINEAR_LAYERS; one name may stand without a list
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """The names of the adapted layers, `all-linear` spelled out. `gate` is the router."""
+        return frozenset(LINEAR_LAYERS if "all-linear" in self.target_modules else self.target_modules)
+
+
+class ParallelismSettings(Section):
+    """`[hyperparameters.parallelism]`: precision and recomputation, and what files for other trainers say of sharding.
+
+    Optimizer states are always sharded over data parallel, which is what DeepSpeed calls stage 1 and 2.
+    """
+
+    use_deepspeed: bool = False  # accepted, and without effect
+    deepspeed_stage: Annotated[int | None, AfterValidator(_deepspeed_stage)] = None  # 1 or 2, without effect
+    fsdp: Annotated[bool, _refuse_true("weights are sharded by [data.topology], not by FSDP; set it to false")] = False
+    bf16: bool = True  # false means fp32
+    fp16: Annotated[bool, _refuse_true("megasft trains in bf16 or fp32; set bf16 = true, or both to false")] = False
+    activation_checkpointing: bool = True  # recompute each layer in backward
+
+
+class HyperparameterSettings(Section):
+    """`[hyperparameters]`: defaults as in transformers' `TrainingArguments`, where it has them.
+
+    The global batch is `per_device_batch * gradient_accumulation_steps * data_parallel` samples. The synonyms of the
+    `[lora]` keys are folded into `[lora]` on loading and are None afterwards.
+    """
+
+    n_epochs: Count = 1
+    max_steps: Annotated[Count | None, BeforeValidator(lambda value: None if value == -1 else value)] = None
+    per_device_batch: Count = 1  # samples in a micro batch of one data-parallel rank
+    gradient_accumulation_steps: Count = 1  # micro batches in an optimizer step
+    sequence_length: Count = 4096  # tokens
+    learning_rate: Positive = 5e-5  # at the end of warm-up
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all optimizer steps
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # after warm-up
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0  # 0: no clipping
+    adam_beta1: BelowOne = 0.9
+    adam_beta2: BelowOne = 0.999
+    adam_eps: Positive = 1e-8
+    parallelism: ParallelismSettings = ParallelismSettings()
+
+    lora_rank: Count | None = Field(default=None, exclude=True)
+    lora_alpha: Positive | None = Field(default=None, exclude=True)
+    lora_dropout: BelowOne | None = Field(default=None, exclude=True)
+    lora_target_modules: TargetModules | None = Field(default=None, exclude=True)
+    train_kind: Literal["peft", "lora"] | None = Field(default=None, exclude=True)
+
+
+class CheckpointSettings(Section):
+    """`[checkpoint]`."""
+
+    every_steps: Count = 100  # optimizer steps
+    keep: Count = 3  # the newest so many
+
+
+class LoggingSettings(Section):
+    """`[logging]`."""
+
+    every_steps: Count = 1  # optimizer steps
+
+
+class RunConfig(Section):
+    """A run file, checked and resolved. Made by `load_config` or `RunConfig.from_dict`."""
+
+    algorithm: AlgorithmSettings = AlgorithmSettings()
+    job: JobSettings = JobSettings()
+    compute: ComputeSettings = ComputeSettings()
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+    lora: LoraSettings = LoraSettings()
+    hyperparameters: HyperparameterSettings = HyperparameterSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    logging: LoggingSettings = LoggingSettings()
+    tags: dict[str, Tag] = Field(default_factory=dict)  # free: labels that are stored with the run
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "RunConfig":
+        """Check and resolve settings nested as in the run file. Raises UserError."""
+        return _checked(RunFile(settings))
+
+    def to_toml(self) -> str:
+        """The resolved settings as a run file; `load_config` of it gives an equal RunConfig."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    def require_data(self) -> str:
+        """The path of the training data. Raises UserError if neither the file nor `--dataset` names any."""
+        if self.job.data is None:
+            raise UserError('[job] data: no training data is named; pass --dataset FILE or set data = "FILE" in [job]')
+        return self.job.data
+
+    def world_size(self) -> int | None:
+        """How many ranks the file asks for, by its topology or else its GPUs; None if it leaves that open."""
+        gpus = self.compute.gpu_count * self.compute.nodes if self.compute.gpu_count else None
+        return asked_ranks(self.data.topology) or gpus
+
+    @property
+    def dtype(self) -> Literal["bf16", "fp32"]:
+        """The precision of weights and activations."""
+        return "bf16" if self.hyperparameters.parallelism.bf16 else "fp32"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From what was written to what it means
+# --------------------------------------------------------------------------------------------------------------------
+
+# Two keys for one setting. Each stands for the other where an override replaces it, so both directions are here.
+_SYNONYMS: dict[Key, Key] = {
+    ("hyperparameters", "lora_rank"): ("lora", "r"),
+    ("hyperparameters", "lora_alpha"): ("lora", "alpha"),
+    ("hyperparameters", "lora_dropout"): ("lora", "dropout"),
+    ("hyperparameters", "lora_target_modules"): ("lora", "target_modules"),
+}
+_SAME_SETTING = _SYNONYMS | {key: synonym for synonym, key in _SYNONYMS.items()}
+
+# What people look for under the names of transformers, peft, trl and megatron-core.
+_FOREIGN_NAMES = {
+    ("job", "model"): "model_name_or_path base_model",
+    ("job", "data"): "dataset dataset_path train_file",
+    ("compute", "gpu_count"): "num_gpus n_gpus",
+    ("compute", "nodes"): "num_nodes nnodes",
+    ("data", "validation_path"): "eval_file validation_file",
+    ("data", "validation_fraction"): "validation_split",
+    ("data", "topology", "tensor_parallel"): "tp tensor_model_parallel_size",
+    ("data", "topology", "data_parallel"): "dp data_parallel_size",
+    ("data", "topology", "expert_parallel"): "ep expert_model_parallel_size",
+    ("data", "topology", "expert_tensor_parallel"): "etp expert_tensor_parallel_size",
+    ("data", "topology", "pipeline_parallel"): "pp pipeline_model_parallel_size",
+    ("training", "use_qlora"): "load_in_4bit",
+    ("training", "validation", "evaluation_strategy"): "eval_strategy",
+    ("training", "validation", "save_best_model_at_end"): "load_best_model_at_end",
+    ("lora", "r"): "rank lora_r lora_rank",
+    ("lora", "alpha"): "lora_alpha",
+    ("lora", "dropout"): "lora_dropout",
+    ("lora", "target_modules"): "lora_target_modules",
+    ("hyperparameters", "n_epochs"): "epochs num_epochs num_train_epochs",
+    ("hyperparameters", "per_device_batch"): "batch_size micro_batch_size per_device_train_batch_size",
+    ("hyperparameters", "sequence_length"): "max_length seq_length max_seq_len max_seq_length",
+    ("hyperparameters", "learning_rate"): "lr",
+    ("hyperparameters", "lr_schedule"): "lr_scheduler lr_scheduler_type",
+    ("hyperparameters", "warmup_ratio"): "warmup_steps",
+    ("hyperparameters", "max_grad_norm"): "clip_grad gradient_clipping",
+    ("hyperparameters", "adam_eps"): "adam_epsilon",
+    ("hyperparameters", "parallelism", "activation_checkpointing"): "gradient_checkpointing",
+    ("checkpoint", "every_steps"): "save_steps",
+    ("checkpoint", "keep"): "save_total_limit",
+    ("logging", "every_steps"): "logging_steps",
+}
+
+
+def _checked(file: RunFile) -> RunConfig:
+    try:
+        config = RunConfig.model_validate(file.settings)
+    except ValidationError as error:
+        aliases = {name: key for key, names in _FOREIGN_NAMES.items() for name in names.split()}
+        raise UserError(explain(error, file, RunConfig, aliases)) from None
+    config = _fold_synonyms(config, file)
+    config = _settle_validation(config, file)
+    _check_topology(config, file)
+    return config
+
+
+def _fold_synonyms(config: RunConfig, file: RunFile) -> RunConfig:
+    for synonym, key in _SYNONYMS.items():
+        value = getattr(config.hyperparameters, synonym[-1])
+        if value is None:
+            continue
+        name = key[-1]
+        if name in config.lora.model_fields_set and getattr(config.lora, name) != value:
+            raise UserError(f"{file.at(synonym)}: contradicts {file.at(key)}; keep one of the two")
+        config = _with(_with(config, key, value), synonym, None)
+    return _with(config, ("hyperparameters", "train_kind"), None)
+
+
+def _settle_validation(config: RunConfig, file: RunFile) -> RunConfig:
+    """Settle whether there is validation, if the file leaves it open, and what is held out of training for it."""
+    data, validation = config.data, config.training.validation
+    enabled, fraction = validation.enabled, data.validation_fraction
+    if "enabled" not in validation.model_fields_set:
+        enabled = bool(data.validation_path or ("validation_fraction" in data.model_fields_set and fraction))
+    if not enabled or data.validation_path:
+        fraction = 0.0
+    elif not fraction:
+        remedy = "set it above 0, name a [data] validation_path, or set [training.validation] enabled = false"
+        raise UserError(f"{file.at(('data', 'validation_fraction'))}: leaves nothing to validate on; {remedy}")
+    config = _with(config, ("training", "validation", "enabled"), enabled)
+    return _with(config, ("data", "validation_fraction"), fraction)
+
+
+def _check_topology(config: RunConfig, file: RunFile) -> None:
+    """Refuse before anything is launched what can fit no launch: the file's topology on the file's GPUs."""
+    compute = config.compute
+    ranks = compute.gpu_count * compute.nodes if compute.gpu_count else config.world_size()
+    if ranks is None:
+        return
+    try:
+        fit(config.data.topology, ranks)
+    except ValueError as error:
+        place = file.at(("compute", "gpu_count") if compute.gpu_count else ("data", "topology"))
+        nodes = f" on {compute.nodes} nodes" if compute.nodes > 1 else ""
+        raise UserError(f"{place}: makes {ranks} ranks{nodes}, but [data.topology] {error}") from None
+
+
+def _with(settings: Any, key: Key, value: Any) -> Any:
+    """A copy of nested settings with `key` set."""
+    name, *rest = key
+    return settings.model_copy(update={name: _with(getattr(settings, name), tuple(rest), value) if rest else value})

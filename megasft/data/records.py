@@ -1,0 +1,173 @@
+"""The records of a dataset: JSON objects from JSONL (plain, .gz, .zst) and Parquet files, read one at a time."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megasft.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+MAX_LINE_BYTES = 64 * 2**20
+MAX_DEPTH = 64
+EXCERPT_CHARS = 80
+
+Record = tuple[int, dict[str, Any] | str, str]
+
+
+def conversation_files(path: str | Path) -> list[Path]:
+    """The conversation files that `path` stands for: itself, or all below a folder, sorted, hidden ones left out.
+
+    Raises:
+        UserError: `path` is missing, unreadable, or holds no file of a known kind.
+    """
+    path = Path(path)
+    kinds = ", ".join(SUFFIXES)
+    if path.is_dir():
+        below = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+        files = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        if not files:
+            raise UserError(f"{path}: the folder holds no conversation file ({kinds})")
+    elif not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a dataset of {kinds}, or a folder of them")
+    elif not path.name.endswith(SUFFIXES):
+        raise UserError(f"{path}: unknown kind of file; conversations are read from {kinds}")
+    else:
+        files = [path]
+    for file in files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    return files
+
+
+def read_records(file: Path, columns: tuple[str, ...] = ("messages", "tools")) -> Iterator[Record]:
+    """Yield (line, object, excerpt) for every record of one file; a `str` in place of the object says what is wrong.
+
+    Of a Parquet file only `columns` are read, and it must have the first of them.
+    """
+    return _parquet_rows(file, columns) if file.suffix == ".parquet" else _json_lines(file)
+
+
+def visible(text: str, limit: int = EXCERPT_CHARS) -> str:
+    """`text` on one line, cut to `limit` characters, with everything a terminal could obey written as an escape."""
+    cut = text[:limit]
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
+    return shown + ("..." if len(text) > limit else "")
+
+
+def parse_object(line: bytes) -> dict[str, Any] | str:
+    """The JSON object that `line` holds, or the reason why it holds none."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 (byte {error.start + 1} of the line)"
+    try:
+        record = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except RecursionError:
+        return f"nested deeper than {MAX_DEPTH} levels"
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error.msg}, column {error.colno})"
+    except ValueError as error:  # a key given twice, NaN, an integer too long to read
+        return f"not JSON that can be used ({visible(str(error))})"
+    if not isinstance(record, dict):
+        return "not an object"
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and too_deep(record):
+        return f"nested deeper than {MAX_DEPTH} levels"
+    return record
+
+
+def too_deep(value: Any) -> bool:
+    """Whether objects and lists lie inside each other more than `MAX_DEPTH` levels deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for node in level
+            for item in (node.values() if isinstance(node, dict) else node)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _json_lines(file: Path) -> Iterator[Record]:
+    number = 0
+    try:
+        with _open(file) as stream:
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    excerpt = _excerpt(line)
+                    while line and not line.endswith(b"\n"):
+                        line = stream.readline(MAX_LINE_BYTES)
+                    yield number, f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB", excerpt
+                    continue
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield number, parse_object(line), _excerpt(line)
+    except (OSError, EOFError, zlib.error) as error:  # pyarrow's decompression errors are OSErrors
+        yield number + 1, f"the file is damaged or cut short from here on ({error})", ""
+
+
+def _open(file: Path) -> BinaryIO:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rb")  # type: ignore[return-value]
+    if file.suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"), 2**20)
+    return file.open("rb")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice in one object")
+    return found
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _parquet_rows(file: Path, wanted: tuple[str, ...]) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            columns = [name for name in wanted if name in table.schema_arrow.names]
+            if wanted[0] not in columns:
+                yield 1, f"the file has no column `{wanted[0]}`", visible(", ".join(table.schema_arrow.names))
+                return
+            for batch in table.iter_batches(batch_size=32, columns=columns):
+                for i in range(batch.num_rows):
+                    number += 1
+                    try:
+                        row = {name: batch.column(name)[i].as_py() for name in columns}
+                    except UnicodeDecodeError:
+                        yield number, "not UTF-8", ""
+                        continue
+                    yield number, _without_nulls(row), visible(str(row))
+    except (OSError, pyarrow.ArrowException) as error:
+        yield number + 1, f"the file is damaged or not Parquet ({visible(str(error))})", ""
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object of a column every key, null where the object had none: leave those out again."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _excerpt(line: bytes) -> str:
+    return visible(line[: 4 * EXCERPT_CHARS].decode("utf-8", "replace").strip())

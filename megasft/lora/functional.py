@@ -1,0 +1,148 @@
+"""The two products every adapted layer is made of: one linear, and one linear per expert.
+
+    y = x W^T + s drop(x) A^T B^T         (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685)
+
+W is frozen. Layers that share their input (q, k, v; gate, up) are fused: their W are stacked along the outputs, their
+A along the rank, so that each product over the input is one GEMM, while B stays block diagonal: output columns
+`columns[n]` belong to B_n, which sees rank columns [n r, (n + 1) r).
+
+Autograd would keep drop(x) and add gradients in passes of their own; these functions keep x, the mask (a byte an
+element) and h = drop(x) A^T, and add into the frozen branch's result inside the GEMM where that can be.
+
+T tokens, K inputs, N outputs, R = rank x number of stacked adapters, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Columns = Sequence[slice]
+
+
+def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
+                mask: Tensor | None = None) -> Tensor:  # fmt: skip
+    """y [T, N] of x [T, K], frozen weight [N, K], A [R, K] and B_n [len(columns[n]), r].
+
+    `mask` [T, K] (bool) keeps the elements of x that the adapters see; its 1 / (1 - p) belongs in `scaling`.
+    """
+    return _LoraLinear.apply(x, weight, A, scaling, mask, columns, *B)
+
+
+def grouped_lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
+                        offsets: Tensor, mask: Tensor | None = None) -> Tensor:  # fmt: skip
+    """The same for rows sorted by expert: x [T, K], weight [E, N, K], A [E, R, K], B_n [E, len(columns[n]), r].
+
+    Rows offsets[e - 1] to offsets[e] (int32 [E]) belong to expert e.
+    """
+    return _GroupedLoraLinear.apply(x, weight, A, scaling, mask, columns, offsets, *B)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """x [T, K] times the transposed weight [E, N, K] of each row's expert; no gradient for the weight."""
+    return grouped_mm(x, weight.transpose(-2, -1), offsets)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, A: Tensor, scaling: float, mask: Tensor | None, columns: Columns, *B: Tensor
+    ) -> Tensor:
+        h = (x if mask is None else x * mask) @ A.t()
+        y = x @ weight.t()
+        for n, (at, b) in enumerate(zip(columns, B, strict=True)):
+            y[:, at].addmm_(h[:, _block(n, b)], b.t(), alpha=scaling)
+        ctx.save_for_backward(x, weight, A, mask, h, *B)
+        ctx.scaling, ctx.columns = scaling, columns
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, weight, A, mask, h, *B = ctx.saved_tensors
+        gh = torch.empty_like(h)
+        gB = []
+        for n, (at, b) in enumerate(zip(ctx.columns, B, strict=True)):
+            gh[:, _block(n, b)] = gy[:, at] @ b
+            gB.append((gy[:, at].t() @ h[:, _block(n, b)]).mul_(ctx.scaling))
+        gh *= ctx.scaling
+        gA = gh.t() @ (x if mask is None else x * mask)
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = gy @ weight
+            if mask is None:
+                gx.addmm_(gh, A)
+            else:
+                gx.addcmul_(gh @ A, mask)
+        return gx, None, gA, None, None, None, *gB
+
+
+class _GroupedLoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        A: Tensor,
+        scaling: float,
+        mask: Tensor | None,
+        columns: Columns,
+        offsets: Tensor,
+        *B: Tensor,
+    ) -> Tensor:
+        h = grouped_mm(x if mask is None else x * mask, A.transpose(-2, -1), offsets).mul_(scaling)
+        y = grouped_mm(x, weight.transpose(-2, -1), offsets)
+        for n, (at, b) in enumerate(zip(columns, B, strict=True)):
+            y[:, at] += grouped_mm(h[:, _block(n, b)], b.transpose(-2, -1), offsets)
+        ctx.save_for_backward(x, weight, A, mask, h, offsets, *B)
+        ctx.scaling, ctx.columns = scaling, columns
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, weight, A, mask, h, offsets, *B = ctx.saved_tensors
+        gy = gy.contiguous()
+        gh = torch.empty_like(h)
+        gB = []
+        for n, (at, b) in enumerate(zip(ctx.columns, B, strict=True)):
+            gh[:, _block(n, b)] = grouped_mm(gy[:, at], b, offsets)
+            gB.append(grouped_mm(gy[:, at].t(), h[:, _block(n, b)], offsets))  # h carries the scaling already
+        gh *= ctx.scaling
+        gA = grouped_mm(gh.t(), x if mask is None else x * mask, offsets)
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = grouped_mm(gy, weight, offsets)
+            gx_lora = grouped_mm(gh, A, offsets)
+            gx = gx.add_(gx_lora) if mask is None else gx.addcmul_(gx_lora, mask)
+        return gx, None, gA, None, None, None, None, *gB
+
+
+def _block(n: int, b: Tensor) -> slice:
+    """Rank columns of the n-th stacked adapter."""
+    r = b.shape[-1]
+    return slice(n * r, (n + 1) * r)
+
+
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """`torch.nn.functional.grouped_mm`, with a loop over the groups for strides that its kernels do not take.
+
+    Either a [T, K] with groups of rows and b [E, K, N], giving [T, N]; or a [M, T] and b [T, N] with groups along T,
+    giving [E, M, N].
+    """
+    if _aligned(a) and _aligned(b):
+        return torch.nn.functional.grouped_mm(a, b, offs=offsets)
+    ends = offsets.tolist()
+    spans = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    if b.dim() == 3:
+        out = a.new_zeros(a.shape[0], b.shape[-1])
+        for e, span in enumerate(spans):
+            torch.mm(a[span], b[e], out=out[span])
+        return out
+    return torch.stack([a[:, span] @ b[span] for span in spans])
+
+
+def _aligned(tensor: Tensor) -> bool:
+    # The grouped kernels load 16 bytes at a time: torch 2.13 refuses other strides and starting addresses.
+    size = tensor.element_size()
+    strides = [step * size for step in tensor.stride() if step != 1]
+    return tensor.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in strides)

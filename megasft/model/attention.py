@@ -1,0 +1,143 @@
+"""Grouped-query causal attention with q/k norm and rotary positions, over conversations laid end to end.
+
+S: tokens on this rank's sequence shard; T = S * TP: tokens of the micro batch; h, g: query and key/value heads here; d:
+head dimension.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megasft import host
+from megasft.config import LoraSettings
+from megasft.lora.linear import LoraLinear
+from megasft.model.norm import RMSNorm
+from megasft.shards import Shard, Sharded, whole
+
+
+@dataclass
+class Segments(PackedSeqParams):
+    """Lengths of the conversations that lie end to end in a micro batch; attention stays inside each.
+
+    `lengths` is on the host, so that no layer waits for the device; the rest is megatron-core's description of it.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> "Segments":
+        """The description of segments of these lengths."""
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+        longest = max(lengths)
+        return cls("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest, lengths=list(lengths))
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Position of each token in its own segment: int64 [1, T]."""
+        return torch.cat([torch.arange(n, device=device) for n in self.lengths])[None]
+
+
+class SelfAttention(Sharded):
+    """The self-attention of one Qwen3-MoE layer, for megatron-core's TransformerLayer."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        lora: LoraSettings,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        d = self.head_dim = config.kv_channels
+        heads, groups, tp = config.num_attention_heads, config.num_query_groups, pg_collection.tp
+        self.widths = [heads * d // tp.size(), groups * d // tp.size(), groups * d // tp.size()]
+        common = {"lora": lora, "group": tp, "dtype": config.params_dtype}
+        common["writer"] = pg_collection.dp.rank() == 0
+        qkv = {"q_proj": heads * d, "k_proj": groups * d, "v_proj": groups * d}
+        self.linear_qkv = LoraLinear(config.hidden_size, qkv, "column", **common)
+        self.linear_proj = LoraLinear(heads * d, {"o_proj": config.hidden_size}, "row", **common)
+        self.q_layernorm = RMSNorm(config, d, config.layernorm_epsilon)
+        self.k_layernorm = RMSNorm(config, d, config.layernorm_epsilon)
+        kernel = host.dot_product_attention()
+        self.core_attention: nn.Module = (
+            kernel(config, layer_number, AttnMaskType.padding_causal, "self", pg_collection=pg_collection)
+            if kernel
+            else SegmentedAttention()
+        )
+
+    def forward(
+        self, x: Tensor, attention_mask: None, rotary_pos_emb: Tensor, packed_seq_params: Segments, **_: Any
+    ) -> tuple[Tensor, None]:
+        """x [S, 1, H], rotary_pos_emb [2, T, d] (cos, sin): [S, 1, H] and no bias."""
+        q, k, v = self.linear_qkv(x).squeeze(1).split(self.widths, dim=-1)
+        q = self.q_layernorm(q.unflatten(-1, (-1, self.head_dim)))
+        k = self.k_layernorm(k.unflatten(-1, (-1, self.head_dim)))
+        v = v.unflatten(-1, (-1, self.head_dim))
+        q, k = rotate(q, rotary_pos_emb), rotate(k, rotary_pos_emb)
+        y = self.core_attention(q, k, v, None, attn_mask_type=AttnMaskType.padding_causal,
+                                packed_seq_params=packed_seq_params)  # fmt: skip
+        return self.linear_proj(y.reshape(x.shape[0] * self.linear_qkv.size, 1, -1)), None
+
+    def base_shards(self) -> Iterator[Shard]:
+        yield from self.linear_qkv.base_shards()
+        yield from self.linear_proj.base_shards()
+        for name, norm in (("q_norm", self.q_layernorm), ("k_norm", self.k_layernorm)):
+            yield Shard(f"{name}.weight", (self.head_dim,), whole(self.head_dim), norm.weight.data)
+
+    def adapter_shards(self) -> Iterator[Shard]:
+        yield from self.linear_qkv.adapter_shards()
+        yield from self.linear_proj.adapter_shards()
+
+
+class SegmentedAttention(nn.Module):
+    """torch's scaled dot-product attention, one call a segment: no work and no mask between conversations."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, attn_mask_type: Any, packed_seq_params: Segments
+    ) -> Tensor:
+        """q [T, h, d], k and v [T, g, d]: [T, h, d]."""
+        repeat = q.shape[1] // k.shape[1]
+        outputs = []
+        for qi, ki, vi in zip(*(t.split(packed_seq_params.lengths) for t in (q, k, v)), strict=True):
+            qi, ki, vi = (t.transpose(0, 1)[None] for t in (qi, ki, vi))
+            y = nn.functional.scaled_dot_product_attention(qi, ki, vi, is_causal=True, enable_gqa=repeat > 1)
+            outputs.append(y[0].transpose(0, 1))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864), halves rotated together as Qwen3 does.
+
+    x [T, heads, d], cos_sin [2, T, d].
+    """
+    return _Rotate.apply(x, cos_sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """Linear in x, so backward needs cos and sin only; and the transpose of a rotation is the opposite rotation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos_sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_sin)
+        return _turn(x, cos_sin[0, :, None], cos_sin[1, :, None])
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (cos_sin,) = ctx.saved_tensors
+        # cos and sin repeat in both halves, so the transpose only changes the sign of sin.
+        return _turn(gy, cos_sin[0, :, None], -cos_sin[1, :, None]), None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return y

@@ -1,0 +1,89 @@
+"""The loss head: logits and their gradient for supervised positions only, a chunk at a time.
+
+The head is frozen, so the gradient of the hidden states is all that backward will ask of it. It is made in forward,
+while a chunk's logits are at hand, and neither the whole logits nor their gradient ever exist. The vocabulary is split
+over tensor parallel ranks; the reductions are those of vocabulary-parallel cross entropy (Megatron-LM, Shoeybi et al.
+2019, section 3).
+
+n: supervised positions of the micro batch; V: vocabulary rows on this rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+CHUNK_BYTES = 256 * 2**20  # fp32 logits of one chunk
+MIN_CHUNK, MAX_CHUNK = 64, 4096
+
+
+def supervised_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, first_row: int, group: dist.ProcessGroup, sequence_parallel: bool
+) -> Tensor:
+    """Sum of the cross entropy over supervised positions, fp32 [].
+
+    hidden [S, 1, H] after the final norm (a sequence shard if `sequence_parallel`), weight [V, H] this rank's rows of
+    the head without padding, labels int64 [T] with -100 where nothing is supervised, first_row the vocabulary id of the
+    rank's first row.
+    """
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+    at = (labels >= 0).nonzero().squeeze(1)
+    # Each rank's gradient is partial over its part of the vocabulary; the gather's backward adds the parts.
+    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels[at], at, first_row, group)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, at: Tensor, first_row: int, group: dist.ProcessGroup
+    ) -> Tensor:
+        needs_grad = hidden.requires_grad
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunk = min(MAX_CHUNK, max(MIN_CHUNK, CHUNK_BYTES // (4 * weight.shape[0])))
+        grads = []
+        for where, target in zip(at.split(chunk), targets.split(chunk), strict=True):
+            x = hidden.index_select(0, where)
+            logits = (x @ weight.t()).float()
+            part_loss, g_logits = _cross_entropy(logits, target - first_row, group, needs_grad)
+            loss += part_loss
+            if needs_grad:
+                grads.append(g_logits.to(weight.dtype) @ weight)
+        ctx.shape, ctx.needs_grad = hidden.shape, needs_grad
+        if needs_grad:
+            ctx.save_for_backward(at, torch.cat(grads) if grads else hidden.new_zeros(0, hidden.shape[1]))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        at, grads = ctx.saved_tensors
+        g_hidden = grads.new_zeros(ctx.shape)
+        g_hidden.index_copy_(0, at, grads * g_loss.to(grads.dtype))
+        return g_hidden, None, None, None, None, None
+
+
+def _cross_entropy(
+    logits: Tensor, target: Tensor, group: dist.ProcessGroup, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Summed loss and the gradient of logits fp32 [n, V] (in their storage); target counts from this rank's first row."""
+    split = group.size() > 1
+    top = logits.amax(dim=-1)
+    if split:
+        dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    logits -= top[:, None]
+    here = (target >= 0) & (target < logits.shape[1])
+    rows = here.nonzero().squeeze(1)
+    # [2, n]: the target's logit and the sum of exponentials, reduced in one call.
+    sums = logits.new_zeros(2, len(target))
+    sums[0, rows] = logits[rows, target[rows]]
+    logits.exp_()
+    torch.sum(logits, dim=-1, out=sums[1])
+    if split:
+        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    loss = (sums[1].log() - sums[0]).sum()
+    if needs_grad:
+        logits /= sums[1][:, None]
+        logits[rows, target[rows]] -= 1
+    return loss, logits

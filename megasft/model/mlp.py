@@ -1,0 +1,167 @@
+"""Feed-forward layers: the dense SwiGLU of `mlp_only_layers`, and the router and experts of the others.
+
+T: tokens (or token copies, one for each chosen expert) on this rank; F: intermediate size; E: experts on this rank.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megasft import host
+from megasft.config import LoraSettings
+from megasft.lora.grouped import GroupedLoraLinear
+from megasft.lora.linear import LoraLinear
+from megasft.shards import Shard, Sharded
+
+
+class DenseMLP(Sharded):
+    """down(silu(gate x) * up x), split over tensor parallel ranks."""
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, lora: LoraSettings, **_: Any
+    ) -> None:
+        super().__init__()
+        h, f = config.hidden_size, config.ffn_hidden_size
+        common = {"lora": lora, "group": pg_collection.tp, "dtype": config.params_dtype}
+        common["writer"] = pg_collection.dp.rank() == 0
+        self.linear_fc1 = LoraLinear(h, {"gate_proj": f, "up_proj": f}, "column", **common)
+        self.linear_fc2 = LoraLinear(f, {"down_proj": h}, "row", **common)
+
+    def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """x [S, 1, H]: the same shape, and no bias."""
+        return self.linear_fc2(swiglu(self.linear_fc1(x))), None
+
+    def base_shards(self) -> Iterator[Shard]:
+        yield from self.linear_fc1.base_shards()
+        yield from self.linear_fc2.base_shards()
+
+    def adapter_shards(self) -> Iterator[Shard]:
+        yield from self.linear_fc1.adapter_shards()
+        yield from self.linear_fc2.adapter_shards()
+
+
+class SparseMLP(MoELayer, Sharded):
+    """megatron-core's mixture-of-experts layer (its dispatchers and top-k routing) around our router and experts."""
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, lora: LoraSettings, **kwargs: Any
+    ) -> None:
+        def router(**given: Any) -> Router:
+            return Router(**given, lora=lora)
+
+        def experts(num_local_experts: int, config: TransformerConfig, pg_collection: Any, **_: Any) -> Experts:
+            first = pg_collection.ep.rank() * num_local_experts
+            return Experts(range(first, first + num_local_experts), config, pg_collection, lora)
+
+        submodules = MoESubmodules(experts=experts, router=router)
+        super().__init__(config, submodules, pg_collection=pg_collection, **kwargs)
+
+    def base_shards(self) -> Iterator[Shard]:
+        yield from self.router.linear.base_shards()
+        yield from self.experts.base_shards()
+
+    def adapter_shards(self) -> Iterator[Shard]:
+        yield from self.router.linear.adapter_shards()
+        yield from self.experts.adapter_shards()
+
+
+class Router(TopKRouter):
+    """Top-k softmax routing in fp32, with LoRA on the gate. It stands on every rank and sees a sequence shard."""
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, lora: LoraSettings, **kwargs: Any
+    ) -> None:
+        super().__init__(config, pg_collection, **kwargs)
+        del self.weight  # `linear` holds it
+        self.linear = LoraLinear(config.hidden_size, {"gate": config.num_moe_experts}, "replicated", lora, pg_collection.tp,
+                                 config.params_dtype, pg_collection.dp.rank() == 0)  # fmt: skip
+
+    def gating(self, input: Tensor) -> Tensor:
+        """input [S, 1, H]: logits fp32 [S, 1, experts]."""
+        logits = self.linear.multiply(input.flatten(0, -2).float(), self.linear.weight.float())
+        return logits.view(*input.shape[:-1], -1)
+
+
+class Experts(Sharded):
+    """All experts of this rank: two grouped products around SwiGLU."""
+
+    def __init__(
+        self,
+        experts: range,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        lora: LoraSettings,
+    ) -> None:
+        super().__init__()
+        h, f = config.hidden_size, config.moe_ffn_hidden_size
+        common = {"lora": lora, "group": pg_collection.expt_tp, "dtype": config.params_dtype}
+        common["writer"] = pg_collection.expt_dp.rank() == 0
+        self.gate_up = GroupedLoraLinear(experts, h, {"gate_proj": f, "up_proj": f}, "column", **common)
+        self.down = GroupedLoraLinear(experts, f, {"down_proj": h}, "row", **common)
+        self.tokens_per_expert: Tensor | None = None
+
+    def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """x [T, H] sorted by expert, tokens_per_expert int64 [E], probs [T] (each row's routing weight): [T, H]."""
+        rows = host.grouped_rows(x.dtype)
+        counts = tokens_per_expert.to(x.device)
+        if rows == 1:
+            offsets = counts.cumsum(0, dtype=torch.int32)
+            return self._run(x, offsets, probs), None
+        padded = (counts + rows - 1) // rows * rows
+        offsets = padded.cumsum(0, dtype=torch.int32)
+        shift = (offsets - padded) - (counts.cumsum(0) - counts)
+        at = torch.arange(x.shape[0], device=x.device) + shift.repeat_interleave(counts)
+        total = int(offsets[-1])
+        wide = x.new_zeros(total, x.shape[1]).index_copy(0, at, x)
+        wide_probs = probs.new_zeros(total).index_copy(0, at, probs)
+        return self._run(wide, offsets, wide_probs).index_select(0, at), None
+
+    def _run(self, x: Tensor, offsets: Tensor, probs: Tensor) -> Tensor:
+        # The routing weight is applied to the F-wide activations, not the H-wide outputs: `down` is linear.
+        return self.down(swiglu(self.gate_up(x, offsets), probs), offsets)
+
+    def base_shards(self) -> Iterator[Shard]:
+        yield from self.gate_up.base_shards()
+        yield from self.down.base_shards()
+
+    def adapter_shards(self) -> Iterator[Shard]:
+        yield from self.gate_up.adapter_shards()
+        yield from self.down.adapter_shards()
+
+
+def swiglu(gate_up: Tensor, weight: Tensor | None = None) -> Tensor:
+    """silu(gate) * up * weight (Shazeer 2020, arXiv:2002.05202): gate_up [..., 2F], weight [...]: [..., F]."""
+    return _SwiGLU.apply(gate_up, weight)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps gate_up and weight only; silu(gate) is made again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        gate, up = gate_up.chunk(2, dim=-1)
+        y = nn.functional.silu(gate).mul_(up)
+        return y if weight is None else y.mul_(weight.to(y.dtype)[..., None])
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        gate_up, weight = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated = nn.functional.silu(gate)
+        g_weight = None
+        if weight is not None:
+            if ctx.needs_input_grad[1]:
+                g_weight = (gy * activated).mul_(up).sum(-1, dtype=weight.dtype)
+            gy = gy * weight.to(gy.dtype)[..., None]
+        g = torch.empty_like(gate_up)
+        g_gate, g_up = g.chunk(2, dim=-1)
+        torch.mul(gy, activated, out=g_up)
+        g_gate.copy_(torch.ops.aten.silu_backward(gy * up, gate))
+        return g, g_weight

@@ -1,0 +1,144 @@
+"""A Hugging Face checkpoint into this rank's storage: each rank reads the slices it keeps and nothing else.
+
+Takes both layouts of experts: one tensor per expert and projection, as hub checkpoints have it, and all experts in one
+(`experts.gate_up_proj` [E, 2F, H], `experts.down_proj` [E, H, F]), as transformers 5 holds them in memory.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from megasft.errors import UserError
+from megasft.model.qwen3_moe import Qwen3Moe
+from megasft.shards import Index, Shard
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def load_base(model: Qwen3Moe, folder: str | Path) -> None:
+    """Fill this rank's base weights from the checkpoint in `folder`, converting to the model's dtype.
+
+    Raises UserError naming any tensor that is missing, surplus or of another shape, before a weight is read.
+    """
+    checkpoint = Checkpoint(folder)
+    plan = [(shard, *checkpoint.locate(shard)) for shard in model.base_shards()]
+    checkpoint.refuse_surplus(model)
+    for shard, name, index in plan:
+        shard.local.copy_(checkpoint.read(name, index))
+
+
+class Checkpoint:
+    """The safetensors files of a model folder, opened lazily, with the names and shapes of all tensors at hand."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._open: dict[Path, Any] = {}
+        self.files = self._files()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in sorted(set(self.files.values())):
+            handle = self._handle(path)
+            for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+                self.files.setdefault(name, path)
+        for name, path in self.files.items():
+            if name not in self.shapes:
+                raise UserError(f"{self.folder}: the index places tensor {name!r} in {path.name}, which does not have it")
+
+    def _files(self) -> dict[str, Path]:
+        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = {str(name): self.folder / Path(file).name for name, file in weight_map.items()}
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"{index}: not a readable safetensors index ({error})") from None
+            missing = sorted({path.name for path in files.values() if not path.is_file()})
+            if missing:
+                raise UserError(f"{self.folder}: the index names {len(missing)} file(s) that are not there: {missing[0]}")
+            return files
+        if single.is_file():
+            return {name: single for name in self._handle(single).keys()}  # noqa: SIM118
+        pickled = next(self.folder.glob("pytorch_model*.bin"), None)
+        if pickled:
+            raise UserError(f"{pickled}: pickled weights are never read; convert them to safetensors")
+        raise UserError(f"{self.folder}: no model.safetensors and no model.safetensors.index.json")
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
+        return self._open[path]
+
+    def locate(self, shard: Shard) -> tuple[str, Index]:
+        """Where a shard's part is: the name of the tensor in the files, and the slices to read of it."""
+        for name, index, shape in _candidates(shard):
+            if name in self.shapes:
+                found = self.shapes[name]
+                if len(found) != len(shape) or any(n not in (want, None) for n, want in zip(found, shape, strict=True) if want is not None):  # fmt: skip
+                    raise UserError(
+                        f"{self.files[name]}: tensor {name!r} has shape {list(found)}, config.json asks for "
+                        f"{['experts' if n is None else n for n in shape]}"
+                    )
+                if index[0].stop is not None and index[0].stop > found[0]:
+                    raise UserError(f"{self.files[name]}: tensor {name!r} holds {found[0]} experts, too few for config.json")
+                return name, index
+        raise UserError(f"{self.folder}: the checkpoint has no tensor {shard.name!r}, which config.json asks for")
+
+    def read(self, name: str, index: Index) -> Any:
+        """The slice of a tensor; only its bytes are read."""
+        try:
+            piece = self._handle(self.files[name]).get_slice(name)[index]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.files[name]}: tensor {name!r} cannot be read ({error})") from None
+        return piece[0] if len(index) == 3 else piece
+
+    def refuse_surplus(self, model: Qwen3Moe) -> None:
+        """Raise UserError for a tensor that the architecture in config.json has no place for."""
+        known = set(expected_names(model))
+        surplus = sorted(name for name in self.shapes if name not in known)
+        if surplus:
+            raise UserError(
+                f"{self.files[surplus[0]]}: {len(surplus)} tensor(s) have no place in the model that config.json "
+                f"describes, the first is {surplus[0]!r}"
+            )
+
+
+def _candidates(shard: Shard) -> Iterator[tuple[str, Index, tuple[int | None, ...]]]:
+    """Names under which a checkpoint may hold a shard, with the index and shape there (None: any number of experts)."""
+    yield shard.name, shard.index, shard.shape
+    expert = _EXPERT.fullmatch(shard.name)
+    if expert:
+        e, kind = int(expert[2]), expert[3]
+        rows, columns = shard.index
+        (n, k), up = shard.shape, kind == "up"
+        if kind == "down":
+            yield f"{expert[1]}.down_proj", (slice(e, e + 1), rows, columns), (None, n, k)
+        else:
+            rows = slice(rows.start + n * up, rows.stop + n * up)
+            yield f"{expert[1]}.gate_up_proj", (slice(e, e + 1), rows, columns), (None, 2 * n, k)
+
+
+def expected_names(model: Qwen3Moe) -> Iterator[str]:
+    """Every name a checkpoint of this architecture may hold, on any rank and in either layout of experts."""
+    from megasft.model.qwen3_moe import sparse_layers
+
+    config = model.hf_config
+    yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    for i, sparse in enumerate(sparse_layers(config)):
+        layer = f"model.layers.{i}"
+        yield from (f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight")
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
+            yield f"{layer}.self_attn.{name}.weight"
+        projections = ("gate_proj", "up_proj", "down_proj")
+        if not sparse:
+            yield from (f"{layer}.mlp.{name}.weight" for name in projections)
+            continue
+        yield from (f"{layer}.mlp.gate.weight", f"{layer}.mlp.experts.gate_up_proj", f"{layer}.mlp.experts.down_proj")
+        for e in range(config.num_experts):
+            yield from (f"{layer}.mlp.experts.{e}.{name}.weight" for name in projections)

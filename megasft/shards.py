@@ -1,0 +1,53 @@
+"""Which part of which checkpoint tensor a rank holds: one table serves loading, exporting and initialising."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of one checkpoint tensor that this rank holds.
+
+    `local` is a view of the rank's own storage with the shape of `whole[index]`; `index` has one slice with explicit
+    ends for each dimension. `writer` says whether, of all the ranks that hold this part, this is the one to write it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    index: Index
+    local: Tensor
+    writer: bool = True
+
+
+class Sharded(nn.Module):
+    """A module that knows its checkpoint tensors. Names are Hugging Face's, from the layer's own folder on."""
+
+    def base_shards(self) -> Iterator[Shard]:
+        """The frozen tensors."""
+        raise NotImplementedError
+
+    def adapter_shards(self) -> Iterator[Shard]:
+        """The LoRA tensors: `<linear>.lora_A.weight` [r, K] and `<linear>.lora_B.weight` [N, r]."""
+        yield from ()
+
+
+def consecutive(lengths: Iterable[int]) -> Iterator[slice]:
+    """Slices of these lengths, one after the other."""
+    start = 0
+    for n in lengths:
+        yield slice(start, start + n)
+        start += n
+
+
+def whole(*shape: int) -> Index:
+    """The index that takes all of a tensor."""
+    return tuple(slice(0, n) for n in shape)
+
+
+def part(n: int, rank: int, size: int) -> slice:
+    """The rank-th of `size` equal parts of n."""
+    return slice(n // size * rank, n // size * (rank + 1))
