@@ -67,8 +67,10 @@ def dot_product_attention() -> type | None:
 @functools.cache
 def prepare() -> None:
     """Make megatron-core usable on this host. Call it before any process group is made; a second call does nothing."""
-    # GPTModel announces that HybridModel will replace it; it is the class everyone trains with today.
-    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    # Warnings meant for users of megatron-core's own scripts: that HybridModel will replace GPTModel (the class everyone
+    # trains with today), and how DDP lays out its buffers.
+    for name in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
+        logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
     if CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return
@@ -76,6 +78,7 @@ def prepare() -> None:
     import megatron.core.distributed
     import megatron.core.models.gpt
     import megatron.core.optimizer
+    import megatron.core.optimizer.optimizer as base_optimizer
     import megatron.core.pipeline_parallel
     import megatron.core.tensor_parallel.random as megatron_random
     import megatron.core.transformer.moe.moe_layer
@@ -93,10 +96,8 @@ def prepare() -> None:
     optimizer = distrib_optimizer.DistributedOptimizer
     build = optimizer._build_model_and_main_param_groups
     optimizer._build_model_and_main_param_groups = classmethod(_reading_types_as_cuda(build.__func__))
-    import megatron.core.optimizer.optimizer as base_optimizer
-
-    for module in (clip_grads, base_optimizer):
-        module.clip_grad_by_total_norm_fp32 = _reading_types_as_cuda(clip_grads.clip_grad_by_total_norm_fp32)
+    clip = _reading_types_as_cuda(clip_grads.clip_grad_by_total_norm_fp32)
+    clip_grads.clip_grad_by_total_norm_fp32 = base_optimizer.clip_grad_by_total_norm_fp32 = clip
 
 
 def _torch_without_cuda() -> types.ModuleType:

@@ -69,7 +69,7 @@ class RunFile:
             table = table[name]
         table[key[-1]] = value
         self.arguments.pop(key, None)  # the latest goes last
-        self.arguments[key] = argument
+        self.arguments[key] = " ".join(argument.split())  # a message is one line
 
     def drop(self, key: Key) -> None:
         """Forget `key` if it was written."""
@@ -100,13 +100,14 @@ def parse_override(argument: str) -> tuple[Key, Any]:
     """Split `section.key=value`. The value is TOML (`5e-6`, `true`, `["q_proj"]`); what is not TOML is a string."""
     name, equals, text = argument.partition("=")
     key, text = tuple(part.strip() for part in name.split(".")), text.strip()
+    shown = " ".join(argument.split())
     if not equals or not all(key):
-        raise UserError(f"--set {argument}: must be section.key=value, as in lora.r=8")
+        raise UserError(f"--set {shown}: must be section.key=value, as in lora.r=8")
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError) as error:
         if text.startswith(("[", "{", '"', "'")):
-            raise UserError(f"--set {argument}: the value is not valid TOML: {error}") from None
+            raise UserError(f"--set {shown}: the value is not valid TOML: {error}") from None
         return key, text
     # A line break in the value would have made further keys of it: then it was a string.
     return key, parsed["value"] if len(parsed) == 1 else text

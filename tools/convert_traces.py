@@ -35,9 +35,9 @@ def convert(traces: Path, output: Path, train_on: Literal["all", "last"] = "last
     try:
         with partial.open("w", encoding="utf-8") as lines:
             for file in files:
-                for number, trace, excerpt in read_records(file, ("dialogue", "assistant", "tools")):
+                for number, trace, begin in read_records(file, ("dialogue", "assistant", "tools")):
                     record = trace if isinstance(trace, str) else _record(trace, train_on)
-                    checked = check_record(record, str(file), number, excerpt)
+                    checked = check_record(record, str(file), number, begin)
                     if isinstance(checked, Problem):
                         problems.append(checked)
                     else:

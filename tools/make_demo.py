@@ -82,10 +82,10 @@ class Settings:
     experts: int = 16
     experts_per_token: int = 4
     expert_intermediate: int = 64
-    pretrain_steps: int = 150
-    pretrain_sequences: int = 16  # per step
+    pretrain_steps: int = 480
+    pretrain_sequences: int = 4  # per step
     pretrain_length: int = 256  # tokens
-    pretrain_learning_rate: float = 4e-3
+    pretrain_learning_rate: float = 6e-3
 
 
 def main(

@@ -73,21 +73,22 @@ def read_conversations(path: str | Path) -> Iterator[Conversation | Problem]:
     """
     for file in conversation_files(path):
         empty = True
-        for line, record, excerpt in read_records(file):
+        for line, record, begin in read_records(file):
             empty = False
-            yield check_record(record, str(file), line, excerpt)
+            yield check_record(record, str(file), line, begin)
         if empty:
             yield Problem(str(file), 1, "the file holds no conversation")
 
 
-def check_record(record: dict[str, Any] | str, file: str, line: int, excerpt: str = "") -> Conversation | Problem:
-    """The conversation that a record stands for; a `str` is the reason why there is none."""
-    if isinstance(record, str):
-        return Problem(file, line, record, excerpt)
+def check_record(record: dict[str, Any] | str, file: str, line: int, begin: bytes = b"") -> Conversation | Problem:
+    """The conversation that a record stands for; a `str` says why there is none. `begin` are its first bytes."""
     try:
+        if isinstance(record, str):
+            raise _WrongError(record)
         return _conversation(record, file, line)
     except _WrongError as wrong:
-        return Problem(file, line, wrong.reason, wrong.excerpt or excerpt)
+        excerpt = wrong.excerpt or visible(begin.decode("utf-8", "replace").strip())
+        return Problem(file, line, wrong.reason, excerpt)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

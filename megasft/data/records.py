@@ -14,8 +14,9 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 MAX_LINE_BYTES = 64 * 2**20
 MAX_DEPTH = 64
 EXCERPT_CHARS = 80
+HEAD_BYTES = 4 * EXCERPT_CHARS
 
-Record = tuple[int, dict[str, Any] | str, str]
+Record = tuple[int, dict[str, Any] | str, bytes]
 
 
 def conversation_files(path: str | Path) -> list[Path]:
@@ -46,7 +47,7 @@ def conversation_files(path: str | Path) -> list[Path]:
 
 
 def read_records(file: Path, columns: tuple[str, ...] = ("messages", "tools")) -> Iterator[Record]:
-    """Yield (line, object, excerpt) for every record of one file; a `str` in place of the object says what is wrong.
+    """Yield (line, object, its first bytes) for every record; a `str` in place of the object says what is wrong.
 
     Of a Parquet file only `columns` are read, and it must have the first of them.
     """
@@ -103,17 +104,17 @@ def _json_lines(file: Path) -> Iterator[Record]:
             while line := stream.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
-                    excerpt = _excerpt(line)
+                    begin = line[:HEAD_BYTES]
                     while line and not line.endswith(b"\n"):
                         line = stream.readline(MAX_LINE_BYTES)
-                    yield number, f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB", excerpt
+                    yield number, f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB", begin
                     continue
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield number, parse_object(line), _excerpt(line)
+                    yield number, parse_object(line), line[:HEAD_BYTES]
     except (OSError, EOFError, zlib.error) as error:  # pyarrow's decompression errors are OSErrors
-        yield number + 1, f"the file is damaged or cut short from here on ({error})", ""
+        yield number + 1, f"the file is damaged or cut short from here on ({error})", b""
 
 
 def _open(file: Path) -> BinaryIO:
@@ -147,7 +148,7 @@ def _parquet_rows(file: Path, wanted: tuple[str, ...]) -> Iterator[Record]:
         with parquet.ParquetFile(file) as table:
             columns = [name for name in wanted if name in table.schema_arrow.names]
             if wanted[0] not in columns:
-                yield 1, f"the file has no column `{wanted[0]}`", visible(", ".join(table.schema_arrow.names))
+                yield 1, f"the file has no column `{wanted[0]}`", ", ".join(table.schema_arrow.names).encode()
                 return
             for batch in table.iter_batches(batch_size=32, columns=columns):
                 for i in range(batch.num_rows):
@@ -155,11 +156,11 @@ def _parquet_rows(file: Path, wanted: tuple[str, ...]) -> Iterator[Record]:
                     try:
                         row = {name: batch.column(name)[i].as_py() for name in columns}
                     except UnicodeDecodeError:
-                        yield number, "not UTF-8", ""
+                        yield number, "not UTF-8", b""
                         continue
-                    yield number, _without_nulls(row), visible(str(row))
+                    yield number, _without_nulls(row), b""
     except (OSError, pyarrow.ArrowException) as error:
-        yield number + 1, f"the file is damaged or not Parquet ({visible(str(error))})", ""
+        yield number + 1, f"the file is damaged or not Parquet ({visible(str(error))})", b""
 
 
 def _without_nulls(value: Any) -> Any:
@@ -167,7 +168,3 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _excerpt(line: bytes) -> str:
-    return visible(line[: 4 * EXCERPT_CHARS].decode("utf-8", "replace").strip())

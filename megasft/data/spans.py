@@ -29,6 +29,7 @@ Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
 Span = tuple[int, int]
 WORD = re.compile(r"<[^<>]*>|[^\s<>]+")
+PLANTING_CHARS = 4096  # of the end of a text are searched for its last word
 
 
 class FrameError(Exception):
@@ -103,7 +104,9 @@ def _common_prefix(first: str, *others: str) -> str:
 def assistant_spans(tokenizer: "ChatTokenizer", messages: list[Message], tools: Tools) -> tuple[str, list[Span]]:
     """The rendered text and, for each assistant message in order, the characters [start, end) it wrote.
 
-    The token that closes a turn belongs to it. `messages` and `tools` must hold no control tokens.
+    The token that closes a turn belongs to it. A turn of which the template leaves nothing (an earlier one that was all
+    reasoning) gets an empty span: nobody should learn to say nothing. `messages` and `tools` must hold no control
+    tokens.
 
     Raises:
         RefusedError: the spans cannot be proven.
@@ -115,7 +118,8 @@ def assistant_spans(tokenizer: "ChatTokenizer", messages: list[Message], tools: 
     text, spans = _find(tokenizer, frame, messages, tools)
     if not _is_plain(frame, messages, text, spans):
         _prove(tokenizer, frame, messages, tools, text, spans)
-    return text, spans
+    silent = [not text[start : end - len(frame.terminator)].strip() for start, end in spans]
+    return text, [(end, end) if nothing else (start, end) for (start, end), nothing in zip(spans, silent, strict=True)]
 
 
 def _find(tokenizer: "ChatTokenizer", frame: Frame, messages: list[Message], tools: Tools) -> tuple[str, list[Span]]:
@@ -217,7 +221,8 @@ class _Planter:
 
     def _text(self, text: str, index: int, required: bool) -> str:
         """Plant behind the first character of the last word, where no tag, and no test of a text's ends, is hurt."""
-        words = [match for match in WORD.finditer(text) if not match[0].startswith("<")]
+        skipped = max(0, len(text) - PLANTING_CHARS)
+        words = [match for match in WORD.finditer(text, skipped) if not match[0].startswith("<")]
         if not words:
             return text
         mark = f"{self.key}x{index}x{len(self.owner)}z"

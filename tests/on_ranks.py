@@ -1,0 +1,94 @@
+"""What the tests run on the ranks of the pool."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megasft import topology as topologies
+from megasft.config import RunConfig, resolve_topology
+from megasft.data.dataset import Samples
+from megasft.job import build_model
+from megasft.model.attention import Segments
+from megasft.model.qwen3_moe import IGNORED, MicroBatch, Qwen3Moe
+from megasft.train.trainer import Trainer
+
+Sample = tuple[Tensor, Tensor]
+
+
+def random_samples(vocabulary: int, lengths: list[int], seed: int = 2) -> list[Sample]:
+    """(ids, mask) of these lengths; shares of supervised tokens from one token to nearly all."""
+    generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
+    samples = []
+    for n in lengths:
+        mask = torch.rand(n, generator=generator) < chance.choice([0.1, 0.5, 0.95])
+        mask[0], mask[n // 2] = False, True
+        samples.append((torch.randint(0, vocabulary, (n,), generator=generator), mask))
+    return samples
+
+
+def as_samples(samples: list[Sample]) -> Samples:
+    """For the trainer."""
+    ends = torch.tensor([len(ids) for ids, _ in samples]).cumsum(0)
+    return Samples(torch.cat([ids for ids, _ in samples]).int(), torch.cat([mask for _, mask in samples]), ends)
+
+
+def start(settings: dict[str, Any]) -> tuple[RunConfig, topologies.Topology, Qwen3Moe]:
+    """The model of a run file on the ranks of this world."""
+    config = RunConfig.from_dict(settings)
+    topology = topologies.regroup(resolve_topology(config.data.topology, dist.get_world_size()), config.job.seed)
+    return config, topology, build_model(config, topology)
+
+
+def logits(settings: dict[str, Any], samples: list[Sample]) -> Tensor:
+    """Logits of all samples end to end, [tokens, vocabulary]."""
+    _, topology, model = start(settings)
+    model.eval()
+    ids = torch.cat([ids for ids, _ in samples])
+    filling = -len(ids) % topology.sizes.tensor
+    lengths = [len(ids) for ids, _ in samples] + ([filling] if filling else [])
+    tokens = torch.cat([ids, ids.new_zeros(filling)])
+    with torch.no_grad():
+        out = model.logits(MicroBatch(tokens, torch.full_like(tokens, IGNORED), Segments.of(lengths, tokens.device)))
+    return out[: len(ids)]
+
+
+def gradients(settings: dict[str, Any], samples: list[Sample]) -> tuple[float, float, dict[str, Any]]:
+    """(loss, gradient norm, this rank's parts of every LoRA gradient) of one global batch made of all samples."""
+    config, topology, model = start(settings)
+    trainer = Trainer(config, topology, model, as_samples(samples))
+    trainer.ddp.zero_grad_buffer()
+    loss, _ = trainer._run(trainer.train, range(len(samples)), training=True)
+    for buffer in trainer.ddp.buffers + trainer.ddp.expert_parallel_buffers:
+        for bucket in buffer.buckets:
+            group = bucket_group(trainer, buffer)
+            mine = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+    parts = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.main_grad
+    for shard in model.adapter_shards():
+        if shard.writer:
+            parts[shard.name] = (shard.index, shard.local.clone())
+    norm = torch.tensor(sum(float(part.double().square().sum()) for _, part in parts.values()), dtype=torch.float64)
+    dist.all_reduce(norm)
+    return loss, float(norm.sqrt()), parts
+
+
+def bucket_group(trainer: Trainer, buffer: Any) -> dist.ProcessGroup:
+    """The data-parallel group over which a gradient buffer is reduce-scattered."""
+    return buffer.data_parallel_group
+
+
+def loss_curve(settings: dict[str, Any], samples: list[Sample], steps: int, save_to: str | None = None) -> list[dict[str, Any]]:
+    """The records of so many training steps; the adapter is saved afterwards where asked."""
+    config, topology, model = start(settings)
+    trainer = Trainer(config, topology, model, as_samples(samples))
+    records = [trainer.train_step() for _ in range(steps)]
+    if save_to:
+        trainer.save(Path(save_to))
+    return records

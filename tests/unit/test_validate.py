@@ -1,0 +1,107 @@
+"""The validation report and the coloured view of what is learned."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from megasft.data.validate import print_report, show, validate_dataset
+from megasft.errors import UserError
+
+
+def chat(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Write records (objects, or raw lines) to a file."""
+
+    def write(*records):
+        file = tmp_path / "[red]data.jsonl"
+        file.write_bytes(b"\n".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in records))
+        return file
+
+    return write
+
+
+def printed(action, **settings):
+    console = Console(file=io.StringIO(), width=200, **settings)
+    result = action(console)
+    return console.file.getvalue(), result
+
+
+def test_a_clean_dataset_is_counted(dataset, with_template):
+    tokenizer = with_template("chatml")
+    report = validate_dataset(dataset(chat("a", "b"), chat("a", "c d e f"), chat("a", "b")), tokenizer, 14)
+    assert (report.conversations, report.turns, report.duplicates, report.problems.total) == (3, 6, 1, 0)
+    lengths = sorted(report.lengths)
+    assert lengths[0] == lengths[1] < lengths[2]
+    assert report.over_length == sum(length > 14 for length in lengths)
+    assert report.supervised_tokens == 2 * 2 + lengths[2] - lengths[0] + 2
+    text, code = printed(lambda console: print_report(report, console))
+    assert code == 0
+    for row in ("conversations", "turns", "min, median, p95, max", "supervised", "over-length (> 14)", "duplicates"):
+        assert row in text
+    assert "[red]data.jsonl" in text
+
+
+def test_problems_are_shown_with_their_place_and_make_it_fail(dataset, with_template):
+    broken = [b"{broken \x1b[2J [bold]"] * 30
+    nothing = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": False}]}
+    report = validate_dataset(dataset(chat("a", "b"), nothing, *broken), with_template("chatml"), 100)
+    text, code = printed(lambda console: print_report(report, console), force_terminal=True)
+    assert code == 1
+    assert report.problems.total == 31
+    assert "data.jsonl:2: nothing to learn from" in text
+    assert "data.jsonl:21: not JSON" in text
+    assert "data.jsonl:22" not in text
+    assert "and 11 more" in text
+    assert "\x1b[2J" not in text
+    assert "[bold]" in text
+
+
+def test_problems_of_the_template_count_too(dataset, with_template):
+    report = validate_dataset(dataset(*[chat("a", "b")] * 300), with_template("{{ raise_exception('no') }}"), 100)
+    assert (report.conversations, report.problems.total) == (0, 300)
+
+
+def test_without_a_tokenizer_only_the_conversations_are_checked(dataset):
+    report = validate_dataset(dataset(chat("a", "b"), b"{"), None, 100)
+    text, code = printed(lambda console: print_report(report, console))
+    assert (report.conversations, report.problems.total, code) == (1, 1, 1)
+    assert "median" not in text
+
+
+def test_a_missing_dataset_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        validate_dataset(tmp_path / "missing.jsonl", None, 100)
+
+
+def test_supervised_tokens_are_coloured(dataset, with_template):
+    file = dataset(chat("question", "the answer"), chat("next", "one"), b"{")
+    tokenizer = with_template("chatml")
+    text, _ = printed(lambda console: show(file, tokenizer, 1, console=console), force_terminal=True)
+    coloured = text.split("\x1b[30;42m")[1].split("\x1b[0m")[0]
+    assert coloured == "the answer<|im_end|>"
+    assert "next" not in text
+    text, _ = printed(lambda console: show(file, tokenizer, 5, console=console))
+    assert "⟦the answer<|im_end|>⟧" in text
+    assert "⟦one<|im_end|>⟧" in text
+    assert ":3: not JSON" in text
+
+
+def test_shown_conversations_cannot_command_the_terminal(dataset, with_template):
+    evil = "\x1b]0;owned\x07 \x1b[2J \r \x9b31m \u202e [red]not markup[/red] [link=x]"
+    file = dataset(chat(evil, evil))
+    for terminal in (True, False):
+        text, _ = printed(
+            lambda console: show(file, with_template("chatml"), 1, console=console),
+            force_terminal=terminal,
+            color_system="standard" if terminal else None,
+        )
+        for bad in ("\x1b]", "\x1b[2J", "\x07", "\r", "\x9b", "\u202e"):
+            assert bad not in text
+        assert "[red]not markup[/red] [link=x]" in text
+        assert "\\x1b]0;owned\\x07" in text
