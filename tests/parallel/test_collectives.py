@@ -1,0 +1,107 @@
+"""LoRA costs no collective: a layer with adapters issues those of the frozen layer, in number and in bytes."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megasft.config import LINEAR_LAYERS
+from tests import on_ranks
+from tests.parity.reference import random_model, tiny_config
+
+SEGMENTS = [9, 15]
+T, H, E, FP32 = sum(SEGMENTS), 64, 8, 4
+
+
+class Collectives(TorchDispatchMode):
+    """Counts c10d calls and the bytes of the larger side of each: the gathered output, the input to be scattered."""
+
+    SIDES = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0, "alltoall_base_": 1}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::")
+            if name != "barrier":
+                tensor = args[self.SIDES[name]]  # an unknown collective is a KeyError: the test must learn of it
+                tensor = tensor[0] if isinstance(tensor, list) else tensor
+                self.seen[name, tensor.numel() * tensor.element_size()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_in_layer(settings, layer: int, adapted: bool):
+    """(forward, backward) collectives of one layer."""
+    _, topology, model = on_ranks.start(settings)
+    if not adapted:
+        from megasft.model.qwen3_moe import build_model
+        from megasft.model.weights import load_base
+
+        model = build_model(model.hf_config, topology, None, torch.float32, recompute=False)
+        load_base(model, settings["job"]["model"])
+    from megasft.model.attention import Segments
+
+    segments = Segments.of(SEGMENTS, torch.device("cpu"))
+    torch.manual_seed(topology.rank)
+    x = torch.randn(T // topology.sizes.tensor, 1, H, requires_grad=True)
+    cos_sin = torch.cat(model.rotary_emb(x, segments.positions(x.device)))
+    with Collectives() as forward:
+        y, _ = model.decoder.layers[layer](x, None, rotary_pos_emb=cos_sin, packed_seq_params=segments)
+    with Collectives() as backward:
+        y.backward(torch.randn_like(y))
+    trained = [p for p in model.decoder.layers[layer].parameters() if p.requires_grad]
+    assert bool(trained) == adapted
+    assert all(p.grad is not None and p.grad.any() for p in trained)
+    return forward.seen, backward.seen
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    random_model(tiny_config()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("layer", [0, 1], ids=["sparse", "dense"])
+def test_an_adapted_layer_issues_the_collectives_of_the_frozen_layer(ranks, base, tensor, layer, tmp_path):
+    settings = {
+        "job": {"model": base, "output_dir": str(tmp_path)},
+        "lora": {"r": 4, "dropout": 0.1, "target_modules": list(LINEAR_LAYERS)},
+        "data": {"topology": {"tensor_parallel": tensor}},
+        "hyperparameters": {"parallelism": {"bf16": False, "activation_checkpointing": False}},
+    }
+    # Zero B would hide a missing path of backward; initial adapters have it, so these start from random ones.
+    settings["job"]["init_adapter"] = str(random_peft_adapter(tmp_path / "adapter"))
+    adapted = ranks(tensor, count_in_layer, settings, layer, True)
+    frozen = ranks(tensor, count_in_layer, settings, layer, False)
+    assert adapted == frozen
+
+    tokens = T * H * FP32
+    if layer == 1:  # dense: gather and reduce-scatter around attention and around the MLP, and the reverse in backward
+        forward = Counter({("_allgather_base_", tokens): 2, ("_reduce_scatter_base_", tokens): 2})
+        backward = forward
+    else:  # sparse: as attention above, and the dispatcher's tokens, routing weights and routing map
+        forward = Counter({
+            ("_allgather_base_", tokens): 2,
+            ("_allgather_base_", T * E * FP32): 1,
+            ("_allgather_base_", T * E): 1,
+            ("_reduce_scatter_base_", tokens): 2,
+        })  # fmt: skip
+        backward = Counter({
+            ("_reduce_scatter_base_", tokens): 2,
+            ("_reduce_scatter_base_", T * E * FP32): 1,
+            ("_allgather_base_", tokens): 2,
+        })  # fmt: skip
+    for rank_forward, rank_backward in adapted:
+        assert rank_forward == forward
+        assert rank_backward == backward
+
+
+def random_peft_adapter(folder):
+    from tests.parity.reference import random_adapter, write_adapter
+
+    return write_adapter(random_adapter(tiny_config(), 4, frozenset(LINEAR_LAYERS)), folder, 4, 32.0)
