@@ -74,6 +74,8 @@ def prepare() -> None:
     if CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return
+    # Its tracker wonders at the CPU's random state changing while it forks the GPU's; here they are the same.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
     import megatron.core.distributed
     import megatron.core.models.gpt

@@ -3,7 +3,7 @@
 import importlib
 import multiprocessing
 import os
-import tempfile
+import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -37,27 +37,22 @@ class RankPool:
     def __call__(self, ranks: int, function: Callable, *args: Any) -> list[Any]:
         if not self._workers:
             self._start()
-        with tempfile.NamedTemporaryFile(prefix="megasft-store-") as store:
-            store.close()
-            call = (ranks, store.name, function.__module__, function.__qualname__, args)
-            for pipe in self._pipes[:ranks]:
-                pipe.send(call)
-            answers: dict[int, Any] = {}
-            pending = dict(zip(self._pipes[:ranks], range(ranks), strict=True))
-            while pending:
-                ready = wait(list(pending), timeout=TIMEOUT)
-                if not ready:
-                    self.stop()
-                    raise TimeoutError(f"ranks {sorted(pending.values())} did not answer in {TIMEOUT:.0f} s")
-                for pipe in ready:
-                    rank = pending.pop(pipe)
-                    answers[rank] = pipe.recv()
-                    if answers[rank][0] == "error":
-                        self.stop()  # its peers wait in a collective
-                        raise AssertionError(f"rank {rank} of {ranks}:\n{answers[rank][1]}")
-            if os.path.exists(store.name):
-                os.unlink(store.name)
-            open(store.name, "w").close()
+        call = (ranks, _free_port(), function.__module__, function.__qualname__, args)
+        for pipe in self._pipes[:ranks]:
+            pipe.send(call)
+        answers: dict[int, Any] = {}
+        pending = dict(zip(self._pipes[:ranks], range(ranks), strict=True))
+        while pending:
+            ready = wait(list(pending), timeout=TIMEOUT)
+            if not ready:
+                self.stop()
+                raise TimeoutError(f"ranks {sorted(pending.values())} did not answer in {TIMEOUT:.0f} s")
+            for pipe in ready:
+                rank = pending.pop(pipe)
+                answers[rank] = pipe.recv()
+                if answers[rank][0] == "error":
+                    self.stop()  # its peers wait in a collective
+                    raise AssertionError(f"rank {rank} of {ranks}:\n{answers[rank][1]}")
         return [answers[rank][1] for rank in range(ranks)]
 
     def stop(self) -> None:
@@ -81,12 +76,12 @@ def _serve(rank: int, pipe: Connection) -> None:
     host.prepare()
     while True:
         try:
-            ranks, store, module, name, args = pipe.recv()
+            ranks, port, module, name, args = pipe.recv()
         except EOFError:
             return
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+            dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
             function = getattr(importlib.import_module(module), name)
             answer = ("result", function(*args))
             from megasft import topology
@@ -95,3 +90,9 @@ def _serve(rank: int, pipe: Connection) -> None:
         except BaseException:
             answer = ("error", traceback.format_exc())
         pipe.send(answer)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

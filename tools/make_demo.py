@@ -71,7 +71,7 @@ class Settings:
     """All that decides what is made."""
 
     seed: int = 0
-    max_chars: int = 1200  # of a question and of an answer: about 370 tokens
+    max_chars: int = 800  # of a header and of a body: about 270 tokens
     validation_one_in: int = 20  # modules
     vocabulary: int = 4096
     hidden: int = 128
@@ -275,7 +275,7 @@ def conversation(function: Function, settings: Settings) -> Conversation:
         messages.append({"role": "user", "content": FOLLOW_UP})
     else:
         messages.append({"role": "user", "content": BODY_REQUESTS[choice % len(BODY_REQUESTS)].format(**fields)})
-    return [*messages, {"role": "assistant", "content": function.body}]
+    return [*messages, {"role": "assistant", "content": f"```python\n{function.body}\n```"}]
 
 
 def digest(seed: int, *key: str) -> int:
