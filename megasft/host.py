@@ -108,9 +108,32 @@ def _torch_without_cuda() -> types.ModuleType:
     stand_in.__dict__.update(torch.__dict__)
     stand_in.__dict__["__getattr__"] = lambda name: getattr(torch, name)
     stand_in.cuda = _CpuForCuda("torch.cuda")  # type: ignore[attr-defined]
+    stand_in.distributed = types.ModuleType("torch.distributed")  # type: ignore[attr-defined]
+    stand_in.distributed.__dict__.update(torch.distributed.__dict__)
+    stand_in.distributed.__dict__["__getattr__"] = lambda name: getattr(torch.distributed, name)
+    stand_in.distributed.all_gather = _gather_uneven
+    stand_in.distributed.reduce_scatter = _scatter_uneven
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(stand_in, name, _on_cpu(getattr(torch, name)))
     return stand_in
+
+
+def _gather_uneven(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None) -> None:
+    """`all_gather` of tensors with different numbers of rows, which NCCL takes and gloo does not."""
+    rows = max(len(output) for output in outputs)
+    padded = tensor.new_zeros(rows, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    wide = [torch.empty_like(padded) for _ in outputs]
+    torch.distributed.all_gather(wide, padded, group=group)
+    for output, received in zip(outputs, wide, strict=True):
+        output.copy_(received[: len(output)])
+
+
+def _scatter_uneven(output: torch.Tensor, inputs: list[torch.Tensor], group: Any = None) -> None:
+    """`reduce_scatter` of the same kind."""
+    total = torch.cat(inputs)
+    torch.distributed.all_reduce(total, group=group)
+    output.copy_(total.split([len(part) for part in inputs])[group.rank()])
 
 
 def _on_cpu(make: Callable) -> Callable:

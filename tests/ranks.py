@@ -49,7 +49,10 @@ class RankPool:
                 raise TimeoutError(f"ranks {sorted(pending.values())} did not answer in {TIMEOUT:.0f} s")
             for pipe in ready:
                 rank = pending.pop(pipe)
-                answers[rank] = pipe.recv()
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    answers[rank] = ("error", "the process died")
                 if answers[rank][0] == "error":
                     self.stop()  # its peers wait in a collective
                     raise AssertionError(f"rank {rank} of {ranks}:\n{answers[rank][1]}")

@@ -63,6 +63,7 @@ BODY_REQUESTS = (
     "Here are the signature and the docstring of `{name}`. What code follows?\n\n{header}",
     "{header}\n\nImplement it.",
 )
+ANSWER = "Here is the body of the function:\n\n```python\n{body}\n```"
 PURPOSE_REQUEST, FOLLOW_UP = "What does this function in `{module}` do?\n\n{signature}", "Now write its body."
 
 
@@ -71,7 +72,7 @@ class Settings:
     """All that decides what is made."""
 
     seed: int = 0
-    max_chars: int = 800  # of a header and of a body: about 270 tokens
+    max_chars: int = 600  # of a header and of a body: about 200 tokens
     validation_one_in: int = 20  # modules
     vocabulary: int = 4096
     hidden: int = 128
@@ -82,7 +83,7 @@ class Settings:
     experts: int = 16
     experts_per_token: int = 4
     expert_intermediate: int = 64
-    pretrain_steps: int = 480
+    pretrain_steps: int = 300
     pretrain_sequences: int = 4  # per step
     pretrain_length: int = 256  # tokens
     pretrain_learning_rate: float = 6e-3
@@ -275,7 +276,7 @@ def conversation(function: Function, settings: Settings) -> Conversation:
         messages.append({"role": "user", "content": FOLLOW_UP})
     else:
         messages.append({"role": "user", "content": BODY_REQUESTS[choice % len(BODY_REQUESTS)].format(**fields)})
-    return [*messages, {"role": "assistant", "content": f"```python\n{function.body}\n```"}]
+    return [*messages, {"role": "assistant", "content": ANSWER.format(**fields)}]
 
 
 def digest(seed: int, *key: str) -> int:

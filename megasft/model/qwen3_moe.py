@@ -159,9 +159,7 @@ def _megatron_config(
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        # All-to-all sends each token once to every expert that wants it; where experts are only cut and not spread, one
-        # all-gather of the tokens moves less by the factor num_experts_per_tok.
-        moe_token_dispatcher_type="alltoall" if sizes.expert > 1 else "allgather",
+        moe_token_dispatcher_type=_dispatcher(sizes),
         # precision and parallelism
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -178,6 +176,17 @@ def _megatron_config(
         bias_dropout_fusion=False,
         **(full_recompute if recompute else {}),
     )
+
+
+def _dispatcher(sizes: TopologySizes) -> str:
+    """All-to-all sends a token to each expert that wants it, in whatever numbers.
+
+    Where experts are cut but not spread, one all-gather of the tokens moves less by the factor num_experts_per_tok. It
+    needs as many tokens on each rank, so its ranks must be of one tensor-parallel group, and its shapes must not vary
+    between pipeline stages.
+    """
+    within_tensor_group = sizes.expert == 1 and sizes.tensor % sizes.expert_tensor == 0
+    return "allgather" if within_tensor_group and sizes.pipeline == 1 else "alltoall"
 
 
 class Qwen3Moe(GPTModel):

@@ -54,7 +54,7 @@ def tokenizer(model_folder):
 
 
 def bodies(conversation):
-    return re.findall(r"^```python\n(.*)\n```$", conversation[-1]["content"], flags=re.DOTALL)
+    return re.findall(r"\n```python\n(.*)\n```$", conversation[-1]["content"], flags=re.DOTALL)
 
 
 def test_the_same_modules_give_the_same_conversations(library, conversations):

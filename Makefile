@@ -1,0 +1,35 @@
+# `make demo` and `make test` each set up .venv (Python 3.12, pinned versions) and then do their job.
+
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+TORCHRUN := .venv/bin/torchrun
+# Ranks share the cores: one thread each.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install demo test lint clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python 3.12 .venv; \
+	else $$(command -v python3.12 || echo python3) -m venv .venv; fi
+	@command -v uv >/dev/null || [ -x .venv/bin/uv ] || $(PYTHON) -m pip install --quiet uv
+	@PATH="$$PATH:.venv/bin" uv pip install --quiet --python $(PYTHON) --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: install
+	$(PYTHON) tools/make_demo.py --out demo
+	$(TORCHRUN) --nproc-per-node 4 tools/train.py --config configs/demo.toml
+	$(PYTHON) tools/check_adapter.py demo/model runs/demo/adapter demo/data/validation.jsonl \
+	    --expect "$$($(PYTHON) tools/last_loss.py runs/demo)" --sequence-length 512
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test: lint
+	$(PYTHON) -m pytest
+
+clean:
+	rm -rf .venv demo runs

@@ -1,0 +1,111 @@
+"""The machine under the benchmark: what it is, how fast it multiplies, and how much memory a step takes."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasft import host
+
+PROBES = ((1024, 512, 2048), (2048, 2048, 2048))  # rows, inputs, outputs
+PROBE_SECONDS = 0.05
+
+
+def describe(dtype: str, ranks: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "processor": torch.cuda.get_device_name() if host.CUDA else _cpu_model(),
+        "cores": os.cpu_count(),
+        "ranks": ranks,
+        "threads_per_rank": torch.get_num_threads(),
+        "dtype": dtype,
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "megatron-core", "transformers", "peft")},
+        "load_average_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+class GemmProbe:
+    """How fast this rank multiplies plain matrices. Sampled between steps, it suffers what they suffer."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        device = host.device()
+        self.operands = [
+            (torch.randn(m, k, dtype=dtype, device=device), torch.randn(n, k, dtype=dtype, device=device))
+            for m, k, n in PROBES
+        ]
+        self.seconds: list[list[float]] = [[] for _ in PROBES]
+        for x, weight in self.operands:
+            x @ weight.t()  # kernels are made at their first use
+
+    def sample(self) -> None:
+        """Multiply each of PROBES for PROBE_SECONDS, at least once."""
+        for (x, weight), seconds in zip(self.operands, self.seconds, strict=True):
+            deadline = time.perf_counter() + PROBE_SECONDS
+            while True:
+                host.synchronize()
+                started = time.perf_counter()
+                x @ weight.t()
+                host.synchronize()
+                ended = time.perf_counter()
+                seconds.append(ended - started)
+                if ended > deadline:
+                    break
+
+    def rates(self) -> list[float]:
+        """Median FLOP/s for each of PROBES."""
+        return [2 * m * k * n / statistics.median(s) for (m, k, n), s in zip(PROBES, self.seconds, strict=True)]
+
+
+@dataclass
+class Peak:
+    """Bytes that were in use at most beyond those in use before; None where the system does not tell."""
+
+    bytes: int | None = None
+
+
+@contextlib.contextmanager
+def peak_of_body() -> Iterator[Peak]:
+    """Measure what the body takes and may give back: activations and other temporaries."""
+    peak = Peak()
+    if host.CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated() - before
+        return
+    try:
+        # So that memory which malloc keeps for later counts when it is used. "5" starts the high-water mark anew.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+    except (OSError, AttributeError):
+        yield peak
+        return
+    yield peak
+    peak.bytes = _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    """Bytes that /proc/self/status says for `key`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")

@@ -1,0 +1,239 @@
+"""Tokens per second of megasft's training step, alone or beside transformers + peft.
+
+    python benchmarks/throughput.py --preset small --dtype bf16 --against hf
+    torchrun --nproc-per-node 4 benchmarks/throughput.py --preset small --tp 2
+
+A step is `Trainer.train_step()`: forward, backward, gradient reduction, clipping and AdamW, on new tokens. Beside a
+peer, both start from the same weights and the same adapter, take the same tokens and alternate in one process, and
+their losses must agree at every step (exit code 1 if they do not).
+"""
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+if not sys.warnoptions:  # `python -W default` shows what other libraries warn of
+    warnings.simplefilter("ignore")
+
+import torch
+import torch.distributed as dist
+import typer
+from machine import PROBES, GemmProbe, describe, peak_of_body
+from rich.console import Console
+from rich.table import Table
+from sides import Ours, Peer
+from steps import Step, compare, side_figures
+from transformers.utils import logging as transformers_logging
+from workload import PRESETS, Workload
+
+from megasft import host
+from megasft import topology as topologies
+from megasft.config import RunConfig
+from megasft.errors import UserError
+from megasft.job import build_model, initialize
+from megasft.lora.adapter import save_adapter
+from megasft.model.qwen3_moe import DTYPES, Qwen3Moe
+from megasft.topology import Topology
+from megasft.train.trainer import Trainer
+
+
+class Dtype(StrEnum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Against(StrEnum):
+    hf = "hf"
+
+
+def main(
+    preset: Annotated[str, typer.Option(help=f"the model: {', '.join(PRESETS)}")] = "small",
+    dtype: Annotated[Dtype, typer.Option(help="of weights and activations")] = Dtype.bf16,
+    against: Annotated[Against | None, typer.Option(help="hf: transformers + peft, step by step in turn")] = None,
+    tp: Annotated[int, typer.Option(help="tensor parallel")] = 1,
+    ep: Annotated[int, typer.Option(help="expert parallel")] = 1,
+    etp: Annotated[int | None, typer.Option(help="expert-tensor parallel; by default as --tp, or 1 with --ep")] = None,
+    pp: Annotated[int, typer.Option(help="pipeline parallel; data parallel fills the ranks")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="steps before them")] = 3,
+    recompute: Annotated[bool, typer.Option(help="activation checkpointing, on both sides")] = False,
+    supervised: Annotated[float, typer.Option(min=0, max=1, help="share of the targets that is supervised")] = 1.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="per rank; by default the cores, shared out")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
+    profile: Annotated[bool, typer.Option(help="print where the CPU time of one of our steps goes")] = False,
+) -> None:
+    """Time training steps on random weights and random tokens."""
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if against and world > 1:
+        raise typer.BadParameter("--against compares in one process; run it without torchrun")
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    layout = {"tensor_parallel": tp, "expert_parallel": ep, "pipeline_parallel": pp}
+    if etp:
+        layout["expert_tensor_parallel"] = etp
+    workload = Workload(PRESETS[preset], dtype.value, steps, warmup, supervised, recompute, layout)
+    figures: dict[str, Any] = {"preset": preset, "machine": describe(dtype.value, world), "workload": asdict(workload)}
+    try:
+        topology = initialize(RunConfig.from_dict(workload.settings(model=".")))
+        figures |= measure(workload, topology, against is not None, profile)
+    except UserError as error:
+        print(f"throughput: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if topology.is_first:
+        report(figures)
+        if json_file:
+            json_file.write_text(json.dumps(figures, indent=2) + "\n")
+    topologies.stop()
+    if not figures.get("losses_agree", True):
+        print("throughput: the two do not train alike; their times cannot be compared", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def measure(workload: Workload, topology: Topology, against: bool, profile: bool) -> dict[str, Any]:
+    """All figures of a run; every rank calls it."""
+    replicas = topology.sizes.data
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(_from_first(own))
+        if topology.is_first:
+            workload.write_model(folder / "model")
+        dist.barrier()
+        config = RunConfig.from_dict(workload.settings(str(folder / "model")))
+        model = build_model(config, topology)
+        if against:
+            fill_B(model)
+            save_adapter(model, folder / "adapter")
+        total = workload.warmup + workload.steps
+        # One step more measures memory, and one is profiled.
+        trainer = Trainer(config, topology, model, workload.samples(total + 2, replicas))
+        sides: list[Ours | Peer] = [Ours(trainer)]
+        if against:
+            sides.append(Peer(folder / "model", folder / "adapter", trainer))
+        dist.barrier()
+
+    probe = GemmProbe(DTYPES[workload.dtype])
+    taken: list[list[Step]] = [[] for _ in sides]
+    for i in range(total):
+        probe.sample()
+        for at in sorted(range(len(sides)), reverse=i % 2 == 1):  # the first of a pair is now one, now the other
+            taken[at].append(sides[at].step(trainer.batches[i].tolist()))
+
+    tokens, flops = workload.tokens(replicas), workload.flops(replicas)
+    rates = torch.tensor(probe.rates(), dtype=torch.float64, device=host.device())
+    dist.all_reduce(rates)
+    limit = (flops.model + flops.recomputed) / float(rates.max())
+    figures: dict[str, Any] = {
+        "topology": asdict(topology.sizes),
+        "tokens_per_step": tokens,
+        "flops_per_step": asdict(flops) | {"model": flops.model},
+        "gemm_flops_per_second": {"x".join(map(str, p)): rate for p, rate in zip(PROBES, rates.tolist(), strict=True)},
+        "limit_seconds": limit,
+        "sides": {
+            side.name: side_figures(steps, workload.warmup, tokens, flops.model, limit)
+            for side, steps in zip(sides, taken, strict=True)
+        },
+    }
+    for side in sides:
+        with peak_of_body() as peak:
+            side.step(trainer.batches[total].tolist())
+        figures["sides"][side.name] |= {"kept_bytes": side.kept_bytes(), "step_bytes": peak.bytes}
+    figures["process_peak_bytes"] = host.device_memory()
+    if against:
+        figures |= compare(taken[0], taken[1], workload.warmup, workload.dtype)
+    if profile:
+        with torch.profiler.profile() as profiler:
+            sides[0].step(trainer.batches[total + 1].tolist())
+        if topology.is_first:
+            print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=48))
+    return figures
+
+
+def fill_B(model: Qwen3Moe) -> None:
+    """Random B in place of zeros, with which the adapter would not show in the first step's loss. On one rank only."""
+    generator = torch.Generator().manual_seed(2)
+    for shard in model.adapter_shards():
+        if shard.name.endswith("lora_B.weight"):
+            shard.local.copy_(torch.randn(shard.shape, generator=generator) * 0.02)
+
+
+def _from_first(value: str) -> str:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def report(figures: dict[str, Any]) -> None:
+    """The figures as a table and a few lines."""
+    machine, flops, sides = figures["machine"], figures["flops_per_step"], figures["sides"]
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{figures['preset']}, {machine['dtype']}: {figures['tokens_per_step']:,} tokens a step; "
+        f"{machine['processor']}, {machine['ranks']} rank(s) of {machine['threads_per_rank']} thread(s)"
+    )
+    table = Table("", *sides)
+    rows = {
+        "tokens/s": lambda side: f"{side['tokens_per_second']:,.0f}",
+        "step, median": lambda side: _ms(side["step_seconds"]["median"]),
+        "  quartiles": lambda side: _range(side["step_seconds"], "lower_quartile", "upper_quartile", _ms),
+        "  min - max": lambda side: _range(side["step_seconds"], "min", "max", _ms),
+        "  forward and backward": lambda side: _ms(side["forward_backward_seconds"]),
+        "  clipping, optimizer": lambda side: _ms(side["optimizer_seconds"]),
+        "CPU time of a step": lambda side: _ms(side["cpu_seconds"]),
+        "peak memory": lambda side: _mib(side["kept_bytes"] + (side["step_bytes"] or 0)),
+        "  kept between steps": lambda side: _mib(side["kept_bytes"]),
+        "  within a step": lambda side: "?" if side["step_bytes"] is None else _mib(side["step_bytes"]),
+        "model FLOP/s": lambda side: f"{side['flops_per_second'] / 1e9:,.1f} G",
+        "share of the limit": lambda side: f"{side['share_of_limit']:.1%}",
+        "loss, first - last": lambda side: f"{side['losses'][0]:.6f} - {side['losses'][-1]:.6f}",
+    }
+    for name, cell in rows.items():
+        table.add_row(name, *(cell(side) for side in sides.values()))
+    console.print(table)
+    parts = ", ".join(f"{name} {count / 1e9:,.2f}" for name, count in flops.items() if name != "model")
+    rates = ", ".join(f"{rate / 1e9:,.0f} G ({name})" for name, rate in figures["gemm_flops_per_second"].items())
+    console.print(f"model FLOPs a step: {flops['model'] / 1e9:,.2f} G ({parts})")
+    console.print(f"GEMM FLOP/s here: {rates}")
+    console.print(f"limit, all FLOPs at the higher of these rates: {_ms(figures['limit_seconds'])}")
+    if "speed_ratio" in figures:
+        speed, cpu = figures["speed_ratio"], figures["cpu_ratio"]
+        quartiles, ends = ("lower_quartile", "upper_quartile"), ("min", "max")
+        console.print(
+            f"megasft is {_times(speed['median'])} times as fast (quartiles {_range(speed, *quartiles, _times)}, "
+            f"min - max {_range(speed, *ends, _times)}); by CPU time {_times(cpu['median'])} times "
+            f"(quartiles {_range(cpu, *quartiles, _times)})"
+        )
+        console.print(
+            f"losses {'agree' if figures['losses_agree'] else 'DO NOT AGREE'}: at no step more than "
+            f"{figures['loss_difference']:.1e} apart, relative (gradient norms {figures['grad_norm_difference']:.1e})"
+        )
+
+
+def _range(values: dict[str, float], low: str, high: str, written: Callable[[float], str]) -> str:
+    return f"{written(values[low])} - {written(values[high])}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f} ms"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+if __name__ == "__main__":
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    typer.run(main)

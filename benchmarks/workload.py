@@ -1,0 +1,162 @@
+"""What is timed: model shapes, random weights, random conversations, and the FLOPs that a training step asks for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from megasft.data.dataset import Samples
+
+RANK = 16  # LoRA r; alpha is twice it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen3-MoE whose layers all have experts, and the micro batch of one rank."""
+
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    experts: int
+    experts_per_token: int
+    expert_intermediate: int
+    vocabulary: int
+    conversations: int  # in a micro batch, all of the same length: nobody pads
+    length: int  # tokens of a conversation that the model is fed
+
+    def hf_config(self) -> Qwen3MoeConfig:
+        """As a `config.json`."""
+        return Qwen3MoeConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=4 * self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads,
+            head_dim=self.head_dim,  # type: ignore[call-arg]  # one of the attributes that the class does not list
+            num_experts=self.experts,
+            num_experts_per_tok=self.experts_per_token,
+            moe_intermediate_size=self.expert_intermediate,
+            norm_topk_prob=True,
+            max_position_embeddings=4096,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            tie_word_embeddings=False,
+        )
+
+
+PRESETS = {
+    # the model of tools/make_demo.py, and the micro batch of configs/demo.toml
+    "demo": Shape(128, 4, 8, 4, 32, 16, 4, 64, 4096, conversations=4, length=256),
+    "small": Shape(512, 4, 8, 2, 64, 32, 4, 192, 8192, conversations=1, length=1024),
+    # for tests
+    "tiny": Shape(64, 2, 4, 2, 16, 8, 2, 32, 256, conversations=2, length=32),
+}
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one step, a multiplication and an addition counting as two.
+
+    Frozen weights: 2 for each active weight and token in forward, 2 in backward for the gradient of the input.
+    LoRA: 2 in forward, 4 in backward. Attention: two products of half a square (causal) in forward, four in backward.
+    The head: as frozen weights, for supervised positions alone. Left out: norms, softmax, activations, the optimizer;
+    and the saving that the first layer's input, an embedding, needs no gradient.
+    """
+
+    frozen: float
+    lora: float
+    attention: float
+    head: float
+    recomputed: float  # the layers' forward once more; no part of `model`
+
+    @property
+    def model(self) -> float:
+        """What the model asks for, however it is computed."""
+        return self.frozen + self.lora + self.attention + self.head
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every side does in a step, and how many steps."""
+
+    shape: Shape
+    dtype: str  # "bf16" or "fp32"
+    steps: int  # timed
+    warmup: int  # not timed, before them
+    supervised: float = 1.0  # share of the targets
+    recompute: bool = False  # activation checkpointing
+    topology: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def supervised_targets(self) -> int:
+        """Of one conversation, at least one."""
+        return max(1, round(self.supervised * self.shape.length))
+
+    def settings(self, model: str) -> dict[str, Any]:
+        """The run file, for a model folder."""
+        return {
+            "job": {"model": model, "seed": 0},
+            "data": {"topology": self.topology},
+            "lora": {"r": RANK, "alpha": 2 * RANK, "dropout": 0.0, "target_modules": ["all-linear"]},
+            "hyperparameters": {
+                "per_device_batch": self.shape.conversations,
+                "sequence_length": self.shape.length + 1,
+                "learning_rate": 1e-3,
+                "lr_schedule": "constant",
+                "parallelism": {"bf16": self.dtype == "bf16", "activation_checkpointing": self.recompute},
+            },
+        }
+
+    def write_model(self, folder: Path) -> None:
+        """A Hugging Face checkpoint of random weights, large enough that every part of the model shows in the loss."""
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(self.shape.hf_config())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.normal_(1.0, 0.1)
+                else:
+                    parameter.normal_(0.0, 1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
+        if self.dtype == "bf16":
+            model.bfloat16()
+        model.save_pretrained(folder)
+
+    def samples(self, steps: int, replicas: int) -> Samples:
+        """Conversations of random tokens, of whose targets the last ones are supervised, for an epoch of `steps` steps.
+
+        New tokens in every step, as in training: an expert does not get the same number of rows twice.
+        """
+        generator = torch.Generator().manual_seed(1)
+        count = steps * replicas * self.shape.conversations
+        length = self.shape.length + 1  # the last token is only a target
+        ids = torch.randint(0, self.shape.vocabulary, (count, length), dtype=torch.int32, generator=generator)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        mask[:, -self.supervised_targets :] = True
+        return Samples(ids.flatten(), mask.flatten(), torch.arange(1, count + 1) * length)
+
+    def tokens(self, replicas: int) -> int:
+        """Tokens that the model is fed in a step."""
+        return replicas * self.shape.conversations * self.shape.length
+
+    def flops(self, replicas: int) -> Flops:
+        """FLOPs of a step over all ranks."""
+        shape, r = self.shape, RANK
+        h, f, q = shape.hidden, shape.expert_intermediate, shape.heads * shape.head_dim
+        kv = shape.key_value_heads * shape.head_dim
+        experts = [(h, f), (h, f), (f, h)] * shape.experts_per_token
+        linears = [(h, q), (h, kv), (h, kv), (q, h), (h, shape.experts), *experts]
+        active = shape.layers * sum(inputs * outputs for inputs, outputs in linears)
+        active_lora = shape.layers * sum(r * (inputs + outputs) for inputs, outputs in linears)
+        tokens, conversations = self.tokens(replicas), replicas * shape.conversations
+        scores = conversations * shape.layers * q * shape.length**2 / 2  # multiplications of one product
+        return Flops(
+            frozen=4.0 * tokens * active,
+            lora=6.0 * tokens * active_lora,
+            attention=6 * 2 * scores,
+            head=4.0 * conversations * self.supervised_targets * h * shape.vocabulary,
+            recomputed=2 * tokens * (active + active_lora) + 2 * 2 * scores if self.recompute else 0.0,
+        )
