@@ -86,7 +86,8 @@ def main(
         topology = initialize(RunConfig.from_dict(workload.settings(model=".")))
         figures |= measure(workload, topology, against is not None, profile)
     except UserError as error:
-        print(f"throughput: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # it is the same on all ranks
+            print(f"throughput: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     if topology.is_first:
         report(figures)
@@ -187,8 +188,8 @@ def report(figures: dict[str, Any]) -> None:
         "  min - max": lambda side: _range(side["step_seconds"], "min", "max", _ms),
         "  forward and backward": lambda side: _ms(side["forward_backward_seconds"]),
         "  clipping, optimizer": lambda side: _ms(side["optimizer_seconds"]),
-        "CPU time of a step": lambda side: _ms(side["cpu_seconds"]),
-        "peak memory": lambda side: _mib(side["kept_bytes"] + (side["step_bytes"] or 0)),
+        "CPU time of rank 0": lambda side: _ms(side["cpu_seconds"]),
+        "peak memory of rank 0": lambda side: _mib(side["kept_bytes"] + (side["step_bytes"] or 0)),
         "  kept between steps": lambda side: _mib(side["kept_bytes"]),
         "  within a step": lambda side: "?" if side["step_bytes"] is None else _mib(side["step_bytes"]),
         "model FLOP/s": lambda side: f"{side['flops_per_second'] / 1e9:,.1f} G",

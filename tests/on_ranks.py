@@ -56,32 +56,65 @@ def logits(settings: dict[str, Any], samples: list[Sample]) -> Tensor:
     return out[: len(ids)]
 
 
-def gradients(settings: dict[str, Any], samples: list[Sample]) -> tuple[float, float, dict[str, Any]]:
+Parts = dict[str, tuple[Any, Tensor]]  # name -> (index into the whole tensor, this rank's part)
+
+
+def gradients(settings: dict[str, Any], samples: list[Sample]) -> tuple[float, float, Parts]:
     """(loss, gradient norm, this rank's parts of every LoRA gradient) of one global batch made of all samples."""
     config, topology, model = start(settings)
-    trainer = Trainer(config, topology, model, as_samples(samples))
+    return measure_gradients(Trainer(config, topology, model, as_samples(samples)), len(samples))
+
+
+def measure_gradients(trainer: Trainer, samples: int) -> tuple[float, float, Parts]:
+    """The same for a trainer at hand."""
     trainer.ddp.zero_grad_buffer()
-    loss, _ = trainer._run(trainer.train, range(len(samples)), training=True)
+    loss, _ = trainer._run(trainer.train, range(samples), training=True)
     for buffer in trainer.ddp.buffers + trainer.ddp.expert_parallel_buffers:
-        for bucket in buffer.buckets:
-            group = bucket_group(trainer, buffer)
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:  # each rank has reduced its share only
             mine = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
             dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
-    parts = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.main_grad
-    for shard in model.adapter_shards():
-        if shard.writer:
-            parts[shard.name] = (shard.index, shard.local.clone())
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    values = [parameter.data for parameter in trained]
+    for parameter in trained:
+        parameter.data = parameter.main_grad
+    parts = adapter_parts(trainer.model)
+    for parameter, value in zip(trained, values, strict=True):
+        parameter.data = value
     norm = torch.tensor(sum(float(part.double().square().sum()) for _, part in parts.values()), dtype=torch.float64)
     dist.all_reduce(norm)
     return loss, float(norm.sqrt()), parts
 
 
-def bucket_group(trainer: Trainer, buffer: Any) -> dist.ProcessGroup:
-    """The data-parallel group over which a gradient buffer is reduce-scattered."""
-    return buffer.data_parallel_group
+def adapter_parts(model: Qwen3Moe) -> Parts:
+    """What this rank would write of the adapter."""
+    return {shard.name: (shard.index, shard.local.clone()) for shard in model.adapter_shards() if shard.writer}
+
+
+def assemble(everyone: list[Parts], shapes: dict[str, Any]) -> dict[str, Tensor]:
+    """Whole tensors from every rank's parts: each element from one rank and one only."""
+    whole = {name: torch.full(tuple(shape), torch.nan) for name, shape in shapes.items()}
+    for parts in everyone:
+        for name, (index, value) in parts.items():
+            assert whole[name][index].isnan().all(), f"two ranks write {name}"
+            whole[name][index] = value.float()
+    assert not any(value.isnan().any() for value in whole.values()), "a part of a tensor has no writer"
+    return whole
+
+
+def everything(settings: dict[str, Any], samples: list[Sample], steps: int) -> dict[str, Any]:
+    """Loss and gradients of one batch of all samples, then a loss curve and the adapter it ends in."""
+    config, topology, model = start(settings)
+    trainer = Trainer(config, topology, model, as_samples(samples))
+    loss, _, gradient_parts = measure_gradients(trainer, len(samples))
+    curve = [trainer.train_step() for _ in range(steps)]
+    return {
+        "loss": loss,
+        "gradients": gradient_parts,
+        "curve": [record["loss"] for record in curve],
+        "norms": [record["grad_norm"] for record in curve],
+        "adapter": adapter_parts(model),
+    }
 
 
 def loss_curve(settings: dict[str, Any], samples: list[Sample], steps: int, save_to: str | None = None) -> list[dict[str, Any]]:

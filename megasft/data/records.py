@@ -5,6 +5,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +17,22 @@ MAX_DEPTH = 64
 EXCERPT_CHARS = 80
 HEAD_BYTES = 4 * EXCERPT_CHARS
 
+BLOCK_RECORDS = 256
+BLOCK_BYTES = 4 * 2**20
+
 Record = tuple[int, dict[str, Any] | str, bytes]
+
+
+@dataclass(slots=True)
+class Block:
+    """Some records of one file as they were read: lines of JSON, or rows of Parquet.
+
+    A line is (its number, its bytes, why they cannot be used): the last is empty where they can be looked at.
+    """
+
+    lines: list[tuple[int, bytes, str]] = field(default_factory=list)
+    rows: Any = None  # a pyarrow.RecordBatch
+    first_row: int = 0
 
 
 def conversation_files(path: str | Path) -> list[Path]:
@@ -51,7 +67,26 @@ def read_records(file: Path, columns: tuple[str, ...] = ("messages", "tools")) -
 
     Of a Parquet file only `columns` are read, and it must have the first of them.
     """
-    return _parquet_rows(file, columns) if file.suffix == ".parquet" else _json_lines(file)
+    for block in read_blocks(file, columns):
+        yield from parse_block(block)
+
+
+def read_blocks(file: Path, columns: tuple[str, ...] = ("messages", "tools")) -> Iterator[Block]:
+    """Read a file without parsing its records, which is left to `parse_block`: another process may do that."""
+    return _parquet_blocks(file, columns) if file.suffix == ".parquet" else _line_blocks(file)
+
+
+def parse_block(block: Block) -> Iterator[Record]:
+    """The records of a block, as `read_records` yields them."""
+    for number, raw, reason in block.lines:
+        yield number, reason or parse_object(raw), raw[:HEAD_BYTES]
+    for i in range(len(block.rows) if block.rows is not None else 0):
+        try:
+            row = {name: block.rows.column(name)[i].as_py() for name in block.rows.schema.names}
+        except UnicodeDecodeError:
+            yield block.first_row + i, "not UTF-8", b""
+            continue
+        yield block.first_row + i, _without_nulls(row), b""
 
 
 def visible(text: str, limit: int = EXCERPT_CHARS) -> str:
@@ -97,7 +132,19 @@ def too_deep(value: Any) -> bool:
     return True
 
 
-def _json_lines(file: Path) -> Iterator[Record]:
+def _line_blocks(file: Path) -> Iterator[Block]:
+    block, size = Block(), 0
+    for line in _lines(file):
+        block.lines.append(line)
+        size += len(line[1])
+        if len(block.lines) == BLOCK_RECORDS or size >= BLOCK_BYTES:
+            yield block
+            block, size = Block(), 0
+    if block.lines:
+        yield block
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes, str]]:
     number = 0
     try:
         with _open(file) as stream:
@@ -107,14 +154,14 @@ def _json_lines(file: Path) -> Iterator[Record]:
                     begin = line[:HEAD_BYTES]
                     while line and not line.endswith(b"\n"):
                         line = stream.readline(MAX_LINE_BYTES)
-                    yield number, f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB", begin
+                    yield number, begin, f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB"
                     continue
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield number, parse_object(line), line[:HEAD_BYTES]
+                    yield number, line, ""
     except (OSError, EOFError, zlib.error) as error:  # pyarrow's decompression errors are OSErrors
-        yield number + 1, f"the file is damaged or cut short from here on ({error})", b""
+        yield number + 1, b"", f"the file is damaged or cut short from here on ({error})"
 
 
 def _open(file: Path) -> BinaryIO:
@@ -139,7 +186,7 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _parquet_rows(file: Path, wanted: tuple[str, ...]) -> Iterator[Record]:
+def _parquet_blocks(file: Path, wanted: tuple[str, ...]) -> Iterator[Block]:
     import pyarrow
     from pyarrow import parquet
 
@@ -148,19 +195,14 @@ def _parquet_rows(file: Path, wanted: tuple[str, ...]) -> Iterator[Record]:
         with parquet.ParquetFile(file) as table:
             columns = [name for name in wanted if name in table.schema_arrow.names]
             if wanted[0] not in columns:
-                yield 1, f"the file has no column `{wanted[0]}`", ", ".join(table.schema_arrow.names).encode()
+                names = ", ".join(table.schema_arrow.names).encode()
+                yield Block([(1, names, f"the file has no column `{wanted[0]}`")])
                 return
             for batch in table.iter_batches(batch_size=32, columns=columns):
-                for i in range(batch.num_rows):
-                    number += 1
-                    try:
-                        row = {name: batch.column(name)[i].as_py() for name in columns}
-                    except UnicodeDecodeError:
-                        yield number, "not UTF-8", b""
-                        continue
-                    yield number, _without_nulls(row), b""
+                yield Block(rows=batch, first_row=number + 1)
+                number += batch.num_rows
     except (OSError, pyarrow.ArrowException) as error:
-        yield number + 1, f"the file is damaged or not Parquet ({visible(str(error))})", b""
+        yield Block([(number + 1, b"", f"the file is damaged or not Parquet ({visible(str(error))})")])
 
 
 def _without_nulls(value: Any) -> Any:

@@ -7,28 +7,38 @@ from megasft.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.json"]
+_ANSWER_SECONDS = 5.0
 
 
 def find_model(name: str) -> Path:
     """The folder of a model: `name` itself if it is one; otherwise from huggingface_hub's cache, or fetched into it.
 
-    Raises UserError if it cannot be had.
+    Raises UserError if it cannot be had, within seconds if there is no network.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise UserError(f"[job] model = {name!r}: neither a folder nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
+    check_name(name)
+    from huggingface_hub import HfApi, snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=True))
     except Exception:  # not in the cache: whatever the reason, the hub is asked next
         pass
     try:
+        # snapshot_download asks the same without any time limit (huggingface_hub 2.4): let it only if there is an answer.
+        HfApi().model_info(name, timeout=_ANSWER_SECONDS)
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # network, authorisation, spelling: the hub's client raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or "no answer").splitlines()[0]
         raise UserError(
-            f"[job] model = {name!r}: not a folder, not in huggingface_hub's cache, and the hub did not give it ({reason})"
+            f"[job] model = {name!r}: not a folder, not in huggingface_hub's cache, and the hub did not give it "
+            f"({type(error).__name__}: {reason}); give the path of a model folder, or fetch it where there is a network"
         ) from None
+
+
+def check_name(name: str) -> None:
+    """Raise UserError if `name` can be neither a folder nor a hub id."""
+    if Path(name).expanduser().is_dir() or (_HUB_ID.fullmatch(name) and not name.startswith(".")):
+        return
+    raise UserError(f"[job] model = {name!r}: no such folder, and not a hub id (owner/name)")

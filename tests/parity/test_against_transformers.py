@@ -67,20 +67,13 @@ def test_logits_equal_those_of_transformers(ranks, worlds, name, tensor, data):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def assembled(parts: list[dict], reference: Reference) -> dict[str, torch.Tensor]:
-    """Whole gradients from every rank's parts; NaN where no rank had one, so that a gap is seen."""
-    whole = {name: torch.full_like(value, torch.nan) for name, value in reference.adapter.items()}
-    for rank_parts in parts:
-        for name, (index, value) in rank_parts.items():
-            assert whole[name][index].isnan().all(), f"two ranks write {name}"
-            whole[name][index] = value
-    return whole
-
-
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize(("tensor", "data"), TOPOLOGIES)
-def test_loss_and_every_lora_gradient_equal_those_of_transformers(ranks, worlds, tensor, data, accumulation):
-    settings, reference = worlds("dense layer")
+@pytest.mark.parametrize(
+    ("name", "tensor", "data", "accumulation"),
+    [("dense layer", *topology, accumulation) for topology in TOPOLOGIES for accumulation in (1, 4)]
+    + [(name, *topology, 2) for name in MODELS if name != "dense layer" for topology in ((1, 1), (2, 2))],
+)
+def test_loss_and_every_lora_gradient_equal_those_of_transformers(ranks, worlds, name, tensor, data, accumulation):
+    settings, reference = worlds(name)
     batch = 8 // data // accumulation
     if batch == 0:
         batch = 1  # 4 ranks x 4 micro batches: half of them stay empty
@@ -90,7 +83,7 @@ def test_loss_and_every_lora_gradient_equal_those_of_transformers(ranks, worlds,
     answers = ranks(tensor * data, on_ranks.gradients, cut(settings, tensor, data, batch, accumulation), samples)
     for loss, _, _ in answers:
         assert loss == pytest.approx(want.item(), rel=1e-5)
-    got = assembled([parts for *_, parts in answers], reference)
+    got = on_ranks.assemble([parts for *_, parts in answers], {k: v.shape for k, v in reference.adapter.items()})
     for name, grad in want_grads.items():
         # Relative to the largest entry: fp32 sums of hundreds of terms in another order.
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-9, name

@@ -1,0 +1,176 @@
+"""Safetensors files read and written in place, and folders that appear whole or not at all.
+
+For files larger than memory: a tensor is a view of the mapped file, of which only the touched pages are ever in memory,
+and `release` gives those back. A file is 8 bytes of header length, a JSON header and the tensors
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import math
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megasft.errors import UserError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """What the header says of a tensor, its place aside."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFile:
+    """A safetensors file to read from. Raises UserError where it is missing, damaged or of unknown dtypes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt"):  # checks the header against the format and the file's length
+                pass
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header: dict[str, Any] = json.loads(file.read(length))
+                # A private mapping: torch wants writable memory, the file stays as it is.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: missing, damaged or not a safetensors file ({error})") from None
+        header.pop("__metadata__", None)
+        unknown = next((name for name, entry in header.items() if entry["dtype"] not in DTYPES), None)
+        if unknown:
+            raise UserError(f"{path}: tensor {unknown!r} is of type {header[unknown]['dtype']}, which cannot be read here")
+        self.specs = {name: TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
+        self.offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the file; nothing is read until it is used."""
+        return _view(self._map, self.specs[name], self.offsets[name])
+
+    def release(self) -> None:
+        """Forget the pages that were read."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class TensorFileWriter:
+    """A safetensors file of known tensors, all zero at first, to be filled in place. Its space is taken at once.
+
+    Raises OSError, such as "No space left on device".
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self.specs, self.offsets = dict(specs), {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name, spec in specs.items():
+            header[name] = {
+                "dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes],
+            }  # fmt: skip
+            self.offsets[name] = at
+            at += spec.nbytes
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        start = 8 + len(encoded)
+        self.offsets = {name: start + offset for name, offset in self.offsets.items()}
+        with open(path, "w+b") as file:
+            # Without this a full disk would be a bus error on the first page that finds no room.
+            os.posix_fallocate(file.fileno(), 0, start + at)
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            file.flush()
+            self._map = mmap.mmap(file.fileno(), 0)
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the file: what is written to it is in the file."""
+        return _view(self._map, self.specs[name], self.offsets[name])
+
+    def release(self) -> None:
+        """Leave the pages that were written to the operating system."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Flush to disk."""
+        self._map.flush()
+
+
+def _view(mapping: mmap.mmap, spec: TensorSpec, offset: int) -> Tensor:
+    count = math.prod(spec.shape)
+    if not count:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    return torch.frombuffer(mapping, dtype=spec.dtype, count=count, offset=offset).view(spec.shape)
+
+
+class NewFolder:
+    """A folder made under another name, beside its own, that takes its own when whole: `with NewFolder(x) as new:`.
+
+    In the block, files go to `new.path`; the way out gives the name, an exception removes all. A folder of that name
+    is replaced, unless `replace` is false and it holds something. Raises UserError where the disk does not allow it.
+    """
+
+    def __init__(self, folder: str | Path, replace: bool = True) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{folder}: exists and is not a folder")
+        if not replace and self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{folder}: already holds files; name a folder that does not exist yet, or empty this one")
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            self.finish()
+            return
+        self.discard()
+        if isinstance(error, OSError):
+            raise self._failed(error) from None
+
+    def _failed(self, error: OSError) -> UserError:
+        return UserError(f"{self.folder}: cannot be written ({error.strerror or error})")
+
+    def finish(self) -> None:
+        """Flush to disk and give the folder its name."""
+        try:
+            for path in (*self.path.rglob("*"), self.path):
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            self.path.chmod(0o755)
+            if self.folder.exists():
+                retired = self.path.with_name(self.path.name + ".old")
+                self.folder.rename(retired)
+                self.path.rename(self.folder)
+                shutil.rmtree(retired, ignore_errors=True)
+            else:
+                self.path.rename(self.folder)
+        except OSError as error:
+            self.discard()
+            raise self._failed(error) from None
+
+    def discard(self) -> None:
+        """Remove what was made so far."""
+        shutil.rmtree(self.path, ignore_errors=True)
