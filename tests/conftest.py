@@ -10,6 +10,4 @@ from tests.ranks import RankPool
 @pytest.fixture(scope="session")
 def ranks():
     """`ranks(n, function, *args)`: run a function on n ranks of the session's pool."""
-    pool = RankPool()
-    yield pool
-    pool.stop()
+    return RankPool()

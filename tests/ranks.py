@@ -1,15 +1,19 @@
-"""One pool of rank processes for the whole test session: starting Python, torch and megatron-core costs seconds each."""
+"""Rank processes for tests, forked from one server that has imported torch, megatron-core and megasft already.
+
+Importing those costs seconds a process. A fork costs a tenth, and ends with the test: process groups of gloo keep threads
+that would pile up in a process that is used again.
+"""
 
 import importlib
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-WORLD = 4
 TIMEOUT = 300.0
 
 
@@ -20,79 +24,58 @@ class RankPool:
     """
 
     def __init__(self) -> None:
-        self._workers: list[Any] = []
-        self._pipes: list[Connection] = []
-
-    def _start(self) -> None:
-        # The fork server imports once what all workers need; `spawn` would import it in each.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.on_ranks"])
-        for rank in range(WORLD):
-            ours, theirs = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, theirs), daemon=True)
-            worker.start()
-            self._workers.append(worker)
-            self._pipes.append(ours)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.preload"])
 
     def __call__(self, ranks: int, function: Callable, *args: Any) -> list[Any]:
-        if not self._workers:
-            self._start()
-        call = (ranks, _free_port(), function.__module__, function.__qualname__, args)
-        for pipe in self._pipes[:ranks]:
-            pipe.send(call)
+        port = _free_port()
+        pipes, processes = [], []
+        for rank in range(ranks):
+            ours, theirs = self._context.Pipe(duplex=False)
+            call = (rank, ranks, port, function.__module__, function.__qualname__, args, theirs)
+            processes.append(self._context.Process(target=_work, args=call, daemon=True))
+            processes[-1].start()
+            theirs.close()
+            pipes.append(ours)
+        try:
+            return self._collect(pipes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+    def _collect(self, pipes: list[Connection]) -> list[Any]:
         answers: dict[int, Any] = {}
-        pending = dict(zip(self._pipes[:ranks], range(ranks), strict=True))
+        pending = {pipe: rank for rank, pipe in enumerate(pipes)}
         while pending:
             ready = wait(list(pending), timeout=TIMEOUT)
             if not ready:
-                self.stop()
                 raise TimeoutError(f"ranks {sorted(pending.values())} did not answer in {TIMEOUT:.0f} s")
             for pipe in ready:
                 rank = pending.pop(pipe)
                 try:
-                    answers[rank] = pipe.recv()
+                    kind, answers[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    answers[rank] = ("error", "the process died")
-                if answers[rank][0] == "error":
-                    self.stop()  # its peers wait in a collective
-                    raise AssertionError(f"rank {rank} of {ranks}:\n{answers[rank][1]}")
-        return [answers[rank][1] for rank in range(ranks)]
-
-    def stop(self) -> None:
-        for worker in self._workers:
-            worker.kill()
-            worker.join()
-        self._workers, self._pipes = [], []
+                    kind, answers[rank] = "error", "the process died"
+                if kind == "error":
+                    raise AssertionError(f"rank {rank} of {len(pipes)}:\n{answers[rank]}")
+        return [answers[rank] for rank in range(len(pipes))]
 
 
-def _serve(rank: int, pipe: Connection) -> None:
-    os.environ.update(OMP_NUM_THREADS="1")
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    import torch
+def _work(rank: int, ranks: int, port: int, module: str, name: str, args: tuple, pipe: Connection) -> None:
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    from megasft import host
-
-    host.prepare()
-    while True:
-        try:
-            ranks, port, module, name, args = pipe.recv()
-        except EOFError:
-            return
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
-        try:
-            dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-            function = getattr(importlib.import_module(module), name)
-            answer = ("result", function(*args))
-            from megasft import topology
-
-            topology.stop()
-        except BaseException:
-            answer = ("error", traceback.format_exc())
-        pipe.send(answer)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    try:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+        answer = ("result", getattr(importlib.import_module(module), name)(*args))
+        dist.barrier()  # rank 0 holds the store: nobody leaves before all are done
+    except BaseException:
+        answer = ("error", traceback.format_exc())
+    # By value: torch's own way of passing tensors between processes needs the sender to live on.
+    pipe.send_bytes(pickle.dumps(answer))
+    pipe.close()
+    os._exit(0)
 
 
 def _free_port() -> int:

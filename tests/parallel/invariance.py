@@ -31,7 +31,7 @@ class Case:
 
     def __str__(self) -> str:
         sizes = (("tp", self.tensor), ("ep", self.expert), ("etp", self.expert_tensor), ("pp", self.pipeline), ("dp", self.data))
-        return " ".join(f"{name}{size}" for name, size in sizes if size > 1 or name == "dp") + f" micro{self.batch}"
+        return "-".join(f"{name}{size}" for name, size in sizes if size > 1 or name == "dp") + f"-micro{self.batch}"
 
     @property
     def data(self) -> int:
@@ -114,7 +114,6 @@ def main() -> None:
         experiment = Experiment(Path(folder), pool)
         for case in CASES:
             table.add_row(str(case), *(f"{value:.1e}" for value in experiment.differences(case).values()))
-    pool.stop()
     Console().print(table)
 
 

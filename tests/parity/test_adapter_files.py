@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import Qwen3MoeForCausalLM
 
 from megasft.config import LINEAR_LAYERS
+from megasft.lora.adapter import save_adapter
 from tests import on_ranks
-from tests.parity.reference import PREFIX, linear_shapes, random_model, tiny_config
+from tests.parity.peft_adapters import DOWN, GATE_UP, ROUTER, base_model, loaded_by_peft, logits, save_trained_by_peft
+from tests.parity.reference import PREFIX, linear_shapes, random_adapter, random_model, tiny_config, write_adapter
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -38,14 +38,8 @@ def test_peft_loads_the_exported_adapter_whole_and_gives_the_trained_logits(rank
 
     settings["job"]["init_adapter"] = str(tmp_path / "adapter")
     ours = ranks(4, on_ranks.logits, settings, samples)[0]
-    base = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    plain = torch.cat([base(ids[None]).logits[0] for ids, _ in samples]).detach()
-    peft = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    result = peft.load_adapter(tmp_path / "adapter", "default")
-    assert not result.missing_keys
-    assert not result.unexpected_keys
-    with torch.no_grad():
-        theirs = torch.cat([peft(ids[None]).logits[0] for ids, _ in samples])
+    plain = logits(base_model(tmp_path / "base"), samples)
+    theirs = logits(loaded_by_peft(tmp_path / "base", tmp_path / "adapter"), samples)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert (ours - plain).abs().max() > 0.05, "training changed nothing that could be compared"
 
@@ -109,3 +103,104 @@ def test_adapter_config_says_what_peft_and_vllm_need(ranks, tmp_path):
     assert config["target_parameters"] is None
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert not any(value.any() for name, value in saved.items() if "up_proj" in name or "down_proj" in name)
+
+
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
+DENSE = [f"mlp.{name}.weight" for name in EXPERTS]
+# What peft was told to train, and the [lora] settings under which a job goes on from it.
+TRAINED_BY_PEFT = {
+    "attention": ({"target_modules": list(ATTENTION)}, ATTENTION, 4),
+    "one pair of A for gate and up": (
+        {"target_modules": list(ATTENTION), "target_parameters": [GATE_UP, DOWN, ROUTER]}, LINEAR_LAYERS, 4,
+    ),
+    "gate and up only": ({"target_modules": [], "target_parameters": [GATE_UP]}, ("gate_proj", "up_proj"), 4),
+    "down only": ({"target_modules": ["q_proj"], "target_parameters": [DOWN]}, ("q_proj", "down_proj"), 4),
+    # peft doubles the rank of gate and up and then trains all of B: they share an A of rank 8, the others have 4.
+    "all-linear": ({"target_modules": "all-linear"}, LINEAR_LAYERS, 8),
+    "ranks by pattern": (
+        {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"o_proj": 6}, "alpha_pattern": {"o_proj": 18}},
+        ("q_proj", "o_proj"), 6,
+    ),
+    "stabilised scaling": ({"target_modules": ["q_proj"], "use_rslora": True, "lora_alpha": 6}, ("q_proj",), 4),
+    "dense layer": (
+        {"target_modules": ["q_proj"], "target_parameters": [GATE_UP, DOWN, *DENSE]}, ("q_proj", *EXPERTS), 4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TRAINED_BY_PEFT)
+def test_a_job_starts_from_what_peft_trained(ranks, tmp_path, kind):
+    peft_settings, targets, r = TRAINED_BY_PEFT[kind]
+    random_model(tiny_config(mlp_only_layers=[1] if kind == "dense layer" else [])).save_pretrained(tmp_path / "base")
+    save_trained_by_peft(tmp_path / "base", tmp_path / "peft", **peft_settings)
+    samples = on_ranks.random_samples(203, [24] * 4)
+    theirs = logits(loaded_by_peft(tmp_path / "base", tmp_path / "peft"), samples)
+    plain = logits(base_model(tmp_path / "base"), samples)
+    assert (theirs - plain).abs().max() > 0.05
+    for topology in ({"tensor": 1}, {"tensor": 2, "data": 2, "expert_parallel": 2, "expert_tensor_parallel": 2}):
+        settings = settings_for(tmp_path, targets, **topology)
+        settings["lora"] |= {"r": r, "alpha": 3.0 * r}
+        settings["job"]["init_adapter"] = str(tmp_path / "peft")
+        ours = ranks(1 if topology == {"tensor": 1} else 4, on_ranks.logits, settings, samples)[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def save_again(settings, folder, layout):
+    _, _, model = on_ranks.start(settings)
+    save_adapter(model, folder, settings["job"]["model"], layout)
+    return {shard.name: (shard.index, shard.local.clone()) for shard in model.adapter_shards()}
+
+
+def test_widened_adapters_train_in_all_their_ranks(ranks, tmp_path):
+    random_model(tiny_config(mlp_only_layers=[])).save_pretrained(tmp_path / "base")
+    save_trained_by_peft(tmp_path / "base", tmp_path / "peft", target_modules="all-linear")
+    settings = settings_for(tmp_path, LINEAR_LAYERS)
+    settings["lora"] |= {"r": 8, "alpha": 24.0}
+    settings["job"]["init_adapter"] = str(tmp_path / "peft")
+    parts = ranks(1, save_again, settings, str(tmp_path / "again"), "per-expert")[0]
+    theirs = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    for name, (_, value) in parts.items():
+        if "self_attn" in name or ".mlp.gate." in name:
+            kept, added = (value[:4], value[4:]) if "lora_A" in name else (value[:, :4], value[:, 4:])
+            assert torch.equal(kept, theirs[PREFIX + name])
+            assert added.any() == ("lora_A" in name), f"{name}: with A and B both zero nothing would ever train"
+
+
+@pytest.mark.parametrize("targets", [LINEAR_LAYERS, ("gate_proj", "q_proj"), ("down_proj",), ATTENTION], ids="+".join)
+@pytest.mark.parametrize("mlp_only_layers", [[], [1]], ids=["sparse", "with dense layer"])
+def test_fused_export_goes_through_peft_and_back_to_us_bit_for_bit(ranks, tmp_path, targets, mlp_only_layers):
+    config = tiny_config(mlp_only_layers=mlp_only_layers)
+    random_model(config).save_pretrained(tmp_path / "base")
+    start = write_adapter(random_adapter(config, 4, frozenset(targets)), tmp_path / "start", 4, 12)
+    samples = on_ranks.random_samples(203, [24] * 4)
+    four = settings_for(tmp_path, targets, tensor=2, data=2, expert_parallel=4)
+    four["job"]["init_adapter"] = str(start)
+    ranks(4, save_again, four, str(tmp_path / "fused"), "fused")
+    ours = ranks(4, on_ranks.logits, four, samples)[0]
+
+    peft = loaded_by_peft(tmp_path / "base", tmp_path / "fused")
+    torch.testing.assert_close(ours, logits(peft, samples), rtol=1e-5, atol=1e-5)
+    assert (ours - logits(base_model(tmp_path / "base"), samples)).abs().max() > 0.05
+    peft.save_pretrained(tmp_path / "by peft")
+
+    two = settings_for(tmp_path, targets, tensor=1, data=2)
+    two["job"]["init_adapter"] = str(tmp_path / "by peft")
+    ranks(2, save_again, two, str(tmp_path / "end"), "per-expert")
+    was, now = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("start", "end"))
+    assert was.keys() <= now.keys()
+    assert all(torch.equal(now[name], was[name]) if name in was else not now[name].any() for name in now)
+
+
+def test_the_fused_layout_is_the_one_peft_makes_of_the_other(ranks, tmp_path):
+    config = tiny_config(mlp_only_layers=[])
+    random_model(config).save_pretrained(tmp_path / "base")
+    settings = settings_for(tmp_path, LINEAR_LAYERS, tensor=2)
+    settings["job"]["init_adapter"] = str(
+        write_adapter(random_adapter(config, 4, frozenset(LINEAR_LAYERS)), tmp_path / "start", 4, 12)
+    )
+    for layout in ("per-expert", "fused"):
+        ranks(2, save_again, settings, str(tmp_path / layout), layout)
+    loaded_by_peft(tmp_path / "base", tmp_path / "per-expert").save_pretrained(tmp_path / "by peft")
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("fused", "by peft"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megasft.config import RunConfig, TopologySettings, TopologySizes, load_config, resolve_topology
+from megasft.config import MixSettings, RunConfig, TopologySettings, TopologySizes, load_config, resolve_topology
 from megasft.errors import UserError
 from megasft.runfile import key_lines
 
@@ -149,10 +149,10 @@ def test_a_given_run_directory_stays(write):
 
 
 def test_asking_for_training_data_that_nobody_named_says_how_to_name_it():
-    message = refusal(RunConfig.from_dict({}).require_data)
+    message = refusal(RunConfig.from_dict({}).training_data)
     assert "--dataset" in message
     assert "[job]" in message
-    assert RunConfig.from_dict({"job": {"data": "a.jsonl"}}).require_data() == "a.jsonl"
+    assert RunConfig.from_dict({"job": {"data": "a.jsonl"}}).training_data() == (MixSettings(path="a.jsonl"),)
 
 
 def test_minus_one_step_is_no_limit_as_in_transformers():
@@ -192,7 +192,7 @@ def test_validation_on_nothing_is_refused(write):
 
 def test_the_small_run_file_loads_once_qlora_is_off(write):
     config = load_config(write(SMALL_FILE), ["training.use_qlora=false"], dataset="traces.jsonl")
-    assert config.require_data() == "traces.jsonl"
+    assert config.training_data() == (MixSettings(path="traces.jsonl"),)
     assert config.world_size() == 4
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32.0, 0.05)
     assert config.lora.targets == EVERY_LAYER
@@ -201,7 +201,7 @@ def test_the_small_run_file_loads_once_qlora_is_off(write):
 
 def test_the_large_run_file_loads_once_qlora_is_off(write):
     config = load_config(write(LARGE_FILE), ["training.use_qlora=false"])
-    assert config.require_data() == "traces/crafter_sft_converted.jsonl"
+    assert config.training_data() == (MixSettings(path="traces/crafter_sft_converted.jsonl"),)
     assert config.world_size() == 2
     assert resolve_topology(config.data.topology, 2) == TopologySizes(1, 1, 2, 1, 1)
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32.0, 0.05)

@@ -1,0 +1,59 @@
+"""The ways in that the README shows, as a user takes them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from tests.world import make_world
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(command: list[str], cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_the_library_example_of_the_readme_runs_as_it_stands(tmp_path):
+    code = re.search(r"## As a library\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    run_file = make_world(tmp_path)
+    (tmp_path / "configs").mkdir()
+    run_file.rename(tmp_path / "configs" / "demo.toml")
+    done = run([sys.executable, "-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"validation loss \d\.\d{4}", done.stdout)
+    assert load_file(tmp_path / "my-adapter" / "adapter_model.safetensors")
+
+
+def test_torchrun_trains_on_four_ranks_and_leaves_what_the_readme_lists(tmp_path):
+    run_file = make_world(tmp_path, tensor=2, data=2, steps=5)
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = [str(torchrun), "--nproc-per-node", "4", str(ROOT / "tools" / "train.py"), "--config", str(run_file)]
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    for path in ("config.toml", "tensorboard", "checkpoints/step-000004", "best/adapter_config.json", "adapter/adapter_config.json"):
+        assert (folder / path).exists(), path
+    assert not (folder / "checkpoints" / "step-000002").exists(), "keep = 1"
+    train = records(folder, "train")
+    assert [line["step"] for line in train] == [1, 2, 3, 4, 5]
+    keys = {"loss", "lr", "grad_norm", "tokens", "supervised_tokens", "seconds", "tokens_per_second"}
+    assert all(keys <= line.keys() for line in train)
+    # 12 conversations in batches of 4: three steps an epoch.
+    assert [line["step"] for line in records(folder, "validation")] == [2, 4, 5]
+    assert train[-1]["loss"] < train[0]["loss"]
+
+
+def test_importing_megasft_is_quick_and_changes_nothing():
+    code = "import sys, megasft; assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
+    assert run([sys.executable, "-c", code], ROOT).returncode == 0
