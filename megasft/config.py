@@ -37,6 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), dataset: str | 
                 file.drop(_SAME_SETTING[replaced])
         file.override(key, value, f"--set {argument}")
     if dataset is not None:
+        file.drop(("data", "mix"))
         file.override(("job", "data"), os.fspath(dataset), f"--dataset {dataset}")
     config = _checked(file)
     if "output_dir" not in config.job.model_fields_set:
@@ -101,6 +102,12 @@ def _tag(value: Any) -> Any:
     return value
 
 
+def _as_tuple(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise ValueError('must be a list of tables, such as [{ path = "a.jsonl", weight = 0.5 }]')
+    return tuple(value)
+
+
 def _text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -146,8 +153,15 @@ class ComputeSettings(Section):
     nodes: Machines = 1
 
 
+class MixSettings(Section):
+    """`[[data.mix]]`: one of several files to train on together, in place of `job.data`."""
+
+    path: Text
+    weight: Positive = 1.0  # how often an epoch goes through it; 0.5: half of it, and the other half in the next epoch
+
+
 class DataSettings(Section):
-    """`[data]`: validation data, and the topology over which batches are spread.
+    """`[data]`: from conversations to batches, validation data, and the topology over which batches are spread.
 
     Where validation is enabled and there is no `validation_path`, `validation_fraction` of the conversations are held
     out of training, the same ones for the same `job.seed`. In a `RunConfig` from one of its two doors the fraction is
@@ -156,6 +170,14 @@ class DataSettings(Section):
 
     validation_path: Text | None = None
     validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.02
+    on_error: Literal["stop", "skip"] = "stop"  # what to do about a conversation that cannot be used
+    train_on: Literal["all", "last"] = "all"  # every assistant turn, or the last of each conversation
+    # what to do about a conversation of more than sequence_length tokens
+    overlong: Literal["drop", "truncate_left", "truncate_right", "split_turns"] = "truncate_right"
+    parse_special_in_text: bool = False  # read `<|im_end|>` and the like in messages as the tokens they name
+    packing: bool = False  # fill rows of sequence_length tokens with several conversations, and count rows in batches
+    cache_dir: Text | None = None  # of tokenized data; None: megasft in $XDG_CACHE_HOME or ~/.cache
+    mix: Annotated[tuple[MixSettings, ...], BeforeValidator(_as_tuple)] = ()
     topology: TopologySettings = TopologySettings()
 
 
@@ -214,8 +236,9 @@ class ParallelismSettings(Section):
 class HyperparameterSettings(Section):
     """`[hyperparameters]`: defaults as in transformers' `TrainingArguments`, where it has them.
 
-    The global batch is `per_device_batch * gradient_accumulation_steps * data_parallel` samples. The synonyms of the
-    `[lora]` keys are folded into `[lora]` on loading and are None afterwards.
+    The global batch is `per_device_batch * gradient_accumulation_steps * data_parallel` samples: conversations, or with
+    `data.packing` rows of `sequence_length` tokens that hold several. The synonyms of the `[lora]` keys are folded into
+    `[lora]` on loading and are None afterwards.
     """
 
     n_epochs: Count = 1
@@ -276,11 +299,13 @@ class RunConfig(Section):
         """The resolved settings as a run file; `load_config` of it gives an equal RunConfig."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
-    def require_data(self) -> str:
-        """The path of the training data. Raises UserError if neither the file nor `--dataset` names any."""
-        if self.job.data is None:
+    def training_data(self) -> tuple[MixSettings, ...]:
+        """The files to train on and their weights. Raises UserError if neither the file nor `--dataset` names any."""
+        if self.job.data is not None:
+            return (MixSettings(path=self.job.data),)
+        if not self.data.mix:
             raise UserError('[job] data: no training data is named; pass --dataset FILE or set data = "FILE" in [job]')
-        return self.job.data
+        return self.data.mix
 
     def world_size(self) -> int | None:
         """How many ranks the file asks for, by its topology or else its GPUs; None if it leaves that open."""
@@ -304,7 +329,8 @@ _SYNONYMS: dict[Key, Key] = {
     ("hyperparameters", "lora_dropout"): ("lora", "dropout"),
     ("hyperparameters", "lora_target_modules"): ("lora", "target_modules"),
 }
-_SAME_SETTING = _SYNONYMS | {key: synonym for synonym, key in _SYNONYMS.items()}
+_TWICE = _SYNONYMS | {("job", "data"): ("data", "mix")}
+_SAME_SETTING = _TWICE | {key: synonym for synonym, key in _TWICE.items()}
 
 # What people look for under the names of transformers, peft, trl and megatron-core.
 _FOREIGN_NAMES = {
@@ -314,6 +340,10 @@ _FOREIGN_NAMES = {
     ("compute", "nodes"): "num_nodes nnodes",
     ("data", "validation_path"): "eval_file validation_file",
     ("data", "validation_fraction"): "validation_split",
+    ("data", "packing"): "sample_packing pack_sequences",
+    ("data", "mix"): "datasets blend",
+    ("data", "cache_dir"): "dataset_cache cache",
+    ("data", "overlong"): "truncation truncation_side",
     ("data", "topology", "tensor_parallel"): "tp tensor_model_parallel_size",
     ("data", "topology", "data_parallel"): "dp data_parallel_size",
     ("data", "topology", "expert_parallel"): "ep expert_model_parallel_size",
@@ -348,6 +378,8 @@ def _checked(file: RunFile) -> RunConfig:
         aliases = {name: key for key, names in _FOREIGN_NAMES.items() for name in names.split()}
         raise UserError(explain(error, file, RunConfig, aliases)) from None
     config = _fold_synonyms(config, file)
+    if config.data.mix and config.job.data is not None:
+        raise UserError(f"{file.at(('job', 'data'))}: [[data.mix]] names the training data too; keep one of the two")
     config = _settle_validation(config, file)
     _check_topology(config, file)
     return config

@@ -67,8 +67,8 @@ def dot_product_attention() -> type | None:
 @functools.cache
 def prepare() -> None:
     """Make megatron-core usable on this host. Call it before any process group is made; a second call does nothing."""
-    # Warnings meant for users of megatron-core's own scripts: that HybridModel will replace GPTModel (the class everyone
-    # trains with today), and how DDP lays out its buffers.
+    # Warnings meant for users of megatron-core's own scripts: that HybridModel will replace GPTModel (the class that
+    # everyone trains with today), and how DDP lays out its buffers.
     for name in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
     if CUDA:
@@ -83,7 +83,7 @@ def prepare() -> None:
     import megatron.core.optimizer.optimizer as base_optimizer
     import megatron.core.pipeline_parallel
     import megatron.core.tensor_parallel.random as megatron_random
-    import megatron.core.transformer.moe.moe_layer
+    import megatron.core.transformer.moe.moe_layer  # noqa: F401 (all these must be in sys.modules below)
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     from megatron.core.optimizer import clip_grads, distrib_optimizer
 

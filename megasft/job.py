@@ -3,11 +3,14 @@
 import os
 from pathlib import Path
 
+from megasft import preflight
 from megasft import topology as topologies
 from megasft.config import RunConfig, resolve_topology
-from megasft.data.dataset import Samples, load_samples, share_samples
+from megasft.data.cache import prepare
+from megasft.data.dataset import Mix, Samples
+from megasft.data.nodes import on_each_node
+from megasft.data.tokenize import Recipe
 from megasft.data.tokenizer import load_tokenizer
-from megasft.errors import UserError
 from megasft.lora.adapter import initialize_adapter, load_adapter
 from megasft.model import qwen3_moe
 from megasft.model.hub import find_model
@@ -18,8 +21,10 @@ from megasft.train.trainer import Summary, Trainer
 
 def run(config: RunConfig) -> Summary:
     """Train as `config` says; every rank calls it."""
-    config.require_data()
     topology = initialize(config)
+    with topology.together():
+        if topology.is_first:
+            preflight.check(config, topology.sizes)
     # The data before the weights: a bad line is found in seconds.
     train, validation = load_data(config, topology)
     model = build_model(config, topology)
@@ -45,37 +50,35 @@ def build_model(config: RunConfig, topology: Topology) -> qwen3_moe.Qwen3Moe:
     recompute = config.hyperparameters.parallelism.activation_checkpointing
     model = qwen3_moe.build_model(hf_config, topology, config.lora, dtype, recompute)
     with topology.together():
-        load_base(model, folder)
+        # The adapter before the weights: one that does not fit is refused before a large file is read.
         if config.job.init_adapter:
             load_adapter(model, config.job.init_adapter)
         else:
             initialize_adapter(model, config.job.seed)
+        load_base(model, folder)
     return model
 
 
-def load_data(config: RunConfig, topology: Topology) -> tuple[Samples, Samples | None]:
-    """(training, validation) samples; rank 0 reads and tokenizes, the others receive."""
-    train = validation = None
-    settings = config.training.validation
-    with topology.together():
-        if topology.is_first:
-            folder = find_model(config.job.model)
-            tokenizer = load_tokenizer(folder)
-            tokenizer.check_vocabulary(qwen3_moe.read_config(folder).vocab_size)
-            length = config.hyperparameters.sequence_length
-            train = load_samples(config.require_data(), tokenizer, length)
-            if settings.enabled and config.data.validation_path:
-                validation = load_samples(config.data.validation_path, tokenizer, length)
-            elif settings.enabled:
-                train, validation = train.split(config.data.validation_fraction, config.job.seed)
-    train = share_samples(train, topology)
-    return train, share_samples(validation, topology) if settings.enabled else None
+def load_data(config: RunConfig, topology: Topology) -> tuple[Mix, Mix | None]:
+    """(training, validation) samples, mapped into memory; one rank of each node tokenizes what is not in the cache."""
+    validates, path = config.training.validation.enabled, config.data.validation_path
+    folders = on_each_node(topology, lambda: _tokenized(config, [path] if validates and path else []))
+    sources = [Samples.open(folder) for folder in folders]
+    weights = [source.weight for source in config.training_data()]
+    train = Mix(tuple(sources[: len(weights)]), tuple(weights))
+    if not validates:
+        return train, None
+    if path:
+        return train, Mix.of(sources[-1])
+    return train.split(config.data.validation_fraction, config.job.seed)
 
 
-def check_before_launch(config: RunConfig) -> None:
-    """All that can be refused without a rank: paths that are not there, a model that does not fit the topology."""
-    for key, path in (("data", config.require_data()), ("init_adapter", config.job.init_adapter)):
-        if path and not Path(path).exists():
-            raise UserError(f"[job] {key} = {path!r}: no such file or folder")
-    if config.data.validation_path and not Path(config.data.validation_path).exists():
-        raise UserError(f"[data] validation_path = {config.data.validation_path!r}: no such file or folder")
+def _tokenized(config: RunConfig, more: list[str]) -> list[Path]:
+    """The cache's folders of the training data and of `more` files, made now if need be."""
+    folder = find_model(config.job.model)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.check_vocabulary(qwen3_moe.read_config(folder).vocab_size)
+    data = config.data
+    recipe = Recipe(config.hyperparameters.sequence_length, data.train_on, data.overlong, data.parse_special_in_text)
+    paths = [*(source.path for source in config.training_data()), *more]
+    return [prepare(path, tokenizer, recipe, data.on_error, data.cache_dir) for path in paths]

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -81,7 +81,10 @@ class RunFile:
         """The value written for `key`, or None."""
         value: Any = self.settings
         for name in key:
-            value = value.get(name) if isinstance(value, dict) else None
+            if isinstance(value, list) and name.isdigit():
+                value = value[int(name)] if int(name) < len(value) else None
+            else:
+                value = value.get(name) if isinstance(value, dict) else None
         return value
 
     def at(self, key: Key) -> str:
@@ -140,7 +143,11 @@ def key_lines(text: str) -> dict[Key, int]:
         except ValueError:
             continue
         keys = list(paths(parsed))
-        if statement.lstrip().startswith("["):
+        if statement.lstrip().startswith("[["):
+            count = sum(key[:-1] == keys[-1] and key[-1].isdigit() for key in lines)
+            table = (*keys[-1], str(count))
+            keys.append(table)
+        elif statement.lstrip().startswith("["):
             table = keys[-1]
         else:
             keys = [table + key for key in keys]
@@ -185,7 +192,7 @@ def explain(error: ValidationError, file: RunFile, model: type[BaseModel], alias
 
 
 def _unknown(key: Key, known: list[Key], aliases: Mapping[str, Key]) -> str:
-    *section, name = key
+    *section, name = (part for part in key if not part.isdigit())  # a number is an entry of an array of tables
     here = {other[-1]: other for other in known if other[:-1] == tuple(section)}
     anywhere = {other[-1]: other for other in reversed(known)}  # the first of equal names wins
     candidates = [aliases.get(name.lower()), anywhere.get(name.lower())]
@@ -201,3 +208,6 @@ def _known_keys(model: type[BaseModel], section: Key = ()) -> Iterator[Key]:
         yield (*section, name)
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield from _known_keys(info.annotation, (*section, name))
+        for entry in get_args(info.annotation):  # an array of tables
+            if isinstance(entry, type) and issubclass(entry, BaseModel):
+                yield from _known_keys(entry, (*section, name))

@@ -59,7 +59,9 @@ class TensorFile:
         header.pop("__metadata__", None)
         unknown = next((name for name, entry in header.items() if entry["dtype"] not in DTYPES), None)
         if unknown:
-            raise UserError(f"{path}: tensor {unknown!r} is of type {header[unknown]['dtype']}, which cannot be read here")
+            raise UserError(
+                f"{path}: tensor {unknown!r} is of type {header[unknown]['dtype']}, which cannot be read here"
+            )
         self.specs = {name: TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
         self.offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
@@ -92,16 +94,23 @@ class TensorFileWriter:
         encoded += b" " * (-len(encoded) % 8)
         start = 8 + len(encoded)
         self.offsets = {name: start + offset for name, offset in self.offsets.items()}
-        with open(path, "w+b") as file:
-            # Without this a full disk would be a bus error on the first page that finds no room.
-            os.posix_fallocate(file.fileno(), 0, start + at)
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            file.flush()
-            self._map = mmap.mmap(file.fileno(), 0)
+        self._file = open(path, "w+b", buffering=0)  # noqa: SIM115 (until close)
+        # Without this a full disk would be a bus error on the first page that finds no room.
+        os.posix_fallocate(self._file.fileno(), 0, start + at)
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._map = mmap.mmap(self._file.fileno(), 0)
 
     def tensor(self, name: str) -> Tensor:
         """A view of the file: what is written to it is in the file."""
         return _view(self._map, self.specs[name], self.offsets[name])
+
+    def write(self, name: str, index: tuple[int | slice, ...], value: Tensor) -> None:
+        """`tensor(name)[index] = value` for a contiguous part: several times as fast, because no page faults."""
+        whole = self.tensor(name)
+        offset = whole[index].data_ptr() - whole.data_ptr()
+        assert whole[index].is_contiguous(), index
+        data = value.to(whole.dtype).contiguous().view(-1).view(torch.uint8).numpy()
+        os.pwrite(self._file.fileno(), data, self.offsets[name] + offset)
 
     def release(self) -> None:
         """Leave the pages that were written to the operating system."""
@@ -110,6 +119,7 @@ class TensorFileWriter:
     def close(self) -> None:
         """Flush to disk."""
         self._map.flush()
+        self._file.close()
 
 
 def _view(mapping: mmap.mmap, spec: TensorSpec, offset: int) -> Tensor:

@@ -15,13 +15,13 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megasft import host
-from megasft.topology_sizes import TopologySizes
 from megasft.errors import UserError
+from megasft.topology_sizes import TopologySizes
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this rank stands. Sizes: world = tensor x pipeline x data = expert_tensor x expert x pipeline x expert-data."""
+    """Where this rank stands: world = tensor x pipeline x data = expert_tensor x expert x pipeline x expert-data."""
 
     sizes: TopologySizes
     groups: ProcessGroupCollection

@@ -1,22 +1,28 @@
 """One rank of a training job: runs it, and ends it so that the first error is told once and nobody hangs."""
 
+import _thread
 import os
+import re
 import signal
 import sys
+import threading
+import time
 import traceback
 from typing import NoReturn
 
-import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from rich.console import Console
 from rich.table import Table
 
 from megasft import job, topology
 from megasft.config import RunConfig
+from megasft.ending import FAILED, INTERRUPTED, REFUSED, first_to_tell, launchers_store, say
 from megasft.errors import UserError
 from megasft.train.trainer import Summary
 
-INTERRUPTED, REFUSED, FAILED = 130, 2, 1
+# What gloo and NCCL say when the process at the other end of a connection is gone.
+LOST_PEER = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
 
 
 def work(config: RunConfig) -> None:
@@ -24,47 +30,70 @@ def work(config: RunConfig) -> None:
 
     Exit codes: 0 done, 2 refused (a user's mistake), 130 interrupted, 1 failed.
     """
-    # torch reads the number of threads at import; torchrun sets one a rank, and more on few cores only fight.
-    signal.signal(signal.SIGTERM, _interrupt)
+    ending = _Ending(f"interrupted; adapters saved so far are under {config.job.output_dir}")
     try:
         summary = job.run(config)
     except UserError as error:
-        _end(REFUSED, str(error))
+        ending.end(REFUSED, str(error))
     except KeyboardInterrupt:
-        _end(INTERRUPTED, f"interrupted; adapters saved so far are under {config.job.output_dir}")
+        ending.interrupt()
     except BaseException as error:
-        traceback_text = "".join(traceback.format_exception(error))
-        _end(FAILED, f"rank {os.environ.get('RANK', 0)} failed: {error!r}", traceback_text)
+        if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+            time.sleep(1)  # whoever ended it, or `megasft train`, knows more: let them speak
+            ending.end(FAILED, f"rank {ending.rank} lost another rank, which ended without a word; out of memory?")
+        ending.end(FAILED, f"rank {ending.rank} failed, as traced above", traceback.format_exc())
     if dist.get_rank() == 0:
         print_summary(summary, config)
     topology.stop()
 
 
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+class _Ending:
+    """How this rank ends before its time: heeds SIGINT, SIGTERM and the launcher's death; speaks if no other has."""
 
+    def __init__(self, interrupted: str) -> None:
+        self.rank, self._interrupted = os.environ["RANK"], interrupted
+        self._lock = threading.Lock()
+        self._store = launchers_store()
+        if self._store is not None:  # so there is a launcher: to end with it, if it is killed, is to be told to stop
+            torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
+        self._heed_signals()
 
-def _end(code: int, message: str, details: str = "") -> NoReturn:
-    """Say why, unless another rank has, and leave at once: peers may wait in a collective, so nothing is torn down."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if _first_to_tell():
-        print(f"{details}megasft: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    def interrupt(self) -> NoReturn:
+        """End as interrupted."""
+        self.end(INTERRUPTED, self._interrupted)
 
+    def end(self, code: int, message: str, details: str = "") -> NoReturn:
+        """Say why, unless another has, and leave at once: peers may wait in a collective, so nothing is torn down."""
+        self._lock.acquire()  # for good: of two threads that come here, the second waits for the end
+        # A mistake and an interruption are known to all ranks, a failure perhaps to this one alone.
+        if first_to_tell(self._store, self.rank, otherwise=self.rank == "0" or code == FAILED):
+            say(message, details)
+        sys.stdout.flush()
+        os._exit(code)
 
-def _first_to_tell() -> bool:
-    """Whether no other rank has reported an error: the rendezvous store takes the first."""
-    rank = os.environ.get("RANK", "0")
-    if not dist.is_initialized():
-        return rank == "0"
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        return store.compare_set("megasft/first-error", "", rank).decode() == rank
-    except Exception:  # the store's host may be gone already; two voices are better than none
-        return True
+    def _heed_signals(self) -> None:
+        """Python's signal handlers run when the main thread returns to Python, which one that waits in a collective may
+        never do; bytes written to the wake-up descriptor reach another thread at once.
+        """
+        heard, woken = os.pipe()
+        os.set_blocking(woken, False)
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
+
+    def _on_interrupt(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if not self._lock.locked():
+            raise KeyboardInterrupt
+
+    def _listen(self, heard: int) -> None:
+        if os.read(heard, 1)[0] == signal.SIGTERM:
+            # A launcher sends it when another rank has ended, too: then the error which that causes here says more.
+            time.sleep(2)
+            _thread.interrupt_main()
+        time.sleep(5)
+        self.interrupt()
 
 
 def print_summary(summary: Summary, config: RunConfig) -> None:
@@ -75,7 +104,7 @@ def print_summary(summary: Summary, config: RunConfig) -> None:
         ("training loss, mean of the last 10 steps", f"{summary.train_loss:.4f}"),
         ("validation loss", "not measured" if summary.validation_loss is None else f"{summary.validation_loss:.6f}"),
         ("best validation loss", "" if summary.best_validation_loss is None else f"{summary.best_validation_loss:.6f}"),
-        ("tokens", f"{summary.tokens:,} ({summary.tokens / max(summary.seconds, 1e-9):,.0f} a second over the whole run)"),
+        ("tokens", f"{summary.tokens:,} ({summary.tokens / max(summary.seconds, 1e-9):,.0f} a second over all)"),
         ("time", f"{summary.seconds:,.1f} s"),
         ("peak memory of rank 0", f"{summary.peak_memory_bytes / 2**30:.2f} GiB"),
         ("adapter", f"{config.job.output_dir}/adapter"),
@@ -84,6 +113,3 @@ def print_summary(summary: Summary, config: RunConfig) -> None:
         if value:
             table.add_row(name, value)
     Console().print(table)
-
-
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))

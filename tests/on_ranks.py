@@ -117,7 +117,9 @@ def everything(settings: dict[str, Any], samples: list[Sample], steps: int) -> d
     }
 
 
-def loss_curve(settings: dict[str, Any], samples: list[Sample], steps: int, save_to: str | None = None) -> list[dict[str, Any]]:
+def loss_curve(
+    settings: dict[str, Any], samples: list[Sample], steps: int, save_to: str | None = None
+) -> list[dict[str, Any]]:
     """The records of so many training steps; the adapter is saved afterwards where asked."""
     config, topology, model = start(settings)
     trainer = Trainer(config, topology, model, as_samples(samples))

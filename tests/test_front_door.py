@@ -42,7 +42,13 @@ def test_torchrun_trains_on_four_ranks_and_leaves_what_the_readme_lists(tmp_path
     done = run(command, tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
-    for path in ("config.toml", "tensorboard", "checkpoints/step-000004", "best/adapter_config.json", "adapter/adapter_config.json"):
+    for path in (
+        "config.toml",
+        "tensorboard",
+        "checkpoints/step-000004",
+        "best/adapter_config.json",
+        "adapter/adapter_config.json",
+    ):
         assert (folder / path).exists(), path
     assert not (folder / "checkpoints" / "step-000002").exists(), "keep = 1"
     train = records(folder, "train")

@@ -160,8 +160,10 @@ def place(key: str) -> str:
 
 
 if __name__ == "__main__":
-    # peft says so of every Qwen3-MoE adapter: the pattern that it makes for the experts names parameters, not modules.
+    # peft says both of every Qwen3-MoE adapter: its pattern for the experts names parameters, not modules, and it still
+    # uses an old name of transformers.
     warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     typer.run(main)

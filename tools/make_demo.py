@@ -83,7 +83,7 @@ class Settings:
     experts: int = 16
     experts_per_token: int = 4
     expert_intermediate: int = 64
-    pretrain_steps: int = 300
+    pretrain_steps: int = 150
     pretrain_sequences: int = 4  # per step
     pretrain_length: int = 256  # tokens
     pretrain_learning_rate: float = 6e-3

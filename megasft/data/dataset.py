@@ -1,161 +1,217 @@
-"""Tokenized samples in three flat arrays, and the global batches, micro batches and tensors cut from them.
+"""Tokenized samples, mixes of several files, and which samples make up each global batch.
 
-Which samples make up step t depends on the seed, the epoch and the global batch size only, never on the topology.
+That depends on the seed, the epoch and the size of the global batch only, never on the topology.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megasft import host
-from megasft.data.conversations import Conversation, Problem, read_conversations
-from megasft.data.template import Encoded, encode_many, fit
-from megasft.data.tokenizer import ChatTokenizer
+from megasft.data.cache import open_columns
+from megasft.data.packing import Rows, pack
+from megasft.data.template import Encoded
+from megasft.data.tokenize import Tokens
 from megasft.errors import UserError
-from megasft.model.attention import Segments
-from megasft.model.qwen3_moe import IGNORED, MicroBatch
-from megasft.topology import Topology, derived_seed
+from megasft.topology import derived_seed
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Conversations as tokens: sample i is ids[ends[i-1]:ends[i]] (int32) with mask (bool), True for targets."""
+    """Conversations as tokens: sample i is ids[starts[i]:ends[i]] (int32) with mask (bool), True for targets.
+
+    Without `starts` they lie end to end. The tensors may be files mapped into memory (`megasft.data.cache`).
+    """
 
     ids: Tensor
     mask: Tensor
     ends: Tensor
+    starts: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.starts is None:
+            object.__setattr__(self, "starts", torch.cat([self.ends.new_zeros(1), self.ends[:-1]]))
 
     def __len__(self) -> int:
         return len(self.ends)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        start = int(self.ends[i - 1]) if i else 0
-        return self.ids[start : self.ends[i]], self.mask[start : self.ends[i]]
+        chosen = slice(int(self.starts[i]), int(self.ends[i]))
+        return self.ids[chosen], self.mask[chosen]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens that the model is fed of each sample, int64: the last one is only ever a target."""
+        return (self.ends - self.starts).numpy() - 1
+
+    @classmethod
+    def open(cls, folder: Path) -> "Samples":
+        """Those of a folder that `cache.prepare` gave, mapped into memory."""
+        columns = open_columns(folder)
+        return cls(*(torch.from_numpy(columns[name]) for name in ("ids", "mask", "ends")))
 
     @classmethod
     def of(cls, encoded: Sequence[Encoded]) -> "Samples":
         """Lay encoded conversations end to end."""
-        lengths = torch.tensor([len(one) for one in encoded], dtype=torch.int64)
-        ids = np.concatenate([one.ids for one in encoded]) if encoded else np.zeros(0, np.int32)
-        mask = np.concatenate([one.mask for one in encoded]) if encoded else np.zeros(0, bool)
-        return cls(torch.from_numpy(ids), torch.from_numpy(mask), lengths.cumsum(0))
+        tokens = Tokens.of(encoded)
+        return cls(*map(torch.from_numpy, (tokens.ids, tokens.mask, tokens.lengths.cumsum())))
 
-    def split(self, fraction: float, seed: int) -> tuple["Samples", "Samples"]:
-        """(kept, held out): a share of the samples drawn by `seed`, at least one of each."""
-        if len(self) < 2:
-            raise UserError("[data] validation_fraction: one conversation cannot be split; give a validation_path")
-        held = min(len(self) - 1, max(1, round(len(self) * fraction)))
-        order = np.random.default_rng(derived_seed(seed, "held out")).permutation(len(self))
-        return self.take(sorted(order[held:])), self.take(sorted(order[:held]))
-
-    def take(self, indices: Sequence[int]) -> "Samples":
-        """The samples of these numbers."""
-        parts = [self[int(i)] for i in indices]
-        lengths = torch.tensor([len(ids) for ids, _ in parts], dtype=torch.int64)
-        return Samples(torch.cat([ids for ids, _ in parts]), torch.cat([mask for _, mask in parts]), lengths.cumsum(0))
-
-
-def load_samples(path: str | Path, tokenizer: ChatTokenizer, sequence_length: int) -> Samples:
-    """Read and tokenize a conversation file. Raises UserError naming the first problem and how many there are."""
-    encoded: list[Encoded] = []
-    problems: list[Problem] = []
-    waiting: list[Conversation] = []
-
-    def flush() -> None:
-        for one in encode_many(waiting, tokenizer):
-            if isinstance(one, Problem):
-                problems.append(one)
-            else:
-                encoded.extend(fit(one, sequence_length))
-        waiting.clear()
-
-    for record in read_conversations(path):
-        if isinstance(record, Problem):
-            problems.append(record)
-            continue
-        waiting.append(record)
-        if len(waiting) == 1024:
-            flush()
-    flush()
-    if problems:
-        more = f" (and {len(problems) - 1} more problems; `megasft validate` lists them)" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}")
-    if not encoded:
-        raise UserError(f"{path}: no conversation with something to learn from")
-    return Samples.of(encoded)
-
-
-def share_samples(samples: Samples | None, topology: Topology) -> Samples:
-    """What rank 0 holds, on every rank."""
-    sizes = torch.tensor([len(samples.ids), len(samples)] if samples else [0, 0])
-    dist.broadcast(sizes, 0)
-    tokens, count = sizes.tolist()
-    if samples is None:
-        empty = torch.empty
-        samples = Samples(empty(tokens, dtype=torch.int32), empty(tokens, dtype=torch.bool), empty(count, dtype=torch.int64))
-    for tensor in (samples.ids, samples.mask, samples.ends):
-        dist.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, 0)
-    return samples
+    def take(self, indices: np.ndarray) -> "Samples":
+        """The samples of these numbers, without copying a token."""
+        chosen = torch.from_numpy(indices)
+        return Samples(self.ids, self.mask, self.ends[chosen], self.starts[chosen])
 
 
 @dataclass(frozen=True)
+class Mix:
+    """The samples of several sources, numbered through, and how often an epoch goes through each source.
+
+    A weight of 1 is once, 3 three times; 0.5 is half of the samples, and the other half in the next epoch.
+    """
+
+    sources: tuple[Samples, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: "Samples | Mix") -> "Mix":
+        """Samples as a mix of one source; a mix as it is."""
+        return samples if isinstance(samples, Mix) else cls((samples,), (1.0,))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        source = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        return self.sources[source][number - int(self._firsts[source])]
+
+    @cached_property
+    def _firsts(self) -> np.ndarray:
+        return np.cumsum([0, *map(len, self.sources[:-1])])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens that the model is fed of each sample, int64."""
+        return np.concatenate([source.lengths for source in self.sources])
+
+    def split(self, fraction: float, seed: int) -> tuple["Mix", "Mix"]:
+        """(kept, held out): a share of the samples drawn by `seed`, at least one of each."""
+        count = len(self)
+        if count < 2:
+            raise UserError("[data] validation_fraction: one conversation cannot be split; give a validation_path")
+        held = np.zeros(count, np.bool_)
+        drawn = np.random.default_rng(derived_seed(seed, "held out")).permutation(count)
+        held[drawn[: min(count - 1, max(1, round(count * fraction)))]] = True
+        return self._where(~held), self._where(held)
+
+    def _where(self, chosen: np.ndarray) -> "Mix":
+        parts = [
+            (source.take(np.flatnonzero(chosen[first : first + len(source)])), weight)
+            for source, first, weight in zip(self.sources, self._firsts, self.weights, strict=True)
+        ]
+        sources, weights = zip(*(part for part in parts if len(part[0])), strict=True)
+        return Mix(sources, weights)
+
+
+@dataclass
 class Batches:
-    """The global batches of a run: every sample once an epoch, reshuffled each epoch; the last of an epoch may be small."""
+    """The global batches of a run: `global_batch` rows each, reshuffled each epoch; the last of an epoch may be small.
+
+    A row is one sample, or with `row_length` as many as fit into so many tokens. With packing the number of rows, and
+    so of steps, may differ by a few from epoch to epoch.
+
+    Args:
+        samples: how many there are.
+        sources: (number of samples, weight) of each source of a mix, which lie in this order.
+        lengths: tokens of each sample; needed for packing only.
+    """
 
     samples: int
     global_batch: int
     seed: int
+    sources: tuple[tuple[int, float], ...] = ()
+    lengths: np.ndarray | None = None
+    row_length: int | None = None
+    _counts: dict[int, int] = field(default_factory=dict, repr=False)  # rows of each epoch
+    _epochs: dict[int, Rows] = field(default_factory=dict, repr=False)  # the last two asked for
 
-    @property
-    def steps_per_epoch(self) -> int:
+    @classmethod
+    def over(cls, mix: Mix, global_batch: int, seed: int, row_length: int | None) -> "Batches":
+        """The global batches of a mix, packed where there is a `row_length`."""
+        sources = tuple((len(source), weight) for source, weight in zip(mix.sources, mix.weights, strict=True))
+        return cls(len(mix), global_batch, seed, sources, mix.lengths, row_length)
+
+    def epoch(self, epoch: int) -> Rows:
+        """All rows of an epoch in their order."""
+        rows = self._epochs.get(epoch)
+        if rows is None:
+            numbers = self._order(epoch)
+            if self.row_length is None:
+                rows = Rows.single(numbers)
+            else:
+                assert self.lengths is not None
+                generator = np.random.default_rng(derived_seed(self.seed, "rows", epoch))
+                rows = pack(numbers, self.lengths[numbers], self.row_length).shuffled(generator)
+            for old in sorted(self._epochs, key=lambda other: abs(other - epoch))[1:]:
+                self._epochs.pop(old, None)  # the loader's thread may be here too
+            self._epochs[epoch] = rows
+            self._counts[epoch] = len(rows)
+        return rows
+
+    def steps(self, epochs: int) -> int:
+        """Optimizer steps of the first so many epochs."""
+        # Backwards, so that the epochs which are needed first are still there afterwards.
+        return sum(self.steps_in(epoch) for epoch in reversed(range(epochs)))
+
+    def steps_in(self, epoch: int) -> int:
         """Optimizer steps in an epoch."""
-        return -(-self.samples // self.global_batch)
+        if self.row_length is None:
+            rows = sum(taken for taken, _ in self._taken())
+        else:
+            rows = self._counts.get(epoch) or len(self.epoch(epoch))
+        return -(-rows // self.global_batch)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(epoch, first row) of the step-th global batch, counted from 0 over all epochs."""
+        epoch = 0
+        while step >= self.steps_in(epoch):
+            step -= self.steps_in(epoch)
+            epoch += 1
+        return epoch, step * self.global_batch
+
+    def rows(self, epoch: int, first: int) -> list[np.ndarray]:
+        """The sample numbers of each row of the global batch that begins with row `first` of an epoch."""
+        rows = self.epoch(epoch)
+        return [rows[i] for i in range(first, min(first + self.global_batch, len(rows)))]
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """Sample numbers of the step-th global batch, counted from 0 over all epochs."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng(derived_seed(self.seed, "order", epoch)).permutation(self.samples)
-        return order[within * self.global_batch : (within + 1) * self.global_batch]
+        """Sample numbers of the step-th global batch."""
+        return np.concatenate(self.rows(*self.place(step)))
 
+    def _taken(self) -> list[tuple[int, int]]:
+        """(samples taken in an epoch, samples there are) of each source."""
+        sources = self.sources or ((self.samples, 1.0),)
+        return [(max(1, round(size * weight)), size) for size, weight in sources]
 
-def micro_batches(
-    samples: Samples, numbers: Sequence[int], per_device_batch: int, topology: Topology
-) -> list[MicroBatch]:
-    """This rank's share of a global batch: as many micro batches on every data-parallel rank, empty ones at the end."""
-    cuts = [numbers[i : i + per_device_batch] for i in range(0, len(numbers), per_device_batch)]
-    data = topology.sizes.data
-    mine = cuts[topology.groups.dp.rank() :: data]
-    mine += [[]] * (-(-len(cuts) // data) - len(mine))
-    return [collate(samples, cut, topology.sizes.tensor) for cut in mine]
+    def _order(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch.
 
-
-def collate(samples: Samples, numbers: Sequence[int], multiple: int) -> MicroBatch:
-    """Samples laid end to end, filled up to a multiple of `multiple` with tokens in a segment of their own.
-
-    The last token of a sample is only ever a target, so it is not fed to the model.
-    """
-    tokens, labels = [], []
-    for number in numbers:
-        ids, mask = samples[int(number)]
-        tokens.append(ids[:-1].long())
-        labels.append(torch.where(mask[1:], ids[1:].long(), IGNORED))
-    lengths = [len(ids) for ids in tokens]
-    filling = -sum(lengths) % multiple or (0 if lengths else multiple)
-    if filling:
-        tokens.append(torch.zeros(filling, dtype=torch.int64))
-        labels.append(torch.full((filling,), IGNORED))
-        lengths.append(filling)
-    device = host.device()
-    return MicroBatch(torch.cat(tokens).to(device), torch.cat(labels).to(device), Segments.of(lengths, device))
-
-
-def token_counts(samples: Samples, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(tokens fed to the model, supervised tokens) of each sample."""
-    for number in numbers:
-        ids, mask = samples[int(number)]
-        yield len(ids) - 1, int(mask[1:].sum())
+        A source is gone through again and again, each time in another order, and an epoch takes the next so many of
+        that endless list: so a sample comes up again only when all others have.
+        """
+        orders = []
+        first = 0
+        for source, (taken, size) in enumerate(self._taken()):
+            rounds = range(epoch * taken // size, ((epoch + 1) * taken - 1) // size + 1)
+            seeds = [derived_seed(self.seed, "order", source, one) for one in rounds]
+            numbers = np.concatenate([np.random.default_rng(seed).permutation(size) for seed in seeds])
+            begin = epoch * taken - rounds[0] * size
+            orders.append(first + numbers[begin : begin + taken])
+            first += size
+        order = np.concatenate(orders)
+        if len(orders) > 1:
+            np.random.default_rng(derived_seed(self.seed, "mixed", epoch)).shuffle(order)
+        return order

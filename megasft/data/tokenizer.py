@@ -204,6 +204,10 @@ def _from_folder(folder: Path) -> Any:
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or plain Exception, as it happens
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(f"{folder}: no tokenizer could be loaded from this folder ({reason})") from error
+    # transformers 5 makes a tokenizer of a folder without one, by its model_type, with special tokens alone.
+    if hf.get_vocab().keys() <= {token.content for token in hf.added_tokens_decoder.values()}:
+        files = "tokenizer.json, tokenizer.model or vocab.json"
+        raise UserError(f"{folder}: no tokenizer could be loaded from this folder (it has no {files})")
     if not getattr(hf, "is_fast", False):
         raise UserError(f"{folder}: {type(hf).__name__} runs in Python and gives no offsets; add a tokenizer.json")
     model = folder / "tokenizer.model"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import batched, groupby, islice
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from megasft.data.conversations import Conversation, Problem, Problems, read_conversations
 from megasft.data.records import visible
-from megasft.data.template import BATCH, Encoded, TrainOn, encode_many
+from megasft.data.template import BATCH, DEFAULT_OVERLONG, Encoded, OverLong, TrainOn, encode_many, fit
 from megasft.data.tokenizer import ChatTokenizer
 
 
@@ -30,6 +31,7 @@ class Report:
         lengths: tokens of each conversation.
         supervised_tokens: targets among all tokens.
         over_length: conversations of more than `sequence_length` tokens.
+        fitted: what a run with this `overlong` does with the conversations, as `template.fit` counts it.
     """
 
     path: str
@@ -40,6 +42,8 @@ class Report:
     lengths: array = field(default_factory=lambda: array("q"))
     supervised_tokens: int = 0
     over_length: int = 0
+    overlong: OverLong = DEFAULT_OVERLONG
+    fitted: Counter[str] = field(default_factory=Counter)
     problems: Problems = field(default_factory=Problems)
 
     @property
@@ -54,13 +58,14 @@ def validate_dataset(
     sequence_length: int,
     train_on: TrainOn = "all",
     parse_special_in_text: bool = False,
+    overlong: OverLong = DEFAULT_OVERLONG,
 ) -> Report:
     """Read, check and (with a tokenizer) tokenize every conversation, in one pass and bounded memory.
 
     Raises:
         UserError: there is nothing at `path` to read.
     """
-    report = Report(str(path), sequence_length)
+    report = Report(str(path), sequence_length, overlong=overlong)
     seen: set[int] = set()
     for conversation, result in _encoded(path, tokenizer, train_on, parse_special_in_text):
         if isinstance(result, Problem):
@@ -77,6 +82,7 @@ def validate_dataset(
             report.lengths.append(len(result))
             report.supervised_tokens += int(result.mask.sum())
             report.over_length += len(result) > sequence_length
+            fit(result, sequence_length, overlong, report.fitted)
     return report
 
 
@@ -148,7 +154,9 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         quantiles = np.percentile(lengths, [0, 50, 95, 100]).round().astype(int)
         yield "tokens: min, median, p95, max", ", ".join(f"{value:,}" for value in quantiles)
         yield "supervised", f"{report.supervised_tokens / total:.1%}"
-        yield f"over-length (> {report.sequence_length:,})", f"{report.over_length:,}"
+        done = [f"{report.fitted[what]:,} {what}" for what in ("truncated", "split", "dropped") if report.fitted[what]]
+        becomes = f" ({report.overlong}: {', '.join(done)})" if done else ""
+        yield f"over-length (> {report.sequence_length:,})", f"{report.over_length:,}{becomes}"
     yield "duplicates", f"{report.duplicates:,}"
     yield "problems", f"{report.problems.total:,}"
 

@@ -47,7 +47,14 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, A: Tensor, scaling: float, mask: Tensor | None, columns: Columns, *B: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        A: Tensor,
+        scaling: float,
+        mask: Tensor | None,
+        columns: Columns,
+        *B: Tensor,
     ) -> Tensor:
         h = (x if mask is None else x * mask) @ A.t()
         y = x @ weight.t()

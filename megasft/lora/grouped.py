@@ -1,10 +1,10 @@
 """One linear per expert with an adapter per expert, all experts of a rank in one grouped GEMM.
 
-Weights are stacked over the experts of this rank, W [E, N, K], A [E, R, K], B [E, N, r], and rows come sorted by expert.
-With expert-tensor parallel the layers split as in `lora.linear`, but the dispatcher owns the collectives: it gathers the
-tokens before the first product and reduces after the last. Whole factors (A of gate and up, B of down) then hold partial
-gradients over the expert-tensor group, which megatron-core does not sum; they carry the mark `partial_over_expert_tp` for
-`train.gradients`.
+Weights are stacked over the experts of this rank, W [E, N, K], A [E, R, K], B [E, N, r]; rows come sorted by expert.
+With expert-tensor parallel the layers split as in `lora.linear`, but the dispatcher owns the collectives: it gathers
+the tokens before the first product and reduces after the last. Whole factors (A of gate and up, B of down) then hold
+partial gradients over the expert-tensor group, which megatron-core does not sum; they carry the mark
+`partial_over_expert_tp` for `train.optimizer`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,7 +62,10 @@ class GroupedLoraLinear(Sharded):
             self.lora_A = nn.Parameter(torch.zeros(e, r * len(self.adapted), in_local, dtype=dtype, device=device))
             for name in self.adapted:
                 self.lora_B[name] = nn.Parameter(torch.zeros(e, out_local[name], r, dtype=dtype, device=device))
-            for parameter, split in [(self.lora_A, mode == "row"), *((b, mode == "column") for b in self.lora_B.values())]:
+            for parameter, split in [
+                (self.lora_A, mode == "row"),
+                *((b, mode == "column") for b in self.lora_B.values()),
+            ]:
                 parameter.allreduce = False  # type: ignore[attr-defined]  # megatron-core: reduce over expert-data ranks
                 parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
                 parameter.partial_over_expert_tp = not split  # type: ignore[attr-defined]

@@ -73,9 +73,13 @@ class LoraLinear(Sharded):
         self.lora_columns = [self.columns[name] for name in self.adapted]
         self.lora_B = nn.ParameterDict()
         if self.adapted:
-            self.lora_A = nn.Parameter(torch.zeros(lora.r * len(self.adapted), in_local, dtype=dtype, device=host.device()))
+            self.lora_A = nn.Parameter(
+                torch.zeros(lora.r * len(self.adapted), in_local, dtype=dtype, device=host.device())
+            )
             for name in self.adapted:
-                self.lora_B[leaf(name)] = nn.Parameter(torch.zeros(out_local[name], lora.r, dtype=dtype, device=host.device()))
+                self.lora_B[leaf(name)] = nn.Parameter(
+                    torch.zeros(out_local[name], lora.r, dtype=dtype, device=host.device())
+                )
         for matrix, split in (("A", mode == "row"), ("B", mode == "column")):
             for parameter in self._adapters(matrix):
                 # `tensor_model_parallel` says that each rank has its own part, which counts in the gradient norm.

@@ -28,7 +28,9 @@ MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 LayoutName = Literal["per-expert", "fused"]
 Shape = tuple[int, ...]
 
-_EXPERT = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<e>\d+)\.(?P<kind>gate|up|down)_proj\.lora_(?P<matrix>[AB])\.weight")
+_EXPERT = re.compile(
+    r"(?P<experts>.*\.mlp\.experts)\.(?P<e>\d+)\.(?P<kind>gate|up|down)_proj\.lora_(?P<matrix>[AB])\.weight"
+)
 
 
 @dataclass(frozen=True)

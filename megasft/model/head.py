@@ -64,10 +64,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return g_hidden, None, None, None, None, None
 
 
-def _cross_entropy(
-    logits: Tensor, target: Tensor, group: dist.ProcessGroup, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Summed loss and the gradient of logits fp32 [n, V] (in their storage); target counts from this rank's first row."""
+def _cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """Summed loss, and the gradient of logits fp32 [n, V] in their storage; targets count from this rank's first row."""
     split = group.size() > 1
     top = logits.amax(dim=-1)
     if split:

@@ -26,7 +26,7 @@ def find_model(name: str) -> Path:
     except Exception:  # not in the cache: whatever the reason, the hub is asked next
         pass
     try:
-        # snapshot_download asks the same without any time limit (huggingface_hub 2.4): let it only if there is an answer.
+        # huggingface_hub 2.4: snapshot_download asks the same without a time limit, so only where there is an answer.
         HfApi().model_info(name, timeout=_ANSWER_SECONDS)
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # network, authorisation, spelling: the hub's client raises many kinds

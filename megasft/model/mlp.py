@@ -62,6 +62,9 @@ class SparseMLP(MoELayer, Sharded):
         submodules = MoESubmodules(experts=experts, router=router)
         super().__init__(config, submodules, pg_collection=pg_collection, **kwargs)
 
+    router: "Router"
+    experts: "Experts"
+
     def base_shards(self) -> Iterator[Shard]:
         yield from self.router.linear.base_shards()
         yield from self.experts.base_shards()
@@ -79,8 +82,9 @@ class Router(TopKRouter):
     ) -> None:
         super().__init__(config, pg_collection, **kwargs)
         del self.weight  # `linear` holds it
-        self.linear = LoraLinear(config.hidden_size, {"gate": config.num_moe_experts}, "replicated", lora, pg_collection.tp,
-                                 config.params_dtype, pg_collection.dp.rank() == 0)  # fmt: skip
+        common = {"lora": lora, "group": pg_collection.tp, "dtype": config.params_dtype}
+        common["writer"] = pg_collection.dp.rank() == 0
+        self.linear = LoraLinear(config.hidden_size, {"gate": config.num_moe_experts}, "replicated", **common)
 
     def gating(self, input: Tensor) -> Tensor:
         """input [S, 1, H]: logits fp32 [S, 1, experts]."""

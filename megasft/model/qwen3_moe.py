@@ -97,7 +97,8 @@ def check_fits(config: Qwen3MoeConfig, sizes: TopologySizes) -> None:
         if n % by:
             fitting = ", ".join(str(d) for d in range(1, by) if n % d == 0)
             raise UserError(
-                f"[data.topology] {name} = {by} does not divide the model's {key} = {n}; smaller sizes that do: {fitting}"
+                f"[data.topology] {name} = {by} does not divide the model's {key} = {n}; "
+                f"smaller sizes that do: {fitting}"
             )
 
 
@@ -109,7 +110,7 @@ def head_dim(config: Qwen3MoeConfig) -> int:
 def sparse_layers(config: Qwen3MoeConfig) -> list[bool]:
     """For each layer, whether it has experts (else it is dense)."""
     return [
-        i not in config.mlp_only_layers and (i + 1) % config.decoder_sparse_step == 0
+        i not in (config.mlp_only_layers or []) and (i + 1) % config.decoder_sparse_step == 0
         for i in range(config.num_hidden_layers)
     ]
 
@@ -217,7 +218,7 @@ class Qwen3Moe(GPTModel):
             parameter.requires_grad_("lora_" in name)
 
     def forward(self, batch: MicroBatch) -> Tensor:  # type: ignore[override]
-        """The summed loss over the batch's supervised positions, fp32 []; on other stages than the last, hidden states."""
+        """The summed loss over the batch's supervised positions, fp32 []; hidden states on stages before the last."""
         return self._run(batch, self._loss)
 
     def logits(self, batch: MicroBatch) -> Tensor:
@@ -271,7 +272,9 @@ class Qwen3Moe(GPTModel):
             yield self._vocabulary_shard("model.embed_tokens.weight", self.embedding.word_embeddings.weight)
         for prefix, layer in self._layers():
             yield Shard(f"{prefix}.input_layernorm.weight", (h,), whole(h), layer.input_layernorm.weight.data)
-            yield Shard(f"{prefix}.post_attention_layernorm.weight", (h,), whole(h), layer.pre_mlp_layernorm.weight.data)
+            yield Shard(
+                f"{prefix}.post_attention_layernorm.weight", (h,), whole(h), layer.pre_mlp_layernorm.weight.data
+            )
             yield from _under(f"{prefix}.self_attn", layer.self_attention.base_shards())
             yield from _under(f"{prefix}.mlp", layer.mlp.base_shards())
         if self.post_process:
@@ -281,7 +284,7 @@ class Qwen3Moe(GPTModel):
                 yield self._vocabulary_shard(name, self.output_layer.weight)
 
     def adapter_shards(self) -> Iterator[Shard]:
-        """Every adapter tensor of which this rank holds a part; names as in the base model, `.lora_A.weight` at the end."""
+        """Every adapter tensor of which this rank holds a part; `<name in the base model>.lora_A.weight` and `lora_B`."""
         for prefix, layer in self._layers():
             yield from _under(f"{prefix}.self_attn", layer.self_attention.adapter_shards())
             yield from _under(f"{prefix}.mlp", layer.mlp.adapter_shards())

@@ -46,7 +46,9 @@ class Checkpoint:
                 self.files.setdefault(name, path)
         for name, path in self.files.items():
             if name not in self.shapes:
-                raise UserError(f"{self.folder}: the index places tensor {name!r} in {path.name}, which does not have it")
+                raise UserError(
+                    f"{self.folder}: the index places tensor {name!r} in {path.name}, which does not have it"
+                )
 
     def _files(self) -> dict[str, Path]:
         index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
@@ -58,10 +60,12 @@ class Checkpoint:
                 raise UserError(f"{index}: not a readable safetensors index ({error})") from None
             missing = sorted({path.name for path in files.values() if not path.is_file()})
             if missing:
-                raise UserError(f"{self.folder}: the index names {len(missing)} file(s) that are not there: {missing[0]}")
+                raise UserError(
+                    f"{self.folder}: the index names {len(missing)} file(s) that are not there: {missing[0]}"
+                )
             return files
         if single.is_file():
-            return {name: single for name in self._handle(single).keys()}  # noqa: SIM118
+            return dict.fromkeys(self._handle(single).keys(), single)
         pickled = next(self.folder.glob("pytorch_model*.bin"), None)
         if pickled:
             raise UserError(f"{pickled}: pickled weights are never read; convert them to safetensors")
@@ -80,13 +84,15 @@ class Checkpoint:
         for name, index, shape in _candidates(shard):
             if name in self.shapes:
                 found = self.shapes[name]
-                if len(found) != len(shape) or any(n not in (want, None) for n, want in zip(found, shape, strict=True) if want is not None):  # fmt: skip
+                if len(found) != len(shape) or any(want not in (None, n) for n, want in zip(found, shape, strict=True)):
                     raise UserError(
                         f"{self.files[name]}: tensor {name!r} has shape {list(found)}, config.json asks for "
                         f"{['experts' if n is None else n for n in shape]}"
                     )
                 if index[0].stop is not None and index[0].stop > found[0]:
-                    raise UserError(f"{self.files[name]}: tensor {name!r} holds {found[0]} experts, too few for config.json")
+                    raise UserError(
+                        f"{self.files[name]}: tensor {name!r} holds {found[0]} experts, too few for config.json"
+                    )
                 return name, index
         raise UserError(f"{self.folder}: the checkpoint has no tensor {shard.name!r}, which config.json asks for")
 

@@ -49,7 +49,13 @@ def describe(kind: str, values: dict[str, Any]) -> str:
 
 class _Bar:
     def __init__(self, total_steps: int) -> None:
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[said]}")
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            "{task.fields[said]}",
+        )
         self._progress = Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns),
                                   console=Console(stderr=True))  # fmt: skip
         self._task = self._progress.add_task("training", total=total_steps, said="")

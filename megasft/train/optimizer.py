@@ -1,4 +1,4 @@
-"""megatron-core's DDP and distributed Adam around the adapters, and the sums of gradients that megatron-core leaves out.
+"""megatron-core's DDP and distributed Adam around the adapters, and the gradient sums that megatron-core leaves out.
 
 Only what is trained enters DDP's buffers. Gradients are added up in fp32 over micro batches, then reduce-scattered over
 data parallel; each rank keeps the fp32 master weights and moments of its share only (ZeRO stage 2, Rajbhandari et al.
@@ -48,9 +48,9 @@ def wrap(model: Qwen3Moe, hyper: HyperparameterSettings) -> tuple[DistributedDat
     return ddp, optimizer
 
 
-def _finalizer(topology: Topology):  # noqa: ANN202 (megatron-core's hook, of its signature)
+def _finalizer(topology: Topology):
     def finalize(chunks: list[nn.Module], num_tokens: Tensor | None = None, **kwargs: object) -> None:
-        """Reduce over data parallel, add up partial gradients over TP, divide by the global batch's tokens; and expert TP."""
+        """Reduce over data parallel, add up partial gradients over TP and expert TP, divide by the batch's tokens."""
         finalize_model_grads(chunks, num_tokens, **kwargs)  # type: ignore[arg-type]
         if topology.sizes.expert_tensor > 1:
             add_partial_expert_gradients(chunks[0].parameters(), topology.groups.expt_tp)
@@ -59,8 +59,9 @@ def _finalizer(topology: Topology):  # noqa: ANN202 (megatron-core's hook, of it
 
 
 def add_partial_expert_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Add up over expert-tensor parallel the gradients of factors that every rank of it holds whole (see lora.grouped)."""
-    grads = [p.main_grad for p in parameters if p.requires_grad and getattr(p, "partial_over_expert_tp", False)]
+    """Add up over expert-tensor parallel the gradients of the factors that all its ranks hold (see lora.grouped)."""
+    partial = [p for p in parameters if p.requires_grad and getattr(p, "partial_over_expert_tp", False)]
+    grads: list[Tensor] = [p.main_grad for p in partial]  # type: ignore[attr-defined]
     if not grads:
         return
     flat = torch.cat([grad.flatten() for grad in grads])

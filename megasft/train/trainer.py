@@ -16,7 +16,9 @@ from torch import Tensor
 
 from megasft import host
 from megasft.config import RunConfig
-from megasft.data.dataset import Batches, Samples, micro_batches, token_counts
+from megasft.data.dataset import Batches, Mix, Samples
+from megasft.data.loader import Loader
+from megasft.data.micro_batches import MicroBatches, Row, evaluation_rows
 from megasft.errors import UserError
 from megasft.lora.adapter import save_adapter
 from megasft.model.qwen3_moe import MicroBatch, Qwen3Moe
@@ -42,8 +44,8 @@ class Summary:
 class Trainer:
     """Fine-tunes the adapters of a model that `megasft.build_model` made.
 
-    The global batch is `per_device_batch * gradient_accumulation_steps * data_parallel` conversations, the loss the mean
-    over all its supervised tokens.
+    The global batch is `per_device_batch * gradient_accumulation_steps * data_parallel` conversations, or with packing
+    rows that hold several, the loss the mean over all its supervised tokens.
     """
 
     def __init__(
@@ -51,17 +53,20 @@ class Trainer:
         config: RunConfig,
         topology: Topology,
         model: Qwen3Moe,
-        train: Samples,
-        validation: Samples | None = None,
+        train: Samples | Mix,
+        validation: Samples | Mix | None = None,
         base_model: str | None = None,
     ) -> None:
         self.config, self.topology, self.model = config, topology, model
-        self.train, self.validation = train, validation
+        self.train, self.validation = Mix.of(train), validation
         self.base_model = base_model or config.job.model
         hyper = config.hyperparameters
         global_batch = hyper.per_device_batch * hyper.gradient_accumulation_steps * topology.sizes.data
-        self.batches = Batches(len(train), global_batch, config.job.seed)
-        self.total_steps = hyper.max_steps or hyper.n_epochs * self.batches.steps_per_epoch
+        row_length = hyper.sequence_length if config.data.packing else None
+        self.batches = Batches.over(self.train, global_batch, config.job.seed, row_length)
+        self.device = host.device()  # asked here: the loader's thread has a current device of its own
+        self.loader = Loader(self.train, self.batches, lambda rows: list(self._cut(self.train, rows)))
+        self.total_steps = hyper.max_steps or self.batches.steps(hyper.n_epochs)
         self.schedule = Schedule(hyper.lr_schedule, hyper.learning_rate, self.total_steps, hyper.warmup_ratio)
         self.ddp, self.optimizer = wrap(model, hyper)
         self.step = 0
@@ -103,43 +108,51 @@ class Trainer:
         """One optimizer step on the next global batch; what a `train` line of metrics.jsonl says of it."""
         host.synchronize()
         started = time.monotonic()
-        numbers = self.batches[self.step]
+        batch = next(self.loader)
         rate = self.schedule.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, supervised = self._run(self.train, numbers, training=True)
+        loss, supervised = self._compute(batch.micro_batches, training=True)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {self.step + 1} is {loss}; lower the learning rate?")
         _, grad_norm, _ = self.optimizer.step()
         self.step += 1
         host.synchronize()
         seconds = time.monotonic() - started
-        tokens = sum(fed for fed, _ in token_counts(self.train, numbers))
-        self.tokens += tokens
+        self.tokens += batch.tokens
         return {
             "loss": loss,
             "lr": rate,
             "grad_norm": float(grad_norm),
-            "tokens": tokens,
+            "tokens": batch.tokens,
             "supervised_tokens": supervised,
             "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "data_wait": batch.waited,
+            "tokens_per_second": batch.tokens / seconds,
         }
 
-    def evaluate(self, samples: Samples) -> tuple[float, int]:
-        """(mean loss, supervised tokens) over all of `samples`, without dropout."""
-        return self._run(samples, range(len(samples)), training=False)
+    def evaluate(self, samples: Samples | Mix) -> tuple[float, int]:
+        """(mean loss, supervised tokens) over all of `samples`, without dropout. Packed, whatever training does."""
+        mix = Mix.of(samples)
+        length = self.config.hyperparameters.sequence_length
+        return self._run(mix, evaluation_rows(mix, length, self.topology.sizes.data), training=False)
 
     def save(self, folder: str | Path) -> None:
         """Write the adapters as they are now, in PEFT's format."""
         save_adapter(self.model, folder, self.base_model)
 
-    def _run(self, samples: Samples, numbers: Sequence[int], training: bool) -> tuple[float, int]:
+    def _cut(self, samples: Mix, rows: Sequence[Row]) -> MicroBatches:
+        return MicroBatches(samples, rows, self.config.hyperparameters.per_device_batch, self.topology, self.device)
+
+    def _run(self, samples: Mix, rows: Sequence[Row], training: bool) -> tuple[float, int]:
+        """`_compute` on a global batch of these rows."""
+        return self._compute(self._cut(samples, rows), training)
+
+    def _compute(self, batches: MicroBatches | list[MicroBatch], training: bool) -> tuple[float, int]:
         """Forward, and backward if training, of a global batch: the mean loss and the number of supervised tokens."""
         self.ddp.train(training)
-        batches = micro_batches(samples, numbers, self.config.hyperparameters.per_device_batch, self.topology)
         outcomes = get_forward_backward_func()(
             forward_step_func=_forward,
             data_iterator=iter(batches),
@@ -149,7 +162,7 @@ class Trainer:
             micro_batch_size=1,
             forward_only=not training,
         )
-        total = torch.zeros(2, dtype=torch.float64, device=host.device())
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
         # Every rank of a tensor-parallel group of the last stage holds the same sums; the first speaks for it.
         if outcomes and self.topology.groups.tp.rank() == 0:
             total += torch.stack(outcomes).sum(0)
@@ -163,8 +176,9 @@ class Trainer:
         if self.validation is None or not settings.enabled:
             return False
         strategy = settings.evaluation_strategy
-        every = {"steps": settings.eval_steps, "epoch": self.batches.steps_per_epoch}.get(strategy, self.total_steps)
-        return self.step % every == 0 or self.step == self.total_steps
+        if strategy == "epoch" and self.batches.place(self.step)[1] == 0:
+            return True
+        return (strategy == "steps" and self.step % settings.eval_steps == 0) or self.step == self.total_steps
 
     def _validate(self, metrics: Metrics | None) -> float:
         assert self.validation is not None

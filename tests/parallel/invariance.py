@@ -15,7 +15,28 @@ from tests.parity.reference import linear_shapes, random_adapter, random_model, 
 from tests.ranks import RankPool
 
 R, STEPS, BATCH = 4, 10, 8
-LENGTHS = [19, 7, 30, 11, 4, 23, 16, 9, 14, 26, 5, 12, 21, 8, 17, 3, 28, 10, 6, 13]  # 20 samples: the last batch is of 4
+LENGTHS = [
+    19,
+    7,
+    30,
+    11,
+    4,
+    23,
+    16,
+    9,
+    14,
+    26,
+    5,
+    12,
+    21,
+    8,
+    17,
+    3,
+    28,
+    10,
+    6,
+    13,
+]  # 20 samples: the last batch is of 4
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,13 @@ class Case:
     batch: int = 1
 
     def __str__(self) -> str:
-        sizes = (("tp", self.tensor), ("ep", self.expert), ("etp", self.expert_tensor), ("pp", self.pipeline), ("dp", self.data))
+        sizes = (
+            ("tp", self.tensor),
+            ("ep", self.expert),
+            ("etp", self.expert_tensor),
+            ("pp", self.pipeline),
+            ("dp", self.data),
+        )
         return "-".join(f"{name}{size}" for name, size in sizes if size > 1 or name == "dp") + f"-micro{self.batch}"
 
     @property
@@ -91,7 +118,9 @@ class Experiment:
         got = self.run(case)
         return {
             "loss": abs(got["loss"] / self.alone["loss"] - 1),
-            "gradients": max(_relative(got["gradients"][name], value) for name, value in self.alone["gradients"].items()),
+            "gradients": max(
+                _relative(got["gradients"][name], value) for name, value in self.alone["gradients"].items()
+            ),
             "curve": _relative(torch.tensor(got["curve"]), torch.tensor(self.alone["curve"])),
             "norms": _relative(torch.tensor(got["norms"]), torch.tensor(self.alone["norms"])),
             "adapter": max(_relative(got["adapter"][name], value) for name, value in self.alone["adapter"].items()),

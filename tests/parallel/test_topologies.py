@@ -23,7 +23,9 @@ def test_the_matrix_covers_every_dimension_and_enough_of_them():
         assert {getattr(case, dimension) for case in CASES} == {1, 2, 4}, dimension
 
 
-@pytest.mark.parametrize("case", [Case(2, tensor=2, expert_tensor=2), Case(2, expert=2), Case(4, tensor=2, expert=2)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(2, tensor=2, expert_tensor=2), Case(2, expert=2), Case(4, tensor=2, expert=2)], ids=str
+)
 def test_bf16_curves_agree_within_rounding(ranks, tmp_path, case):
     differences = Experiment(tmp_path, ranks, bf16=True).differences(case)
     # A bf16 rounding is 2^-9 relative. Partial sums over ranks are rounded once more than a whole sum, and a token may

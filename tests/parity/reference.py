@@ -78,7 +78,10 @@ def random_adapter(config: Qwen3MoeConfig, r: int, targets: frozenset[str], seed
 def write_adapter(adapter: dict[str, torch.Tensor], folder: Path, r: int, alpha: float) -> Path:
     """In peft's files."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({PREFIX + name: value.detach().contiguous() for name, value in adapter.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {PREFIX + name: value.detach().contiguous() for name, value in adapter.items()},
+        folder / "adapter_model.safetensors",
+    )
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": alpha}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
@@ -115,7 +118,9 @@ class Reference:
         stem = name.rpartition(".")[0]
         parts = weight.chunk(len(projections))
         deltas = [self._delta(f"{stem}.{e}.{projection}") for projection in projections]
-        return torch.cat([part.new_zeros(part.shape) if delta is None else delta for part, delta in zip(parts, deltas, strict=True)])
+        return torch.cat(
+            [part.new_zeros(part.shape) if delta is None else delta for part, delta in zip(parts, deltas, strict=True)]
+        )
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """[L] token ids of one conversation: [L, vocabulary]."""

@@ -89,7 +89,9 @@ def test_loss_and_every_lora_gradient_equal_those_of_transformers(ranks, worlds,
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-9, name
 
 
-@pytest.mark.parametrize(("tensor", "data", "accumulation"), [(1, 1, 1), (1, 1, 4), (2, 2, 1), (1, 4, 1), (4, 1, 2), (2, 1, 4)])
+@pytest.mark.parametrize(
+    ("tensor", "data", "accumulation"), [(1, 1, 1), (1, 1, 4), (2, 2, 1), (1, 4, 1), (4, 1, 2), (2, 1, 4)]
+)
 def test_twenty_steps_of_loss_and_gradient_norm_equal_adamw_on_transformers(ranks, worlds, tensor, data, accumulation):
     settings, reference = worlds("dense layer")
     samples = on_ranks.random_samples(203, LENGTHS * 2)
@@ -110,7 +112,9 @@ def reference_curve(reference: Reference, settings: dict, samples: list, steps: 
 
     config = RunConfig.from_dict(settings)
     hyper = config.hyperparameters
-    mine = Reference(reference.model, {name: value.detach() for name, value in reference.adapter.items()}, reference.scaling)
+    mine = Reference(
+        reference.model, {name: value.detach() for name, value in reference.adapter.items()}, reference.scaling
+    )
     adapters = list(mine.adapter.values())
     optimizer = torch.optim.AdamW(adapters, hyper.learning_rate, weight_decay=hyper.weight_decay)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=20)

@@ -1,0 +1,94 @@
+"""The global batches of a run one after the other, each prepared while those before it are computed."""
+
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megasft.data.dataset import Batches, Mix
+from megasft.errors import UserError
+from megasft.model.qwen3_moe import MicroBatch
+
+AHEAD = 2  # steps
+
+Place = tuple[int, int]  # (epoch, row) of the first row of a global batch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step: this rank's micro batches, tokens fed on all ranks together, seconds that the step waited for it."""
+
+    micro_batches: list[MicroBatch]
+    tokens: int
+    waited: float
+
+
+class Loader:
+    """Iterates over global batches without end, from the first one or from where `load_state_dict` puts it.
+
+    Args:
+        make: this rank's micro batches of a global batch, given by its rows; runs in a thread.
+    """
+
+    def __init__(
+        self, samples: Mix, batches: Batches, make: Callable[[Sequence[np.ndarray]], list[MicroBatch]]
+    ) -> None:
+        self._samples, self._batches, self._make = samples, batches, make
+        self._start((0, 0))
+
+    def _start(self, place: Place) -> None:
+        self._place = place  # of the batch that comes next
+        self._ahead = place  # of the batch that is prepared next; the thread's own
+        self._prepared: deque[Future[tuple[Batch, Place]]] = deque()
+        # Nothing waits in this thread between two batches, so a loader that is dropped leaves nothing behind.
+        self._thread = ThreadPoolExecutor(1, "loader")
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.monotonic()
+        while len(self._prepared) <= AHEAD:
+            self._prepared.append(self._thread.submit(self._prepare))
+        batch, self._place = self._prepared.popleft().result()
+        return Batch(batch.micro_batches, batch.tokens, time.monotonic() - started)
+
+    def _prepare(self) -> tuple[Batch, Place]:
+        epoch, first = self._ahead
+        rows = self._batches.rows(epoch, first)
+        last = first + len(rows) == len(self._batches.epoch(epoch))
+        self._ahead = (epoch + 1, 0) if last else (epoch, first + len(rows))
+        tokens = int(self._samples.lengths[np.concatenate(rows)].sum())
+        return Batch(self._make(rows), tokens, 0.0), self._ahead
+
+    def state_dict(self) -> dict[str, Any]:
+        """From which a loader of the same data goes on with the next batch, on any topology. JSON can hold it."""
+        epoch, row = self._place
+        return {"epoch": epoch, "row": row, "data": self._data()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called. Raises UserError if the data, or what orders them, have changed."""
+        for key, here in self._data().items():
+            if (then := state["data"].get(key)) != here:
+                raise UserError(
+                    f"the data are not those that the checkpoint was written with ({key}: {then} then, {here} now); "
+                    "resume with the same files, [job] seed, sequence_length and [data] settings"
+                )
+        self._thread.shutdown(cancel_futures=True)
+        self._start((state["epoch"], state["row"]))
+
+    def _data(self) -> dict[str, Any]:
+        """All that decides the rows of an epoch and their order."""
+        batches = self._batches
+        return {
+            "samples": batches.samples,
+            "lengths": zlib.crc32(self._samples.lengths.tobytes()),
+            "seed": batches.seed,
+            "row_length": batches.row_length,
+            "sources": [list(source) for source in batches.sources],
+        }

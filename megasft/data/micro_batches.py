@@ -1,0 +1,89 @@
+"""From the rows of a global batch to the micro batches of one rank. The loss does not depend on how they are cut."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from megasft.data.dataset import Mix
+from megasft.data.packing import pack
+from megasft.model.attention import Segments
+from megasft.model.qwen3_moe import IGNORED, MicroBatch
+from megasft.topology import Topology
+
+Row = int | np.ndarray  # the number of a sample, or of all that share a row
+
+
+class MicroBatches:
+    """The micro batches of this rank, each made of its samples when it is asked for.
+
+    Args:
+        rows: of the global batch, the same on every rank.
+    """
+
+    def __init__(
+        self, samples: Mix, rows: Sequence[Row], per_device_batch: int, topology: Topology, device: torch.device
+    ) -> None:
+        tokens = np.array([samples.lengths[row].sum() for row in rows], np.int64)
+        cuts = deal(tokens, per_device_batch, topology.sizes.data)[topology.groups.dp.rank()]
+        self.numbers = [[int(number) for i in cut for number in np.atleast_1d(rows[i])] for cut in cuts]
+        self._samples, self._multiple, self._device = samples, topology.sizes.tensor, device
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return (collate(self._samples, numbers, self._multiple, self._device) for numbers in self.numbers)
+
+
+def deal(tokens: np.ndarray, per_device_batch: int, replicas: int) -> list[list[list[int]]]:
+    """For each data-parallel rank its micro batches, each a list of at most `per_device_batch` rows.
+
+    Every rank gets as many micro batches as the others, some of them empty where there are too few rows. What is
+    computed at the same time is about equally long on all ranks, since the slowest holds up the others: rows are dealt
+    from the longest down, a micro batch on every rank at a time, each row to the rank with the fewest tokens so far.
+
+    Args:
+        tokens: of each row.
+    """
+    order = np.argsort(-tokens, kind="stable").tolist()
+    at_once = per_device_batch * replicas
+    dealt: list[list[list[int]]] = [[] for _ in range(replicas)]
+    totals = [0] * replicas
+    for first in range(0, len(order), at_once):
+        for cuts in dealt:
+            cuts.append([])
+        for row in order[first : first + at_once]:
+            rank = min(
+                (rank for rank in range(replicas) if len(dealt[rank][-1]) < per_device_batch),
+                key=lambda rank: (totals[rank], len(dealt[rank][-1])),
+            )
+            dealt[rank][-1].append(row)
+            totals[rank] += int(tokens[row])
+    return dealt
+
+
+def evaluation_rows(samples: Mix, row_length: int, replicas: int) -> list[np.ndarray]:
+    """All samples packed into rows in the order of the file, shorter ones where every replica is to have some."""
+    row_length = min(row_length, -(-int(samples.lengths.sum()) // replicas))
+    rows = pack(np.arange(len(samples)), samples.lengths, row_length)
+    return [rows[i] for i in range(len(rows))]
+
+
+def collate(samples: Mix, numbers: Sequence[int], multiple: int, device: torch.device) -> MicroBatch:
+    """Samples laid end to end, filled up to a multiple of `multiple` with tokens in a segment of their own.
+
+    The last token of a sample is only ever a target, so it is not fed to the model.
+    """
+    tokens, labels = [], []
+    for number in numbers:
+        ids, mask = samples[number]
+        tokens.append(ids[:-1].long())
+        labels.append(torch.where(mask[1:], ids[1:].long(), IGNORED))
+    lengths = [len(ids) for ids in tokens]
+    filling = -sum(lengths) % multiple or (0 if lengths else multiple)
+    if filling:
+        tokens.append(torch.zeros(filling, dtype=torch.int64))
+        labels.append(torch.full((filling,), IGNORED))
+        lengths.append(filling)
+    return MicroBatch(torch.cat(tokens).to(device), torch.cat(labels).to(device), Segments.of(lengths, device))

@@ -1,0 +1,79 @@
+"""Commands that are meant to fail: run to their end, for what they say and how they exit."""
+
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+from tests.world import make_world
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Exit codes, in order of rank, and all that was written to standard error."""
+
+    codes: list[int | None]
+    said: str
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory) -> Path:
+    """A folder with a job that nothing is wrong with, on two tensor-parallel ranks."""
+    folder = tmp_path_factory.mktemp("pristine")
+    make_world(folder, tensor=2, data=1)
+    return folder
+
+
+@pytest.fixture
+def world(pristine, tmp_path) -> Path:
+    """A copy of it to spoil: model/, train.jsonl, validation.jsonl, job.toml; run/ is where it would write."""
+    folder = shutil.copytree(pristine, tmp_path / "world")
+    run_file = folder / "job.toml"
+    run_file.write_text(run_file.read_text().replace(str(pristine), str(folder)))
+    return folder
+
+
+@pytest.fixture
+def megasft(tmp_path) -> Callable[..., Ended]:
+    """`megasft(*arguments, ranks=0, only=None)`: the command as a process that has imported everything already.
+
+    With `ranks` it runs as so many ranks of torchrun's, or as the one rank `only` of them; without, it must refuse before
+    it launches any.
+    """
+
+    def run(*arguments: str, ranks: int = 0, only: int | None = None) -> Ended:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preload"])
+        errors = tmp_path / "stderr"
+        processes = []
+        for rank in range(ranks or 1) if only is None else [only]:
+            world = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }  # fmt: skip
+            processes.append(context.Process(target=_main, args=(arguments, world if ranks else {}, errors)))
+            processes[-1].start()
+        for process in processes:
+            process.join(90)
+            process.kill()  # if it hangs
+            process.join()
+        return Ended([process.exitcode for process in processes], errors.read_text())
+
+    return run
+
+
+def _main(arguments: tuple[str, ...], environment: dict[str, str], errors: Path) -> None:
+    os.environ.update(environment)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.argv = ["megasft", *arguments]
+    from megasft import cli, launch
+
+    launch.launch = lambda *_: sys.exit("nothing was refused before the launch")
+    cli.main()

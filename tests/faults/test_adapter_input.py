@@ -1,0 +1,279 @@
+"""Adapters and bases that cannot be used: one line that says why, exit code 2, and nothing left behind."""
+
+import json
+import pickle
+import re
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megasft import cli
+from megasft.config import LINEAR_LAYERS
+from megasft.errors import UserError
+from megasft.lora.adapter import load_adapter
+from megasft.lora.export import export_adapter
+from tests import on_ranks
+from tests.parity.reference import PREFIX, random_adapter, random_model, tiny_config, write_adapter
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Q, DOWN = f"{PREFIX}model.layers.0.self_attn.q_proj", f"{PREFIX}model.layers.2.mlp.experts.5.down_proj"
+
+
+EXPERTS = f"{PREFIX}model.layers.1.mlp.experts"
+
+
+class Exploding:
+    """Unpickling this would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
+
+
+def truncate(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def pickled(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Exploding(folder / "exploded")))
+
+
+def set_nan(tensors):
+    tensors[f"{DOWN}.lora_B.weight"][3, 1] = float("nan")
+
+
+def set_infinite(tensors):
+    tensors[f"{Q}.lora_A.weight"][0, 0] = float("inf")
+
+
+def of_more_layers(tensors):
+    tensors |= {name.replace("layers.2.", "layers.3."): value.clone() for name, value in tensors.items()}
+
+
+def of_more_experts(tensors):
+    tensors |= {name.replace("experts.5.", "experts.8."): value.clone() for name, value in tensors.items()}
+
+
+def of_other_width(tensors):
+    for name in [name for name in tensors if name.endswith("lora_A.weight")]:
+        tensors[name] = torch.cat([tensors[name]] * 2, dim=1)
+
+
+# What is wrong, how to bring it about, and what the line says. These are wrong whatever is done with the adapter.
+BROKEN = {
+    "no such folder": (lambda folder: (folder / CONFIG).unlink(), "it has no adapter_config.json"),
+    "not JSON": (lambda folder: (folder / CONFIG).write_text("{"), "not a readable adapter configuration"),
+    "not an object": (lambda folder: (folder / CONFIG).write_text("[]"), "not a readable adapter configuration"),
+    "another method": (lambda folder: edit_config(folder, peft_type="IA3"), "peft_type = 'IA3'"),
+    "DoRA": (lambda folder: edit_config(folder, use_dora=True), "use_dora = True is not supported"),
+    "PiSSA": (lambda folder: edit_config(folder, init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
+    "no rank": (lambda folder: edit_config(folder, r=None), "do not give positive ranks"),
+    "bad pattern": (lambda folder: edit_config(folder, rank_pattern={"(": 4}), "do not give positive ranks"),
+    "rank not of the tensors": (lambda folder: edit_config(folder, r=8), "gives it rank 8"),
+    "pickled": (pickled, "pickled adapters are never read"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "missing, damaged or not a safetensors file"),
+    "truncated": (truncate, "missing, damaged or not a safetensors file"),
+    "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "missing, damaged or not a safetensors file"),
+    "NaN": (lambda folder: edit_tensors(folder, set_nan), "lora_B.weight' holds values that are not finite"),
+    "infinite": (lambda folder: edit_tensors(folder, set_infinite), "lora_A.weight' holds values that are not finite"),
+    "A without B": (lambda folder: edit_tensors(folder, lambda t: t.pop(f"{Q}.lora_B.weight")), "and not the other"),
+    "a bias too": (
+        lambda folder: edit_tensors(folder, lambda t: t.update({f"{Q}.bias": torch.ones(4)})),
+        "q_proj.bias'",
+    ),
+}
+# These are good adapters, of another model.
+FOREIGN = {
+    "more layers": (lambda folder: edit_tensors(folder, of_more_layers), "'model.layers.3."),
+    "more experts": (lambda folder: edit_tensors(folder, of_more_experts), "experts.8."),
+    "other width": (lambda folder: edit_tensors(folder, of_other_width), r"(has|and) \d+ inputs"),
+}
+# These are good adapters of this model, not what the job asks for (r = 4, alpha = 12, all layers).
+OTHER = {
+    "rank": (lambda folder: remake(folder, r=2, alpha=6), "r = 2, but .lora. r = 4; .*set .lora. r = 2 and alpha = 6"),
+    "alpha": (lambda folder: edit_config(folder, lora_alpha=8), "lora_alpha = 8 .*= 12 by 3; set .lora. alpha = 8"),
+    "a layer less": (lambda folder: remake(folder, leave_out="o_proj"), "adapts down_proj, .*v_proj, but .*o_proj"),
+    "one expert less": (
+        lambda folder: edit_tensors(folder, lambda t: [t.pop(f"{DOWN}.lora_{m}.weight") for m in "AB"]),
+        "no adapter for 'model.layers.2.mlp.experts.5.down_proj'",
+    ),
+    "one A for gate and up": (
+        lambda folder: fuse(folder, lambda t: t[f"{EXPERTS}.base_layer.lora_B.weight"].fill_(1)),
+        "share an A of rank 8 .*set .lora. r = 8 and alpha = 24",
+    ),
+}  # fmt: skip
+
+
+def remake(folder, r=4, alpha=12, leave_out=""):
+    targets = frozenset(LINEAR_LAYERS) - {leave_out}
+    write_adapter(random_adapter(tiny_config(mlp_only_layers=[]), r, targets), folder, r, alpha)
+
+
+def fuse(folder, change):
+    export_adapter(folder, folder / "fused", "fused")
+    for name in (CONFIG, WEIGHTS):
+        (folder / "fused" / name).replace(folder / name)
+    (folder / "fused").rmdir()
+    edit_tensors(folder, change)
+
+
+def try_all(settings, folders):
+    """What `load_adapter` says of each."""
+    _, topology, model = on_ranks.start(settings)
+    said = []
+    for folder in folders:
+        try:
+            with topology.together():
+                load_adapter(model, folder)
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_job_refuses_an_adapter_that_does_not_fit_on_every_rank_alike(ranks, tmp_path):
+    random_model(tiny_config(mlp_only_layers=[])).save_pretrained(tmp_path / "base")
+    cases = {"good": (lambda folder: None, "")} | BROKEN | FOREIGN | OTHER
+    for name, (spoil, _) in cases.items():
+        remake(tmp_path / name)
+        spoil(tmp_path / name)
+    settings = {
+        "job": {"model": str(tmp_path / "base")},
+        "lora": {"r": 4, "alpha": 12.0, "target_modules": list(LINEAR_LAYERS)},
+        "data": {"topology": {"tensor_parallel": 2, "expert_parallel": 2}},
+        "hyperparameters": {"parallelism": {"bf16": False}},
+    }
+    said = ranks(2, try_all, settings, [tmp_path / name for name in cases])
+    assert said[0] == said[1]
+    for (name, (_, want)), line in zip(cases.items(), said[0], strict=True):
+        assert bool(line) == bool(want), (name, line)
+        assert matches(want, line), (name, line)
+        assert "\n" not in line
+        assert not line or str(tmp_path / name) in line
+    assert not list(tmp_path.rglob("exploded"))
+
+
+def matches(want, line):
+    return re.search(want, line) is not None
+
+
+def refused(capsys, monkeypatch, *arguments) -> str:
+    """The one line with which the command ends."""
+    monkeypatch.setattr(sys, "argv", ["megasft", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.fixture
+def world(tmp_path):
+    random_model(tiny_config(mlp_only_layers=[])).save_pretrained(tmp_path / "base")
+    remake(tmp_path / "adapter")
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", [*BROKEN, *FOREIGN])
+def test_merge_refuses_it_and_leaves_nothing(world, capsys, monkeypatch, case):
+    spoil, want = (BROKEN | FOREIGN)[case]
+    spoil(world / "adapter")
+    arguments = ("--model", world / "base", "--adapter", world / "adapter", "--out", world / "out")
+    assert matches(want, refused(capsys, monkeypatch, "merge", *arguments))
+    assert {path.name for path in world.iterdir()} == {"base", "adapter"}
+    assert not list(world.rglob("exploded"))
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_export_refuses_it_and_leaves_nothing(world, capsys, monkeypatch, case):
+    spoil, want = BROKEN[case]
+    spoil(world / "adapter")
+    line = refused(capsys, monkeypatch, "export", world / "adapter", world / "out", "--layout", "fused")
+    assert matches(want, line)
+    assert {path.name for path in world.iterdir()} == {"base", "adapter"}
+
+
+def full_disk(monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**12, 10**12 - 10**5, 10**5)
+    monkeypatch.setattr("megasft.lora.merge.shutil.disk_usage", lambda path: usage)
+
+
+def disk_that_fills_up(monkeypatch):
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megasft.tensorfile.os.posix_fallocate", no_room)
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_an_output_that_holds_files_is_left_alone(world, capsys, monkeypatch, command):
+    (world / "out").mkdir()
+    (world / "out" / "mine").write_text("precious")
+    arguments = {
+        "merge": ("--model", world / "base", "--adapter", world / "adapter", "--out", world / "out"),
+        "export": (world / "adapter", world / "out"),
+    }[command]
+    assert "already holds files" in refused(capsys, monkeypatch, command, *arguments)
+    assert [path.name for path in (world / "out").iterdir()] == ["mine"]
+    assert {path.name for path in world.iterdir()} == {"base", "adapter", "out"}
+
+
+def broken_base(world):
+    data = (world / "base" / "model.safetensors").read_bytes()
+    (world / "base" / "model.safetensors").write_bytes(data[:-10])
+
+
+def quantized_base(world):
+    tensors = load_file(world / "base" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, world / "base" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "want"),
+    [
+        (lambda world, patch: full_disk(patch), "needs 0.0 GB, and its disk has 0.0 GB free"),
+        (lambda world, patch: disk_that_fills_up(patch), "No space left on device"),
+        (lambda world, patch: broken_base(world), "model.safetensors: damaged or not a safetensors file"),
+        (lambda world, patch: quantized_base(world), "q_proj.weight' is quantized"),
+        (lambda world, patch: (world / "base" / "config.json").unlink(), "not a model folder"),
+    ],
+    ids=["no room", "disk fills up", "base truncated", "base quantized", "base without configuration"],
+)
+def test_merge_refuses_what_it_cannot_write_or_read(world, capsys, monkeypatch, spoil, want):
+    spoil(world, monkeypatch)
+    arguments = ("--model", world / "base", "--adapter", world / "adapter", "--out", world / "out")
+    assert matches(want, refused(capsys, monkeypatch, "merge", *arguments))
+    assert {path.name for path in world.iterdir()} == {"base", "adapter"}
+
+
+def test_a_size_that_is_none_is_refused(world, capsys, monkeypatch):
+    arguments = ("--adapter", world / "adapter", "--out", world / "out", "--max-shard-size", "big")
+    assert "'big' is not a size" in refused(capsys, monkeypatch, "merge", *arguments)
+
+
+def test_an_adapter_that_names_no_base_needs_the_option(world, capsys, monkeypatch):
+    arguments = ("--adapter", world / "adapter", "--out", world / "out")
+    assert "add --model" in refused(capsys, monkeypatch, "merge", *arguments)

@@ -1,0 +1,192 @@
+"""However a job ends, all of its processes end within 30 seconds and one line says why."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BIN = Path(sys.executable).parent
+MISBEHAVE = [str(HERE / "misbehave.py"), "train"]
+TORCHRUN = [str(BIN / "torchrun"), "--nproc-per-node", "2"]
+BY_ITSELF = {"megasft train": [sys.executable], "torchrun": TORCHRUN}
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """With bytecode: where none is kept, every process would compile megatron-core again."""
+    changed = {"OMP_NUM_THREADS": "1"}
+    if sys.dont_write_bytecode:
+        changed |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("bytecode"))}
+    return os.environ | changed
+
+
+@pytest.fixture
+def start(world, environment) -> Callable[..., subprocess.Popen]:
+    """`start(command, *settings)`: begin the job of `world` in a process group of its own, as a terminal does."""
+    started = []
+
+    def begin(command: list[str], *settings: str) -> subprocess.Popen:
+        overrides = [argument for setting in settings for argument in ("--set", setting)]
+        command = [*command, "--config", str(world / "job.toml"), *overrides]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+    for pid in processes_of(world):
+        os.kill(pid, signal.SIGKILL)
+
+
+def processes_of(world: Path) -> list[int]:
+    """Every process whose command line names the run file: launcher and ranks, zombies left out."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(world / "job.toml").encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # it has just ended
+            pass
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def finish(process: subprocess.Popen, world: Path, seconds: float) -> tuple[int, str]:
+    """(exit code, standard error) of the launcher, once it and all ranks have ended within so many seconds."""
+    wait_until(lambda: process.poll() is not None and not processes_of(world), seconds)
+    return process.returncode, process.communicate()[1]
+
+
+def steps(world: Path) -> int:
+    """How many steps the job has recorded."""
+    metrics = world / "run" / "metrics.jsonl"
+    return metrics.read_text().count('"train"') if metrics.exists() else 0
+
+
+def spoken(said: str) -> list[str]:
+    """What megasft said, apart from the progress of the training."""
+    return [line for line in said.splitlines() if line.startswith("megasft: ")]
+
+
+def without_progress(said: str) -> str:
+    return "".join(line for line in said.splitlines(keepends=True) if not line.startswith("step "))
+
+
+def assert_adapters_are_whole(world: Path) -> None:
+    adapters = [path.parent for path in (world / "run").glob("**/adapter_config.json")]
+    assert adapters
+    for adapter in adapters:
+        assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
+        assert load_file(adapter / "adapter_model.safetensors")
+
+
+# --- refusals ---
+
+
+def test_megasft_train_refuses_with_one_line_and_nothing_else(world, start):
+    weights = world / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    process = start([str(BIN / "megasft"), "train"])
+    code, said = finish(process, world, 120)
+    assert re.fullmatch(r"megasft: .*model\.safetensors: damaged.*\n", said)
+    assert code == 2
+
+
+def test_the_script_without_torchrun_passes_on_what_its_ranks_refuse(world, start):
+    (world / "train.jsonl").write_text("{}\n")
+    code, said = finish(start([sys.executable, str(ROOT / "tools" / "train.py")]), world, 120)
+    assert re.fullmatch(r"megasft: .*train\.jsonl:1: .*\n", said)
+    assert code == 2
+
+
+def test_under_torchrun_the_line_is_there_once_and_every_rank_exits_with_2(world, start):
+    (world / "train.jsonl").write_text("{}\n")
+    process = start([*TORCHRUN, str(ROOT / "tools" / "train.py")])
+    code, said = finish(process, world, 120)
+    assert len(spoken(said)) == said.count("train.jsonl:1") == 1
+    assert re.findall(r"exitcode  : (\S+)", said) == ["2", "2"]
+    assert code == 1, "torchrun's own"
+
+
+# --- crashes ---
+
+
+@pytest.mark.parametrize("launcher", BY_ITSELF)
+def test_a_crash_of_one_rank_ends_all_and_is_traced_once(world, start, launcher):
+    process = start([*BY_ITSELF[launcher], *MISBEHAVE], "tags.fault=fail", "hyperparameters.max_steps=100000")
+    wait_until(lambda: steps(world) or process.poll() is not None)
+    code, said = finish(process, world, 30)
+    assert code == 1
+    assert said.count("RuntimeError: the fault of rank 1\n") == 1
+    assert spoken(said) == ["megasft: rank 1 failed, as traced above"]
+    if launcher == "megasft train":
+        assert said.count("Traceback") == 1
+        assert "elastic" not in said
+
+
+@pytest.mark.parametrize("launcher", BY_ITSELF)
+def test_a_killed_rank_ends_all_and_one_line_says_that_it_is_lost(world, start, launcher):
+    process = start([*BY_ITSELF[launcher], *MISBEHAVE], "tags.fault='be killed'", "hyperparameters.max_steps=100000")
+    wait_until(lambda: steps(world) or process.poll() is not None)
+    code, said = finish(process, world, 30)
+    assert code == 1
+    if launcher == "megasft train":
+        assert without_progress(said) == "megasft: lost rank 1 to signal 9 (Killed); out of memory?\n"
+    else:
+        assert len(spoken(said)) == 1
+        assert "rank 0 lost another rank" in spoken(said)[0]
+
+
+# --- interruptions ---
+
+
+@pytest.mark.parametrize("launcher", BY_ITSELF)
+def test_ctrl_c_ends_all_ranks_and_leaves_the_adapters_whole(world, start, launcher):
+    process = start([*BY_ITSELF[launcher], *MISBEHAVE], "hyperparameters.max_steps=100000")
+    wait_until(lambda: steps(world) > 3)
+    os.killpg(process.pid, signal.SIGINT)
+    code, said = finish(process, world, 30)
+    assert len(spoken(said)) == 1
+    assert spoken(said)[0] == f"megasft: interrupted; adapters saved so far are under {world}/run"
+    assert_adapters_are_whole(world)
+    if launcher == "megasft train":
+        assert code == 130
+        assert without_progress(said) == spoken(said)[0] + "\n"
+
+
+def test_ctrl_c_while_the_ranks_are_starting_is_as_quiet(world, start):
+    process = start([sys.executable, *MISBEHAVE])
+    wait_until(lambda: len(processes_of(world)) == 3)
+    os.killpg(process.pid, signal.SIGINT)
+    code, said = finish(process, world, 30)
+    assert said == f"megasft: interrupted; adapters saved so far are under {world}/run\n"
+    assert code == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["is told to stop", "is killed"])
+def test_ranks_that_wait_for_each_other_end_when_the_launcher(world, start, number):
+    process = start([sys.executable, *MISBEHAVE], "tags.fault=hang", "hyperparameters.max_steps=100000")
+    wait_until(lambda: steps(world))
+    time.sleep(1)  # now each waits for the other
+    process.send_signal(number)
+    code, said = finish(process, world, 30)
+    assert spoken(said) == [f"megasft: interrupted; adapters saved so far are under {world}/run"]
+    assert "Traceback" not in said
+    assert code == (130 if number == signal.SIGTERM else -number)

@@ -1,0 +1,265 @@
+"""A user's mistake is one line that names it and says what would work, and exit code 2."""
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig
+
+from megasft.errors import UserError
+from megasft.model.hub import find_model
+from tests.parity.reference import random_adapter, write_adapter
+
+TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj"})
+
+
+def in_run_file(old: str, new: str):
+    def spoil(world: Path) -> None:
+        text = (world / "job.toml").read_text()
+        assert old in text
+        (world / "job.toml").write_text(text.replace(old, new))
+
+    return spoil
+
+
+def in_model_config(**changes):
+    def spoil(world: Path) -> None:
+        path = world / "model" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def in_weights(change):
+    def spoil(world: Path) -> None:
+        path = world / "model" / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, {"format": "pt"})
+
+    return spoil
+
+
+def without(*names: str):
+    def spoil(world: Path) -> None:
+        for name in names:
+            (world / name).unlink()
+
+    return spoil
+
+
+def with_text(name: str, text: str):
+    def spoil(world: Path) -> None:
+        (world / name).parent.mkdir(exist_ok=True)
+        (world / name).write_text(text)
+
+    return spoil
+
+
+def with_line(text: str):
+    """Put a line into the training data, as the third."""
+
+    def spoil(world: Path) -> None:
+        lines = (world / "train.jsonl").read_text().splitlines()
+        (world / "train.jsonl").write_text("\n".join([*lines[:2], text, *lines[2:]]) + "\n")
+
+    return spoil
+
+
+def with_adapter(change=lambda adapter: None, r: int = 4, **sizes):
+    def spoil(world: Path) -> None:
+        settings = json.loads((world / "model" / "config.json").read_text()) | sizes
+        adapter = random_adapter(Qwen3MoeConfig.from_dict(settings), r, TARGETS)
+        change(adapter)
+        write_adapter(adapter, world / "adapter", r, 2 * r)
+
+    return spoil
+
+
+def truncated(world: Path) -> None:
+    path = world / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def pickled(world: Path) -> None:
+    path = world / "model" / "model.safetensors"
+    torch.save(load_file(path), world / "model" / "pytorch_model.bin")
+    path.unlink()
+
+
+def pickled_adapter(world: Path) -> None:
+    with_adapter()(world)
+    (world / "adapter" / "adapter_model.safetensors").rename(world / "adapter" / "adapter_model.bin")
+
+
+def index_of_a_missing_file(world: Path) -> None:
+    tensors = load_file(world / "model" / "model.safetensors")
+    (world / "model" / "model.safetensors").rename(world / "model" / "model-00001-of-00002.safetensors")
+    files = {name: f"model-0000{1 + (i == 0)}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    (world / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def nothing(world: Path) -> None: ...
+
+
+# what is wrong, arguments ({} is the folder of the job), words that the line must hold
+BEFORE_THE_LAUNCH = {
+    "no such run file": (nothing, "--config {}/nope.toml", ["nope.toml", "no such file"]),
+    "run file is no TOML": (in_run_file("r = 4", "r = = 4"), "", ["job.toml:11", "not valid TOML"]),
+    "unknown key": (in_run_file("alpha = 8", "alhpa = 8"), "", ["job.toml:12", "[lora] alhpa = 8", "did you mean alpha"]),
+    "wrong type": (nothing, "--set lora.r=eight", ["--set lora.r=eight", "must be a valid integer"]),
+    "two ranks of LoRA": (
+        in_run_file("[hyperparameters]", "[hyperparameters]\nlora_rank = 8"), "",
+        ["job.toml:16", "lora_rank = 8", "contradicts", "[lora] r = 4"],
+    ),
+    "unknown target module": (nothing, "--set lora.target_modules=q_prj", ["q_prj", "did you mean 'q_proj'"]),
+    "QLoRA": (nothing, "--set training.use_qlora=true", ["use_qlora", "training.use_qlora=false"]),
+    "fp16": (nothing, "--set hyperparameters.parallelism.fp16=true", ["fp16", "bf16 = true"]),
+    "DeepSpeed stage 3": (
+        nothing, "--set hyperparameters.parallelism.deepspeed_stage=3", ["deepspeed_stage", "stage 3", "[data.topology]"]
+    ),
+    "topology on another number of ranks": (
+        nothing, "--ranks 3", ["launched 3 ranks", "tensor_parallel 2", "topology = {", "--nproc-per-node 2"]
+    ),
+    "heads that tensor parallel does not divide": (
+        nothing, "--set data.topology.tensor_parallel=8", ["tensor_parallel = 8", "num_key_value_heads = 4", "1, 2, 4"]
+    ),
+    "no data named": (in_run_file("data = ", "# data = "), "", ["[job] data", "--dataset"]),
+    "no such data file": (without("train.jsonl"), "", ["[job] data", "world/train.jsonl", "no such file"]),
+    "data of an unknown kind": (nothing, "--dataset {}/job.toml", ["[job] data", "job.toml", ".jsonl"]),
+    "no such validation file": (without("validation.jsonl"), "", ["[data] validation_path", "validation.jsonl"]),
+    "output folder is a file": (with_text("run", ""), "", ["[job] output_dir", "world/run", "is not a folder"]),
+    "output folder below a file": (nothing, "--set job.output_dir={}/job.toml/run", ["job.toml is not a folder"]),
+    "no such model folder": (nothing, "--set job.model={}/modle", ["[job] model", "world/modle", "no such folder"]),
+    "no such model on the hub": (
+        nothing, "--set job.model=megasft-tests/no-such-model", ["[job] model", "no-such-model", "the hub", "a model folder"]
+    ),
+    "model folder without configuration": (without("model/config.json"), "", ["world/model", "no config.json"]),
+    "configuration is no JSON": (with_text("model/config.json", "{"), "", ["config.json", "not a readable"]),
+    "another kind of model": (in_model_config(model_type="llama"), "", ["config.json", "'llama'", "'qwen3_moe'"]),
+    "no tokenizer": (
+        without("model/tokenizer.json", "model/tokenizer_config.json"), "", ["world/model", "no tokenizer"]
+    ),
+    "more tokens than embeddings": (
+        in_model_config(vocab_size=200), "", ["259 tokens", "vocabulary of 200", "belongs to the model"]
+    ),
+    "no weights": (without("model/model.safetensors"), "", ["world/model", "no model.safetensors"]),
+    "pickled weights": (pickled, "", ["pytorch_model.bin", "convert them to safetensors"]),
+    "truncated weights": (truncated, "", ["model.safetensors", "damaged"]),
+    "index of a missing file": (index_of_a_missing_file, "", ["model-00002-of-00002.safetensors", "not there"]),
+    "no such adapter": (nothing, "--set job.init_adapter={}/adapter", ["[job] init_adapter", "world/adapter", "no such"]),
+    "no adapter in the folder": (nothing, "--set job.init_adapter={}", ["world", "adapter_config.json"]),
+    "pickled adapter": (
+        pickled_adapter, "--set job.init_adapter={}/adapter", ["adapter_model.bin", "save it as adapter_model.safetensors"]
+    ),
+    "no run file named": (nothing, "", ["--config", "megasft --help"]),
+    "unknown option": (nothing, "--lora-rank 8", ["--lora-rank", "megasft --help"]),
+}  # fmt: skip
+
+# What takes ranks to find: the data is read by one of them, and only they know the shape of every part of the model.
+ON_THE_RANKS = {
+    "a line that is no JSON": (with_line('{"messages": ['), "", ["train.jsonl:3", "not JSON"]),
+    "a conversation without assistant": (
+        with_line('{"messages": [{"role": "user", "content": "hello?"}]}'), "", ["train.jsonl:3", "assistant"]
+    ),
+    "weights lack a tensor": (
+        in_weights(lambda tensors: tensors.pop("model.layers.2.mlp.experts.5.up_proj.weight")), "",
+        ["world/model", "no tensor", "model.layers.2.mlp.experts.5.up_proj.weight"],
+    ),
+    "weights have a tensor too many": (
+        in_weights(lambda tensors: tensors.update({"model.layers.9.extra": torch.ones(2)})), "",
+        ["model.safetensors", "'model.layers.9.extra'", "config.json"],
+    ),
+    "weights have a tensor of another shape": (
+        in_weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(65)})), "",
+        ["model.safetensors", "'model.norm.weight'", "[65]", "[64]"],
+    ),
+    "adapter of another rank": (
+        with_adapter(r=8), "--set job.init_adapter={}/adapter", ["adapter_config.json", "r = 8", "[lora] r = 4"]
+    ),
+    "adapter of another rank, and weights that are not looked at": (
+        lambda world: with_adapter(r=8)(world) or in_weights(lambda tensors: tensors.clear())(world),
+        "--set job.init_adapter={}/adapter", ["[lora] r = 4"],
+    ),
+    "adapter of another model": (
+        with_adapter(hidden_size=32), "--set job.init_adapter={}/adapter", ["adapter_model.safetensors", "another model"]
+    ),
+    "adapter of other layers": (
+        with_adapter(), "--set job.init_adapter={}/adapter --set lora.target_modules=q_proj", ["target_modules", "q_proj"]
+    ),
+    "adapter with NaN": (
+        with_adapter(lambda adapter: next(iter(adapter.values())).fill_(torch.nan)), "--set job.init_adapter={}/adapter",
+        ["adapter_model.safetensors", "layers.0.self_attn.q_proj", "not finite"],
+    ),
+}  # fmt: skip
+
+
+def arguments(case: str, text: str, world: Path) -> list[str]:
+    config = [] if "--config" in text or case == "no run file named" else ["--config", f"{world}/job.toml"]
+    return ["train", *config, *text.format(*[world] * text.count("{}")).split()]
+
+
+def assert_one_line(said: str, words: list[str]) -> None:
+    assert said.startswith("megasft: ")
+    assert said.count("\n") == 1, said
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize("case", BEFORE_THE_LAUNCH)
+def test_before_anything_is_launched(megasft, world, case):
+    spoil, text, words = BEFORE_THE_LAUNCH[case]
+    spoil(world)
+    ended = megasft(*arguments(case, text, world))
+    assert_one_line(ended.said, words)
+    assert ended.codes == [2]
+    assert not (world / "run").is_dir()
+
+
+@pytest.mark.parametrize("case", ON_THE_RANKS)
+def test_by_all_ranks_with_one_voice(megasft, world, case):
+    spoil, text, words = ON_THE_RANKS[case]
+    spoil(world)
+    ended = megasft(*arguments(case, text, world), ranks=2)
+    assert_one_line(ended.said, words)
+    assert ended.codes == [2, 2]
+    assert not (world / "run").exists()
+
+
+@pytest.mark.parametrize("case", ["no such data file", "output folder is a file", "truncated weights"])
+def test_torchruns_ranks_refuse_what_the_launcher_would(megasft, world, case):
+    spoil, text, words = BEFORE_THE_LAUNCH[case]
+    spoil(world)
+    ended = megasft(*arguments(case, text, world), ranks=2)
+    assert_one_line(ended.said, words)
+    assert ended.codes == [2, 2]
+
+
+@pytest.mark.parametrize("case", ["unknown key", "topology on another number of ranks"])
+def test_the_rank_that_comes_first_speaks(megasft, world, case):
+    # torchrun ends the others as soon as one has exited.
+    spoil, text, words = BEFORE_THE_LAUNCH[case]
+    spoil(world)
+    ended = megasft(*arguments(case, text, world), ranks=3, only=1)
+    assert_one_line(ended.said, words)
+    assert ended.codes == [2]
+
+
+def test_nothing_is_wrong_with_the_job_that_the_cases_spoil(megasft, world):
+    ended = megasft("train", "--config", f"{world}/job.toml")
+    assert ended.said == "nothing was refused before the launch\n"
+    ended = megasft("train", "--config", f"{world}/job.toml", ranks=2)
+    assert ended.codes == [0, 0]
+
+
+def test_a_hub_that_never_answers_is_given_up_in_15_seconds(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(UserError, match="the hub did not give it"):
+            find_model("megasft-tests/no-such-model")
+        assert time.monotonic() - started < 15
