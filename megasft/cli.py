@@ -116,7 +116,8 @@ def merge(
             base, adapter, out, dtype, limit, lambda done, total: bar.update(task, completed=done, total=total)
         )
     print(
-        f"{out}: {report.tensors} tensors, {report.adapted} adapted, {report.nbytes / 1e9:.2f} GB, {report.files} file(s)"
+        f"{out}: {report.tensors} tensors, {report.adapted} adapted, {report.nbytes / 1e9:.2f} GB, "
+        f"{report.files} file(s)"
     )
 
 

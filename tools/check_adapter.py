@@ -44,8 +44,9 @@ def main(
     adapter_dir: Annotated[Path, typer.Argument(exists=True, help="adapter_config.json and adapter_model.safetensors")],
     data: Annotated[Path, typer.Argument(exists=True, help='a JSONL file of {"messages": [...]}')],
     expect: Annotated[float | None, typer.Option(help="the loss that the adapter should give")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="expect the last validation loss of this run directory")] = None,
     tolerance: Annotated[float, typer.Option(help="how far from it the loss may be, relative")] = 0.01,
-    sequence_length: Annotated[int, typer.Option(help="leave out conversations of more tokens")] = 512,
+    sequence_length: Annotated[int, typer.Option(help="cut conversations to so many tokens, as in training")] = 512,
     base: Annotated[bool, typer.Option(help="measure the base model too")] = True,
 ) -> None:
     """Print the mean loss over the assistant's tokens, without and with the adapter."""
@@ -53,9 +54,10 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     with data.open(encoding="utf-8") as lines:
         samples = [read_sample(tokenizer, line) for line in lines if line.strip()]
-    kept = [sample for sample in samples if len(sample.ids) <= sequence_length]
+    cut = sum(len(sample.ids) > sequence_length for sample in samples)
+    kept = [Sample(sample.ids[:sequence_length], sample.supervised[:sequence_length]) for sample in samples]
     tokens = sum(sum(sample.supervised) for sample in kept)
-    console.print(f"{len(kept):,} conversations, {tokens:,} supervised tokens; {len(samples) - len(kept)} too long")
+    console.print(f"{len(kept):,} conversations, {tokens:,} supervised tokens; {cut} cut to {sequence_length} tokens")
 
     model = Qwen3MoeForCausalLM.from_pretrained(model_dir, dtype=torch.float32, experts_implementation="grouped_mm")
     base_loss = mean_loss(model, kept, "base") if base else None
@@ -68,6 +70,8 @@ def main(
     fall = f"  ({1 - loss / base_loss:.1%} below the base)" if base_loss is not None else ""
     console.print(f"adapter loss  {loss:.4f}{fall}")
 
+    if run_dir is not None:
+        expect = last_validation_loss(run_dir)
     if expect is not None:
         difference = abs(loss - expect) / expect
         within = difference <= tolerance
@@ -76,6 +80,12 @@ def main(
         )
         if not within:
             raise typer.Exit(1)
+
+
+def last_validation_loss(run_dir: Path) -> float:
+    """What the trainer measured at the end of its run."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] == "validation"][-1]
 
 
 def read_sample(tokenizer: PreTrainedTokenizerBase, line: str) -> Sample:

@@ -86,7 +86,7 @@ class Settings:
     pretrain_steps: int = 150
     pretrain_sequences: int = 4  # per step
     pretrain_length: int = 256  # tokens
-    pretrain_learning_rate: float = 6e-3
+    pretrain_learning_rate: float = 3e-3
 
 
 def main(

@@ -155,8 +155,9 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "tokens: min, median, p95, max", ", ".join(f"{value:,}" for value in quantiles)
         yield "supervised", f"{report.supervised_tokens / total:.1%}"
         done = [f"{report.fitted[what]:,} {what}" for what in ("truncated", "split", "dropped") if report.fitted[what]]
-        becomes = f" ({report.overlong}: {', '.join(done)})" if done else ""
-        yield f"over-length (> {report.sequence_length:,})", f"{report.over_length:,}{becomes}"
+        yield f"over-length (> {report.sequence_length:,})", f"{report.over_length:,}"
+        if done:
+            yield f"  {report.overlong}", ", ".join(done)
     yield "duplicates", f"{report.duplicates:,}"
     yield "problems", f"{report.problems.total:,}"
 

@@ -65,7 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup, needs_grad: bool) -> tuple[Tensor, Tensor]:
-    """Summed loss, and the gradient of logits fp32 [n, V] in their storage; targets count from this rank's first row."""
+    """Summed loss, and the gradient of logits fp32 [n, V], in their storage; targets count from the first row here."""
     split = group.size() > 1
     top = logits.amax(dim=-1)
     if split:

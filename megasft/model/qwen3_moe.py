@@ -284,7 +284,7 @@ class Qwen3Moe(GPTModel):
                 yield self._vocabulary_shard(name, self.output_layer.weight)
 
     def adapter_shards(self) -> Iterator[Shard]:
-        """Every adapter tensor of which this rank holds a part; `<name in the base model>.lora_A.weight` and `lora_B`."""
+        """Every adapter tensor of which this rank holds a part: `<name in the base>.lora_A.weight` and `lora_B`."""
         for prefix, layer in self._layers():
             yield from _under(f"{prefix}.self_attn", layer.self_attention.adapter_shards())
             yield from _under(f"{prefix}.mlp", layer.mlp.adapter_shards())

@@ -16,7 +16,7 @@ class Metrics:
     def __init__(self, folder: Path, total_steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
         self._board = SummaryWriter(str(folder / "tensorboard"))
         self._display = _Bar(total_steps) if sys.stderr.isatty() else _Lines(total_steps)
 

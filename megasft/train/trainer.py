@@ -210,7 +210,9 @@ class Trainer:
                     (self.output_dir / "config.toml").write_text(self.config.to_toml())
                     metrics = Metrics(self.output_dir, self.total_steps)
                 except OSError as error:
-                    raise UserError(f"[job] output_dir: {self.output_dir} cannot be written ({error.strerror})") from None
+                    raise UserError(
+                        f"[job] output_dir: {self.output_dir} cannot be written ({error.strerror})"
+                    ) from None
         return metrics
 
 

@@ -70,7 +70,7 @@ def megasft(tmp_path) -> Callable[..., Ended]:
 
 
 def _main(arguments: tuple[str, ...], environment: dict[str, str], errors: Path) -> None:
-    os.environ.update(environment)
+    os.environ.update(environment, XDG_CACHE_HOME=str(errors.parent))
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.argv = ["megasft", *arguments]
     from megasft import cli, launch

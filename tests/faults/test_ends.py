@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.faults.speech import spoken, without_progress
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BIN = Path(sys.executable).parent
@@ -24,7 +26,7 @@ BY_ITSELF = {"megasft train": [sys.executable], "torchrun": TORCHRUN}
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> dict[str, str]:
     """With bytecode: where none is kept, every process would compile megatron-core again."""
-    changed = {"OMP_NUM_THREADS": "1"}
+    changed = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
     if sys.dont_write_bytecode:
         changed |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("bytecode"))}
     return os.environ | changed
@@ -78,15 +80,6 @@ def steps(world: Path) -> int:
     """How many steps the job has recorded."""
     metrics = world / "run" / "metrics.jsonl"
     return metrics.read_text().count('"train"') if metrics.exists() else 0
-
-
-def spoken(said: str) -> list[str]:
-    """What megasft said, apart from the progress of the training."""
-    return [line for line in said.splitlines() if line.startswith("megasft: ")]
-
-
-def without_progress(said: str) -> str:
-    return "".join(line for line in said.splitlines(keepends=True) if not line.startswith("step "))
 
 
 def assert_adapters_are_whole(world: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import Qwen3MoeConfig
 
 from megasft.errors import UserError
 from megasft.model.hub import find_model
+from tests.faults.speech import without_progress
 from tests.parity.reference import random_adapter, write_adapter
 
 TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj"})
@@ -204,6 +205,7 @@ def arguments(case: str, text: str, world: Path) -> list[str]:
 
 
 def assert_one_line(said: str, words: list[str]) -> None:
+    said = without_progress(said)
     assert said.startswith("megasft: ")
     assert said.count("\n") == 1, said
     for word in words:

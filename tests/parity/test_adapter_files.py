@@ -66,7 +66,14 @@ def test_the_adapter_does_not_depend_on_topology(ranks, tmp_path):
     adapters = {}
     for tensor, data in ((1, 1), (1, 4), (2, 2), (4, 1)):
         folder = tmp_path / f"tp{tensor}dp{data}"
-        ranks(tensor * data, on_ranks.loss_curve, settings_for(tmp_path, LINEAR_LAYERS, tensor, data), samples, 4, str(folder))
+        ranks(
+            tensor * data,
+            on_ranks.loss_curve,
+            settings_for(tmp_path, LINEAR_LAYERS, tensor, data),
+            samples,
+            4,
+            str(folder),
+        )
         adapters[tensor, data] = load_file(folder / "adapter_model.safetensors")
     first = adapters.pop((1, 1))
     for topology, other in adapters.items():
@@ -91,7 +98,9 @@ def test_a_saved_adapter_loads_back_bit_for_bit(ranks, tmp_path):
 def test_adapter_config_says_what_peft_and_vllm_need(ranks, tmp_path):
     random_model(tiny_config(mlp_only_layers=[])).save_pretrained(tmp_path / "base")
     samples = on_ranks.random_samples(203, [24] * 8)
-    ranks(1, on_ranks.loss_curve, settings_for(tmp_path, ("gate_proj", "q_proj")), samples, 1, str(tmp_path / "adapter"))
+    ranks(
+        1, on_ranks.loss_curve, settings_for(tmp_path, ("gate_proj", "q_proj")), samples, 1, str(tmp_path / "adapter")
+    )
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["task_type"] == "CAUSAL_LM"

@@ -202,7 +202,7 @@ BAD = ["{broken", json.dumps({"messages": [{"role": "user", "content": "a"}]})]
 
 def test_a_conversation_that_cannot_be_used_ends_the_run_with_its_place(load, tmp_path):
     file = write(tmp_path / "data.jsonl", 3, *BAD)
-    message = rf"data\.jsonl:4: not JSON .* \(and 1 more problems; `megasft validate` lists them\)$"
+    message = r"data\.jsonl:4: not JSON .* \(and 1 more problems; `megasft validate` lists them\)$"
     for _ in range(2):  # from the cache as well
         with pytest.raises(UserError, match=message):
             load(file)
@@ -244,7 +244,7 @@ def test_what_is_cut_is_counted(load, tmp_path, capsys):
 @pytest.mark.parametrize("content", ["", "\n\n", BAD[1]])
 def test_a_file_without_anything_to_learn_from_is_refused(load, tmp_path, content):
     (tmp_path / "data.jsonl").write_text(content)
-    with pytest.raises(UserError, match="holds no conversation|nothing to learn from"):
+    with pytest.raises(UserError, match=r"holds no conversation|nothing to learn from"):
         load(tmp_path / "data.jsonl")
     with pytest.raises(UserError, match="no conversation with something to learn from"):
         load(tmp_path / "data.jsonl", on_error="skip")

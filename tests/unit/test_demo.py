@@ -167,7 +167,7 @@ def check(model_folder, conversations, tmp_path):
     data.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations[:8]))
 
     def run(adapter, expect=None):
-        check_adapter.main(model_folder, adapter, data, expect, tolerance=0.01, sequence_length=512, base=True)
+        check_adapter.main(model_folder, adapter, data, expect, None, tolerance=0.01, sequence_length=512, base=True)
 
     return run
 

@@ -154,7 +154,9 @@ def test_held_out_samples_are_not_trained_on_and_none_is_lost(sizes, fraction, s
         for source, weight in zip(part.sources, part.weights, strict=True):
             assert source.ids is of_weight[weight].ids  # no token was copied
             starts.update((weight, start) for start in source.starts.tolist())
-    assert starts == Counter((weight, start) for weight, source in of_weight.items() for start in source.starts.tolist())
+    assert starts == Counter(
+        (weight, start) for weight, source in of_weight.items() for start in source.starts.tolist()
+    )
     assert [source.starts.tolist() for source in mix.split(fraction, seed)[1].sources] == [
         source.starts.tolist() for source in held.sources
     ]

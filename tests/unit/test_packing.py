@@ -46,7 +46,9 @@ def test_shuffling_moves_whole_rows(lengths, seed):
     rows = pack(np.arange(len(lengths)), lengths, 64)
     shuffled = rows.shuffled(np.random.default_rng(seed))
     assert sorted(each(shuffled)) == sorted(each(rows))
-    assert len(rows) < 8 or each(rows.shuffled(np.random.default_rng(1))) != each(rows.shuffled(np.random.default_rng(2)))
+    assert len(rows) < 8 or each(rows.shuffled(np.random.default_rng(1))) != each(
+        rows.shuffled(np.random.default_rng(2))
+    )
 
 
 @pytest.mark.parametrize("count", [500, 20_000])
@@ -160,4 +162,3 @@ def test_ranks_compute_about_as_much_as_each_other_at_any_time():
 
 def test_rows_of_one_sample_are_rows():
     assert each(Rows.single(np.array([5, 3, 9]))) == [[5], [3], [9]]
-
