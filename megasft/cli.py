@@ -147,3 +147,4 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module=r"(.*/)?megatron[./]")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

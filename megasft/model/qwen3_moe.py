@@ -31,6 +31,7 @@ from megasft.topology import Topology
 
 IGNORED = -100  # a label that is not supervised, as in torch and transformers
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # the others change with the length of the sequence
 
 
 @dataclass
@@ -63,18 +64,25 @@ def read_config(folder: str | Path) -> Qwen3MoeConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # transformers raises what it likes on a malformed configuration
-        raise UserError(f"{path}: transformers refuses it: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: transformers refuses it: {' '.join(str(error).split())}") from None
     return config
 
 
 def _check_supported(config: Qwen3MoeConfig) -> None:
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "intermediate_size", "moe_intermediate_size", "decoder_sparse_step"):  # fmt: skip
+        if getattr(config, key) < 1:
+            raise UserError(f"{key} = {getattr(config, key)!r} must be at least 1")
+    if getattr(config, "quantization_config", None):
+        raise UserError("quantization_config: weights that are quantized already cannot be loaded; take the bf16 model")
     refused = {
         "hidden_act": config.hidden_act != "silu",
         "attention_bias": config.attention_bias,
         "use_sliding_window": config.use_sliding_window,
         "num_experts": config.num_experts < 1,
         "num_experts_per_tok": not 1 <= config.num_experts_per_tok <= config.num_experts,
-        "rope_parameters": (config.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"),
+        "num_attention_heads": config.num_attention_heads % config.num_key_value_heads != 0,
+        "rope_parameters": (config.rope_parameters or {}).get("rope_type") not in ROPE_TYPES,
     }
     for key, bad in refused.items():
         if bad:

@@ -142,6 +142,9 @@ BEFORE_THE_LAUNCH = {
     "model folder without configuration": (without("model/config.json"), "", ["world/model", "no config.json"]),
     "configuration is no JSON": (with_text("model/config.json", "{"), "", ["config.json", "not a readable"]),
     "another kind of model": (in_model_config(model_type="llama"), "", ["config.json", "'llama'", "'qwen3_moe'"]),
+    "configuration of no model": (in_model_config(num_attention_heads=0), "", ["config.json", "num_attention_heads = 0"]),
+    "unknown kind of rope": (in_model_config(rope_parameters={"rope_type": "spiral"}), "", ["rope_parameters", "spiral"]),
+    "quantized model": (in_model_config(quantization_config={"quant_method": "fp8"}), "", ["quantization_config", "bf16"]),
     "no tokenizer": (
         without("model/tokenizer.json", "model/tokenizer_config.json"), "", ["world/model", "no tokenizer"]
     ),

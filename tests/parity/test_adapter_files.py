@@ -27,7 +27,11 @@ def settings_for(folder, targets, tensor=1, data=1, **topology):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("targets", [LINEAR_LAYERS, ATTENTION, ("gate_proj", "q_proj"), ("down_proj",), ("gate",), ("up_proj", "gate")], ids="+".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "targets",
+    [LINEAR_LAYERS, ATTENTION, ("gate_proj", "q_proj"), ("down_proj",), ("gate",), ("up_proj", "gate")],
+    ids="+".join,
+)
 @pytest.mark.parametrize("mlp_only_layers", [[], [1]], ids=["sparse", "with dense layer"])
 def test_peft_loads_the_exported_adapter_whole_and_gives_the_trained_logits(ranks, tmp_path, targets, mlp_only_layers):
     config = tiny_config(mlp_only_layers=mlp_only_layers)
