@@ -31,7 +31,7 @@ import numpy as np
 
 from megasft.data import conversations, records, spans, template, tokenize, tokenizer
 from megasft.data.conversations import Problem, Problems
-from megasft.data.records import conversation_files
+from megasft.data.records import SUFFIXES, conversation_files
 from megasft.data.tokenize import Recipe, Tokens, tokenize_files
 from megasft.data.tokenizer import ChatTokenizer
 from megasft.errors import UserError
@@ -120,7 +120,8 @@ def _key(files: Sequence[Path], digests: Sequence[str], chat: ChatTokenizer, rec
     for module in (records, conversations, spans, template, tokenizer, tokenize, sys.modules[__name__]):
         code.update(Path(str(module.__file__)).read_bytes())
     parts: list[Any] = [code.hexdigest(), chat.fingerprint, asdict(recipe), version("transformers")]
-    parts += [version("tokenizers"), [(file.suffixes[-2:], one) for file, one in zip(files, digests, strict=True)]]
+    kinds = [next(kind for kind in SUFFIXES if file.name.endswith(kind)) for file in files]
+    parts += [version("tokenizers"), kinds, list(digests)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -177,7 +177,7 @@ class Batches:
     def place(self, step: int) -> tuple[int, int]:
         """(epoch, first row) of the step-th global batch, counted from 0 over all epochs."""
         epoch = 0
-        while step >= self.steps_in(epoch):
+        while step and step >= self.steps_in(epoch):
             step -= self.steps_in(epoch)
             epoch += 1
         return epoch, step * self.global_batch

@@ -41,7 +41,7 @@ LENGTHS = [
 
 @dataclass(frozen=True)
 class Case:
-    """A topology and how the global batch of 8 is cut: micro batches of `batch`, `BATCH / data / batch` of them."""
+    """A topology and how the global batch of 8 is cut: `BATCH / data / batch` micro batches of `batch` on each rank."""
 
     ranks: int
     tensor: int = 1
@@ -66,7 +66,7 @@ class Case:
 
 
 CASES = [
-    Case(1, batch=8), Case(1, batch=3),
+    Case(1, batch=8), Case(1, batch=2),
     Case(2), Case(2, tensor=2), Case(2, tensor=2, expert_tensor=2, batch=4), Case(2, expert=2), Case(2, tensor=2, expert=2),
     Case(2, expert_tensor=2), Case(2, pipeline=2, batch=2),
     Case(4, batch=2), Case(4, tensor=2, expert_tensor=2), Case(4, tensor=2), Case(4, tensor=4, batch=2),
@@ -99,7 +99,7 @@ class Experiment:
                 "pipeline_parallel": case.pipeline,
             }},
             "hyperparameters": {
-                "per_device_batch": case.batch, "gradient_accumulation_steps": max(1, BATCH // case.data // case.batch),
+                "per_device_batch": case.batch, "gradient_accumulation_steps": BATCH // (case.data * case.batch),
                 "max_steps": STEPS, "learning_rate": 1e-3, "max_grad_norm": 0.5, "adam_eps": 1e-5,
                 "parallelism": {"bf16": self.bf16},
             },
