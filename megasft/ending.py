@@ -23,7 +23,7 @@ def launchers_store() -> "Store | None":
     from torch.distributed import TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=20))
     store.set_timeout(timedelta(seconds=5))
     return store
 

@@ -65,11 +65,13 @@ class _Ending:
     def end(self, code: int, message: str, details: str = "") -> NoReturn:
         """Say why, unless another has, and leave at once: peers may wait in a collective, so nothing is torn down."""
         self._lock.acquire()  # for good: of two threads that come here, the second waits for the end
-        # A mistake and an interruption are known to all ranks, a failure perhaps to this one alone.
-        if first_to_tell(self._store, self.rank, otherwise=self.rank == "0" or code == FAILED):
-            say(message, details)
-        sys.stdout.flush()
-        os._exit(code)
+        try:
+            # A mistake and an interruption are known to all ranks, a failure perhaps to this one alone.
+            if first_to_tell(self._store, self.rank, otherwise=self.rank == "0" or code == FAILED):
+                say(message, details)
+            sys.stdout.flush()
+        finally:  # whatever has become of the streams
+            os._exit(code)
 
     def _heed_signals(self) -> None:
         """Python's signal handlers run when the main thread returns to Python, which one that waits in a collective may
