@@ -58,6 +58,10 @@ def read_config(folder: str | Path) -> Qwen3MoeConfig:
         raise UserError(f"{path}: not a readable model configuration ({error})") from None
     if kind != "qwen3_moe":
         raise UserError(f"{path}: model_type = {kind!r}; megasft trains 'qwen3_moe' models")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) not in ROPE_TYPES:
+        # asked here because transformers remarks on it in words of its own
+        raise UserError(f"{path}: rope_parameters = {rope!r} is not supported; known: {', '.join(ROPE_TYPES)}")
     try:
         config = Qwen3MoeConfig.from_dict(raw)
         _check_supported(config)
