@@ -254,6 +254,11 @@ def test_the_rank_that_comes_first_speaks(megasft, world, case):
     assert ended.codes == [2]
 
 
+def test_a_line_break_in_a_path_makes_no_second_line(megasft, world):
+    ended = megasft("train", "--config", f"{world}/job.toml", "--dataset", "no\nsuch.jsonl")
+    assert_one_line(ended.said, ["[job] data", "no such.jsonl"])
+
+
 def test_nothing_is_wrong_with_the_job_that_the_cases_spoil(megasft, world):
     ended = megasft("train", "--config", f"{world}/job.toml")
     assert ended.said == "nothing was refused before the launch\n"
