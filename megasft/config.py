@@ -202,6 +202,7 @@ class TrainingSettings(Section):
             "4-bit base weights are not built yet; `--set training.use_qlora=false` trains over the bf16 base"
         ),
     ] = False
+    max_nonfinite_steps: Count = 10  # steps in a row that may be skipped for a loss or gradient that is not finite
     validation: ValidationSettings = ValidationSettings()
 
 
@@ -266,8 +267,12 @@ class HyperparameterSettings(Section):
 class CheckpointSettings(Section):
     """`[checkpoint]`."""
 
-    every_steps: Count = 100  # optimizer steps
-    keep: Count = 3  # the newest so many
+    every_steps: Count = 100  # optimizer steps; besides, one at each epoch's end and one at the end of the run
+    every_minutes: Positive | None = None  # and whenever so long has passed since the last
+    keep: Count = 3  # the newest so many, and that of the best validation loss
+    resume: Text = "auto"  # go on from the newest in output_dir, if there is one; "never"; or a checkpoint's folder
+    allow_changed: tuple[Literal["base", "data"], ...] = ()  # may differ from what the checkpoint was trained with
+    on_failure: Literal["continue", "stop"] = "continue"  # when a checkpoint cannot be written
 
 
 class LoggingSettings(Section):

@@ -16,13 +16,14 @@ def check(config: RunConfig, sizes: TopologySizes) -> None:
     from megasft.data.tokenizer import load_tokenizer
     from megasft.lora.adapter_file import AdapterFile
     from megasft.model.qwen3_moe import check_fits, read_config
-    from megasft.model.weights import Checkpoint
+    from megasft.model.weights import fingerprint
+    from megasft.train import resume
 
     folder = find_model(config.job.model)
     hf_config = read_config(folder)
     check_fits(hf_config, sizes)
     load_tokenizer(folder).check_vocabulary(hf_config.vocab_size)
-    Checkpoint(folder)
+    resume.check(config, fingerprint(folder), sizes.data)
     if config.job.init_adapter:
         AdapterFile(config.job.init_adapter)
 

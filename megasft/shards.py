@@ -13,7 +13,8 @@ class Shard:
     """The part of one checkpoint tensor that this rank holds.
 
     `local` is a view of the rank's own storage with the shape of `whole[index]`; `index` has one slice with explicit
-    ends for each dimension. `writer` says whether, of all the ranks that hold this part, this is the one to write it.
+    ends for each dimension. Of all the ranks that hold this part, `writer` says whether this is the one to write it,
+    and `first` the same of those that hold it for one data-parallel replica.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Shard:
     index: Index
     local: Tensor
     writer: bool = True
+    first: bool = True
 
 
 class Sharded(nn.Module):

@@ -5,13 +5,15 @@ and `release` gives those back. A file is 8 bytes of header length, a JSON heade
 (https://github.com/huggingface/safetensors#format).
 """
 
+import hashlib
+import itertools
 import json
 import math
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -82,22 +84,15 @@ class TensorFileWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         self.specs, self.offsets = dict(specs), {}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
+        begin = header(specs)
+        end = len(begin)
         for name, spec in specs.items():
-            header[name] = {
-                "dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes],
-            }  # fmt: skip
-            self.offsets[name] = at
-            at += spec.nbytes
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        start = 8 + len(encoded)
-        self.offsets = {name: start + offset for name, offset in self.offsets.items()}
+            self.offsets[name] = end
+            end += spec.nbytes
         self._file = open(path, "w+b", buffering=0)  # noqa: SIM115 (until close)
         # Without this a full disk would be a bus error on the first page that finds no room.
-        os.posix_fallocate(self._file.fileno(), 0, start + at)
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        os.posix_fallocate(self._file.fileno(), 0, end)
+        self._file.write(begin)
         self._map = mmap.mmap(self._file.fileno(), 0)
 
     def tensor(self, name: str) -> Tensor:
@@ -120,6 +115,33 @@ class TensorFileWriter:
         """Flush to disk."""
         self._map.flush()
         self._file.close()
+
+
+def header(specs: Mapping[str, TensorSpec]) -> bytes:
+    """The bytes before the tensors of a safetensors file, which follow in this order without a gap."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, spec in specs.items():
+        end = at + spec.nbytes
+        entries[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, end]}
+        at = end
+    encoded = json.dumps(entries).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def write_new(path: Path, begin: bytes, tensors: Iterable[Tensor]) -> str:
+    """Write a file of these bytes, which reaches the disk; its SHA-256. Raises OSError."""
+    digest = hashlib.sha256()
+    data: Any
+    with open(path, "xb", buffering=0) as file:
+        for data in itertools.chain([begin], (tensor.view(-1).view(torch.uint8).numpy().data for tensor in tensors)):
+            digest.update(data)
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
+        os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def _view(mapping: mmap.mmap, spec: TensorSpec, offset: int) -> Tensor:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -103,17 +104,22 @@ def regroup(sizes: TopologySizes, seed: int) -> Topology:
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
     )
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    _seed_dropout(seed, groups)
-    return Topology(sizes, groups)
+    topology = Topology(sizes, ProcessGroupCollection.use_mpu_process_groups())
+    seed_step(topology, seed, 0)
+    return topology
 
 
-def _seed_dropout(seed: int, groups: ProcessGroupCollection) -> None:
-    """A random state for each way in which ranks must draw alike or differently when adapters drop inputs.
+def seed_step(topology: Topology, seed: int, step: int) -> None:
+    """Set every random state for an optimizer step: what it draws depends on `seed` and its number alone.
 
-    Ranks that hold the same input (whole tokens under tensor parallel) share a state; ranks with different tokens, or
-    different slices of their features, have their own.
+    So there is nothing to save of random states, and a resumed run draws what the first would have drawn. The adapters'
+    dropout has a state for each way in which ranks must draw alike or differently: ranks that hold the same input
+    (whole tokens under tensor parallel) share a state; ranks with different tokens, or different slices of their
+    features, have their own.
     """
+    groups = topology.groups
+    seed = derived_seed(seed, "step", step) >> 1  # megatron-core adds to it
+    torch.manual_seed(derived_seed(seed, "rank", topology.rank))
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     tracker = tensor_parallel.get_cuda_rng_tracker()
     replica = (groups.pp.rank(), groups.dp.rank())

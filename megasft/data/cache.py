@@ -52,6 +52,7 @@ class Manifest:
         problems: how many conversations could not be used.
         first_problems: [number of the file, line, reason, excerpt] of the first of them.
         ends_digest: SHA-256 of ends.bin.
+        content_digest: of all columns.
     """
 
     samples: int
@@ -61,6 +62,7 @@ class Manifest:
     problems: int
     first_problems: list[tuple[int, int, str, str]]
     ends_digest: str
+    content_digest: str
 
 
 def prepare(
@@ -104,6 +106,11 @@ def prepare(
 def open_columns(folder: Path) -> dict[str, np.ndarray]:
     """The columns of a finished folder of the cache, mapped into memory; writing to them changes no file."""
     return {name: np.memmap(folder / f"{name}.bin", dtype, mode="c") for name, dtype in COLUMNS.items()}
+
+
+def content_digest(folder: Path) -> str:
+    """What a finished folder of the cache has noted of its columns' content."""
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["content_digest"]
 
 
 def default_cache_dir() -> Path:
@@ -190,7 +197,8 @@ def _make(folder: Path, files: Sequence[Path], blocks: Iterator[Tokens]) -> None
     shutil.rmtree(part, ignore_errors=True)  # of one who was killed: we hold the lock
     part.mkdir()
     numbers = {str(file): number for number, file in enumerate(files)}
-    problems, counts, digest = Problems(), Counter[str](), hashlib.sha256()
+    problems, counts = Problems(), Counter[str]()
+    digest, content = hashlib.sha256(), hashlib.sha256()
     samples = tokens = supervised = 0
     started = last = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -200,6 +208,7 @@ def _make(folder: Path, files: Sequence[Path], blocks: Iterator[Tokens]) -> None
             ends = tokens + block.lengths.cumsum()
             for stream, column in ((ids_file, block.ids), (mask_file, block.mask), (ends_file, ends)):
                 stream.write(column.tobytes())
+                content.update(column.tobytes())
             digest.update(ends.tobytes())
             samples, tokens = samples + len(ends), tokens + len(block.ids)
             supervised += int(block.mask.sum())
@@ -211,7 +220,8 @@ def _make(folder: Path, files: Sequence[Path], blocks: Iterator[Tokens]) -> None
                 last = time.monotonic()
                 _say(f"{files[0]}: {samples:,} samples tokenized ({samples / (last - started):,.0f} a second)")
         first = [(numbers[one.file], one.line, one.reason, one.excerpt) for one in problems.first]
-        manifest = Manifest(samples, tokens, supervised, dict(counts), problems.total, first, digest.hexdigest())
+        digests = digest.hexdigest(), content.hexdigest()
+        manifest = Manifest(samples, tokens, supervised, dict(counts), problems.total, first, *digests)
         manifest_file = stack.enter_context((part / "manifest.json").open("w", encoding="utf-8"))
         json.dump(asdict(manifest), manifest_file, indent=2)
         for written in (ids_file, mask_file, ends_file, problems_file, manifest_file):

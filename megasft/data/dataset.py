@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megasft.data.cache import open_columns
+from megasft.data.cache import content_digest, open_columns
 from megasft.data.packing import Rows, pack
 from megasft.data.template import Encoded
 from megasft.data.tokenize import Tokens
@@ -24,13 +24,15 @@ from megasft.topology import derived_seed
 class Samples:
     """Conversations as tokens: sample i is ids[starts[i]:ends[i]] (int32) with mask (bool), True for targets.
 
-    Without `starts` they lie end to end. The tensors may be files mapped into memory (`megasft.data.cache`).
+    Without `starts` they lie end to end. The tensors may be files mapped into memory (`megasft.data.cache`), of whose
+    content `digest` then is.
     """
 
     ids: Tensor
     mask: Tensor
     ends: Tensor
     starts: Tensor = None  # type: ignore[assignment]
+    digest: str = ""
 
     def __post_init__(self) -> None:
         if self.starts is None:
@@ -52,18 +54,20 @@ class Samples:
     def open(cls, folder: Path) -> "Samples":
         """Those of a folder that `cache.prepare` gave, mapped into memory."""
         columns = open_columns(folder)
-        return cls(*(torch.from_numpy(columns[name]) for name in ("ids", "mask", "ends")))
+        ids, mask, ends = (torch.from_numpy(columns[name]) for name in ("ids", "mask", "ends"))
+        return cls(ids, mask, ends, digest=content_digest(folder))
 
     @classmethod
     def of(cls, encoded: Sequence[Encoded]) -> "Samples":
         """Lay encoded conversations end to end."""
         tokens = Tokens.of(encoded)
-        return cls(*map(torch.from_numpy, (tokens.ids, tokens.mask, tokens.lengths.cumsum())))
+        ids, mask, ends = map(torch.from_numpy, (tokens.ids, tokens.mask, tokens.lengths.cumsum()))
+        return cls(ids, mask, ends)
 
     def take(self, indices: np.ndarray) -> "Samples":
         """The samples of these numbers, without copying a token."""
         chosen = torch.from_numpy(indices)
-        return Samples(self.ids, self.mask, self.ends[chosen], self.starts[chosen])
+        return Samples(self.ids, self.mask, self.ends[chosen], self.starts[chosen], self.digest)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,10 @@ Place = tuple[int, int]  # (epoch, row) of the first row of a global batch
 
 @dataclass(frozen=True)
 class Batch:
-    """A step: this rank's micro batches, tokens fed on all ranks together, seconds that the step waited for it."""
+    """A step: this rank's micro batches, the samples of all ranks and their tokens, seconds that the step waited."""
 
     micro_batches: list[MicroBatch]
+    samples: np.ndarray
     tokens: int
     waited: float
 
@@ -56,31 +57,38 @@ class Loader:
         while len(self._prepared) <= AHEAD:
             self._prepared.append(self._thread.submit(self._prepare))
         batch, self._place = self._prepared.popleft().result()
-        return Batch(batch.micro_batches, batch.tokens, time.monotonic() - started)
+        return replace(batch, waited=time.monotonic() - started)
 
     def _prepare(self) -> tuple[Batch, Place]:
         epoch, first = self._ahead
         rows = self._batches.rows(epoch, first)
         last = first + len(rows) == len(self._batches.epoch(epoch))
         self._ahead = (epoch + 1, 0) if last else (epoch, first + len(rows))
-        tokens = int(self._samples.lengths[np.concatenate(rows)].sum())
-        return Batch(self._make(rows), tokens, 0.0), self._ahead
+        samples = np.concatenate(rows)
+        return Batch(self._make(rows), samples, int(self._samples.lengths[samples].sum()), 0.0), self._ahead
 
     def state_dict(self) -> dict[str, Any]:
         """From which a loader of the same data goes on with the next batch, on any topology. JSON can hold it."""
         epoch, row = self._place
         return {"epoch": epoch, "row": row, "data": self._data()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called. Raises UserError if the data, or what orders them, have changed."""
+    def load_state_dict(self, state: dict[str, Any], allow_changed: bool = False) -> None:
+        """Go on where `state_dict` was called; with other data, if they are allowed, from the start of that epoch.
+
+        Raises UserError if the data, or what orders them, have changed.
+        """
+        place = (state["epoch"], state["row"])
         for key, here in self._data().items():
             if (then := state["data"].get(key)) != here:
-                raise UserError(
-                    f"the data are not those that the checkpoint was written with ({key}: {then} then, {here} now); "
-                    "resume with the same files, [job] seed, sequence_length and [data] settings"
-                )
+                if not allow_changed:
+                    raise UserError(
+                        f"the data are not those that the checkpoint was written with ({key}: {then} then, {here} "
+                        "now); resume with the same files, [job] seed, sequence_length and [data] settings, or allow "
+                        'other data with [checkpoint] allow_changed = ["data"]'
+                    )
+                place = (state["epoch"], 0)
         self._thread.shutdown(cancel_futures=True)
-        self._start((state["epoch"], state["row"]))
+        self._start(place)
 
     def _data(self) -> dict[str, Any]:
         """All that decides the rows of an epoch and their order."""
@@ -91,4 +99,5 @@ class Loader:
             "seed": batches.seed,
             "row_length": batches.row_length,
             "sources": [list(source) for source in batches.sources],
+            "content": [source.digest for source in self._samples.sources],
         }

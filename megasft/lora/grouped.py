@@ -95,9 +95,11 @@ class GroupedLoraLinear(Sharded):
                 A = self.lora_A.data[i, j * self.padded_r : j * self.padded_r + r]
                 B = self.lora_B[name].data[i, :, :r]
                 path = f"experts.{e}.{name}"
-                writes_A, writes_B = first or self.mode == "row", first or self.mode == "column"
-                yield Shard(f"{path}.lora_A.weight", (r, k), (slice(0, r), self._inputs()), A, self.writer and writes_A)
-                yield Shard(f"{path}.lora_B.weight", (n, r), (self._rows(n), slice(0, r)), B, self.writer and writes_B)
+                first_A, first_B = first or self.mode == "row", first or self.mode == "column"
+                at = (slice(0, r), self._inputs())
+                yield Shard(f"{path}.lora_A.weight", (r, k), at, A, self.writer and first_A, first_A)
+                at = (self._rows(n), slice(0, r))
+                yield Shard(f"{path}.lora_B.weight", (n, r), at, B, self.writer and first_B, first_B)
 
     def _rows(self, n: int) -> slice:
         return part(n, self.rank, self.size) if self.mode == "column" else slice(0, n)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from megasft import host
 from megasft.config import LoraSettings
 from megasft.lora.functional import lora_linear
-from megasft.shards import Shard, Sharded, consecutive, part, whole
+from megasft.shards import Index, Shard, Sharded, consecutive, part, whole
 
 
 class LoraLinear(Sharded):
@@ -125,9 +125,12 @@ class LoraLinear(Sharded):
             n = self.parts[name]
             A, B = self.lora_A.data[i * r : (i + 1) * r], self.lora_B[leaf(name)].data
             at = (slice(0, r), part(k, self.rank, self.size)) if self.mode == "row" else whole(r, k)
-            yield Shard(f"{name}.lora_A.weight", (r, k), at, A, self.writer and (first or self.mode == "row"))
+            yield self._shard(f"{name}.lora_A.weight", (r, k), at, A, first or self.mode == "row")
             at = (part(n, self.rank, self.size), slice(0, r)) if self.mode == "column" else whole(n, r)
-            yield Shard(f"{name}.lora_B.weight", (n, r), at, B, self.writer and (first or self.mode == "column"))
+            yield self._shard(f"{name}.lora_B.weight", (n, r), at, B, first or self.mode == "column")
+
+    def _shard(self, name: str, shape: tuple[int, int], index: Index, local: Tensor, first: bool) -> Shard:
+        return Shard(name, shape, index, local, self.writer and first, first)
 
 
 def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:

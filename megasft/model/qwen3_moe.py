@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -340,4 +340,4 @@ def _residual_add(training: bool, fused: bool) -> Any:
 
 def _under(prefix: str, shards: Iterator[Shard]) -> Iterator[Shard]:
     for shard in shards:
-        yield Shard(f"{prefix}.{shard.name}", shard.shape, shard.index, shard.local, shard.writer)
+        yield replace(shard, name=f"{prefix}.{shard.name}")

@@ -4,6 +4,7 @@ Takes both layouts of experts: one tensor per expert and projection, as hub chec
 (`experts.gate_up_proj` [E, 2F, H], `experts.down_proj` [E, H, F]), as transformers 5 holds them in memory.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megasft.errors import UserError
-from megasft.model.qwen3_moe import Qwen3Moe
+from megasft.model.qwen3_moe import Qwen3Moe, read_config
 from megasft.shards import Index, Shard
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -29,6 +30,27 @@ def load_base(model: Qwen3Moe, folder: str | Path) -> None:
     checkpoint.refuse_surplus(model)
     for shard, name, index in plan:
         shard.local.copy_(checkpoint.read(name, index))
+
+
+def fingerprint(folder: str | Path) -> str:
+    """What tells a base model from another: its configuration, and names, shapes, sizes and samples of its weights.
+
+    Of each file of weights the header and 64 KiB at 16 evenly spaced places are read, so it takes no time on any size;
+    weights that were trained further differ nearly everywhere. Where the folder is, is no part of it.
+    """
+    config = read_config(folder).to_dict()
+    for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures"):
+        config.pop(key, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for path in sorted(set(Checkpoint(folder).files.values())):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
+            for i in range(16):
+                file.seek(size * i // 16)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()
 
 
 class Checkpoint:

@@ -1,6 +1,9 @@
 """What a run says: metrics.jsonl, TensorBoard, and a progress bar or plain lines on the terminal. Rank 0 only."""
 
+import contextlib
+import errno
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -9,34 +12,74 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megasft.ending import say
+
 
 class Metrics:
-    """Writes each record as one line of `metrics.jsonl` (flushed, so that a killed run keeps it) and to TensorBoard."""
+    """Writes each record as one line of `metrics.jsonl` (flushed, so that a killed run keeps it) and to TensorBoard.
 
-    def __init__(self, folder: Path, total_steps: int) -> None:
+    A disk that takes no more lines does not end the run: it is said once, and again when lines are written again.
+
+    Args:
+        step, length: of a run that goes on: what `metrics.jsonl` holds beyond `length` bytes came after `step`.
+    """
+
+    def __init__(self, folder: Path, total_steps: int, step: int = 0, length: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
-        self._board = SummaryWriter(str(folder / "tensorboard"))
-        self._display = _Bar(total_steps) if sys.stderr.isatty() else _Lines(total_steps)
+        self._file = open(folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._lost = 0
+        self._length = min(length, self._file.tell())  # of whole lines
+        self._file.truncate(self._length)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._display = _Bar(total_steps, step) if sys.stderr.isatty() else _Lines(total_steps)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """One line `{"kind": kind, "step": step, ...}`; numbers go to TensorBoard as kind/name."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
+        with contextlib.suppress(OSError):
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
         self._display.show(kind, step, values)
+
+    @property
+    def length(self) -> int:
+        """Bytes of `metrics.jsonl` so far."""
+        return self._length
+
+    def sync(self) -> None:
+        """Have what was written reach the disk."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+
+    def _write(self, line: str) -> None:
+        data = line.encode()
+        try:
+            if self._file.write(data) != len(data):
+                self._file.truncate(self._length)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._length += len(data)
+            if self._lost:
+                say(f"metrics.jsonl: written again; {self._lost} lines are missing")
+                self._lost = 0
+        except OSError as error:
+            if not self._lost:
+                say(f"metrics.jsonl: cannot be written ({error.strerror}); training goes on without it")
+            self._lost += 1
 
     def close(self) -> None:
         """Flush and close everything."""
         self._display.close()
-        self._board.close()
+        with contextlib.suppress(OSError):
+            self._board.close()
         self._file.close()
 
 
 def describe(kind: str, values: dict[str, Any]) -> str:
     """A record in a few words, for the terminal."""
+    if kind == "train" and values["loss"] is None:
+        return "skipped: the loss or the gradient is not finite"
     if kind == "train":
         return (
             f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad norm {values['grad_norm']:.3f}  "
@@ -48,7 +91,7 @@ def describe(kind: str, values: dict[str, Any]) -> str:
 
 
 class _Bar:
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, step: int) -> None:
         columns = (
             "{task.description}",
             BarColumn(),
@@ -58,7 +101,7 @@ class _Bar:
         )
         self._progress = Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns),
                                   console=Console(stderr=True))  # fmt: skip
-        self._task = self._progress.add_task("training", total=total_steps, said="")
+        self._task = self._progress.add_task("training", total=total_steps, completed=step, said="")
         self._progress.start()
 
     def show(self, kind: str, step: int, values: dict[str, Any]) -> None:

@@ -6,13 +6,14 @@ data parallel; each rank keeps the fp32 master weights and moments of its share 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 from torch import Tensor, nn
 
 from megasft.config import HyperparameterSettings
@@ -33,8 +34,7 @@ def wrap(model: Qwen3Moe, hyper: HyperparameterSettings) -> tuple[DistributedDat
             adam_beta1=hyper.adam_beta1,
             adam_beta2=hyper.adam_beta2,
             adam_eps=hyper.adam_eps,
-            # Clipping at infinity scales nothing, and the norm is still measured.
-            clip_grad=hyper.max_grad_norm or math.inf,
+            clip_grad=hyper.max_grad_norm,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
@@ -46,6 +46,72 @@ def wrap(model: Qwen3Moe, hyper: HyperparameterSettings) -> tuple[DistributedDat
     model.config.no_sync_func = ddp.no_sync
     model.config.finalize_model_grads_func = _finalizer(model.topology)
     return ddp, optimizer
+
+
+def step(optimizer: MegatronOptimizer) -> tuple[float, bool]:
+    """Clip and apply the gradients: (their norm before, whether they were applied: not where it is not finite).
+
+    The norm is that of all ranks' gradients, so all ranks do the same.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm, False
+    for part in _parts(optimizer):
+        if part.config.clip_grad and (parameters := part.get_parameters()):
+            clip_grads.clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return norm, True
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What this rank keeps for elements start:end of a flattened parameter: fp32 master weights and Adam's moments.
+
+    `states` are the optimizer's own tensors, by the names `STATES`; moments that Adam has not made yet are absent.
+    """
+
+    parameter: nn.Parameter
+    start: int
+    end: int
+    states: dict[str, Tensor]
+
+
+STATES = ("master", "exp_avg", "exp_avg_sq")
+
+
+def owned(optimizer: MegatronOptimizer) -> Iterator[Owned]:
+    """The part of each parameter whose states this rank keeps, in an order that stays."""
+    for part in _parts(optimizer):
+        for parameter in part.model_param_group_index_map:
+            span = part._get_model_param_range_map(parameter)["param"]
+            if span.end > span.start:
+                group, place = part.model_param_group_index_map[parameter]
+                master = part.optimizer.param_groups[group]["params"][place]
+                moments = part.optimizer.state.get(master, {})
+                states = {name: moments[name] for name in STATES[1:] if name in moments}
+                yield Owned(parameter, span.start, span.end, {"master": master.data, **states})
+
+
+def make_moments(optimizer: MegatronOptimizer, steps: int) -> None:
+    """Have Adam make the moments of all it owns, to be filled, as after `steps` steps. Spoils the master weights."""
+    for part in _parts(optimizer):
+        if part.model_param_group_index_map:
+            part._init_optimizer_states_with_dummy_values()
+            for state in part.optimizer.state.values():
+                if isinstance(state.get("step"), Tensor):  # torch's Adam counts by parameter, fused ones by group
+                    state["step"].fill_(steps)
+            for group in part.optimizer.param_groups:
+                if "step" in group:
+                    group["step"] = steps
+
+
+def _parts(optimizer: MegatronOptimizer) -> list:
+    return [
+        part
+        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        if not getattr(part, "is_stub_optimizer", False)
+    ]
 
 
 def _finalizer(topology: Topology):
@@ -72,12 +138,4 @@ def add_partial_expert_gradients(parameters: Iterable[nn.Parameter], group: dist
 
 def optimizer_state_bytes(optimizer: MegatronOptimizer) -> int:
     """Bytes of fp32 master weights and Adam moments on this rank."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    total = 0
-    for part in parts:
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state.get(parameter, {})
-                tensors = [parameter, *(value for value in state.values() if isinstance(value, Tensor) and value.dim())]
-                total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return total
+    return sum(state.numel() * state.element_size() for part in owned(optimizer) for state in part.states.values())

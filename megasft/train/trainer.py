@@ -1,7 +1,7 @@
 """The training loop."""
 
 import math
-import shutil
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +15,23 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megasft import host
+from megasft import topology as topologies
 from megasft.config import RunConfig
 from megasft.data.dataset import Batches, Mix, Samples
 from megasft.data.loader import Loader
 from megasft.data.micro_batches import MicroBatches, Row, evaluation_rows
+from megasft.ending import say
 from megasft.errors import UserError
 from megasft.lora.adapter import save_adapter
+from megasft.model.hub import find_model
 from megasft.model.qwen3_moe import MicroBatch, Qwen3Moe
+from megasft.model.weights import fingerprint
 from megasft.topology import Topology
+from megasft.train import resume
+from megasft.train.checkpoint import RunState
 from megasft.train.metrics import Metrics
-from megasft.train.optimizer import wrap
+from megasft.train.optimizer import step, wrap
+from megasft.train.saver import Saver
 from megasft.train.schedule import Schedule
 
 
@@ -69,45 +76,72 @@ class Trainer:
         self.total_steps = hyper.max_steps or self.batches.steps(hyper.n_epochs)
         self.schedule = Schedule(hyper.lr_schedule, hyper.learning_rate, self.total_steps, hyper.warmup_ratio)
         self.ddp, self.optimizer = wrap(model, hyper)
-        self.step = 0
-        self.tokens = 0
-        self.best: float | None = None
         self.output_dir = Path(config.job.output_dir)
+        self.saver = Saver(config, model, self.optimizer, self.base_model, self.output_dir / "checkpoints")
+        self.step = 0
+        self.updates = 0  # steps that changed the weights
+        self.skipped = 0  # the last so many steps did not: their loss or gradient was not finite
+        self.tokens = 0
+        self.validated = 0  # the step of the last validation
+        self.best: float | None = None
+        self.best_step = 0
+        self.metrics: Metrics | None = None  # of rank 0, in `fit`
+        self._committing = threading.Condition()  # held while weights, optimizer and counters change
+        self._agreement = dist.new_group(backend="gloo")  # of `stop`, which runs in another thread
+        self._identity = resume.identity(config, _fingerprint(config), topology.sizes.data)
+        self._rest = self._state()
 
     def fit(self) -> Summary:
-        """Train to the end: steps, validations, checkpoints, the adapter."""
-        started, checkpoint, logging = time.monotonic(), self.config.checkpoint, self.config.logging
-        metrics = self._open_metrics()
-        losses: list[float] = []
-        validation_loss = None
+        """Train to the end, from the checkpoint that `[checkpoint] resume` names if there is one.
+
+        Steps, validations, checkpoints, the adapter. Raises UserError where the checkpoint is of another run, and where
+        too many steps in a row come to nothing.
+        """
+        started, losses, validation_loss = time.monotonic(), [], None
+        self.metrics = self._open_metrics(self._resume())
+        tokens, due = self.tokens, False
+        saved_at, saved_step = time.monotonic(), self.step
         try:
-            while self.step < self.total_steps:
+            while True:
+                if self.validated < self.step and self._validates_now():
+                    validation_loss = self._validate()
+                ends_epoch = self.batches.place(self.step)[1] == 0
+                last = self.step >= self.total_steps
+                due = due or last or ends_epoch or self.step % self.config.checkpoint.every_steps == 0
+                if due and self.step > saved_step:
+                    self._checkpoint()
+                    saved_at, saved_step = time.monotonic(), self.step
+                if last:
+                    break
                 record = self.train_step()
-                losses.append(record["loss"])
-                if metrics and (self.step % logging.every_steps == 0 or self.step == self.total_steps):
-                    metrics.record("train", self.step, **record)
-                if self._validates_now():
-                    validation_loss = self._validate(metrics)
-                if self.step % checkpoint.every_steps == 0 and self.step < self.total_steps:
-                    self._checkpoint(metrics)
+                if record["loss"] is not None:
+                    losses.append(record["loss"])
+                due = self._time_is_up(saved_at)
             self.save(self.output_dir / "adapter")
+            self.saver.wait()
+            self._heed_failed_save()
         finally:
-            if metrics:
-                metrics.close()
+            if self.metrics:
+                self.metrics.close()
         return Summary(
             steps=self.step,
             train_loss=sum(losses[-10:]) / max(1, len(losses[-10:])),
             validation_loss=validation_loss,
             best_validation_loss=self.best,
             seconds=time.monotonic() - started,
-            tokens=self.tokens,
+            tokens=self.tokens - tokens,
             peak_memory_bytes=host.device_memory(),
         )
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step on the next global batch; what a `train` line of metrics.jsonl says of it."""
+        """One optimizer step on the next global batch; what a `train` line of metrics.jsonl says of it.
+
+        Where the loss or the gradient is not finite, the step changes nothing but the count of steps, on every rank
+        alike; its `loss` is None then.
+        """
         host.synchronize()
         started = time.monotonic()
+        topologies.seed_step(self.topology, self.config.job.seed, self.step)
         batch = next(self.loader)
         rate = self.schedule.rate(self.step)
         for group in self.optimizer.param_groups:
@@ -115,23 +149,58 @@ class Trainer:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss, supervised = self._compute(batch.micro_batches, training=True)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {self.step + 1} is {loss}; lower the learning rate?")
-        _, grad_norm, _ = self.optimizer.step()
-        self.step += 1
-        host.synchronize()
-        seconds = time.monotonic() - started
-        self.tokens += batch.tokens
-        return {
-            "loss": loss,
-            "lr": rate,
-            "grad_norm": float(grad_norm),
-            "tokens": batch.tokens,
-            "supervised_tokens": supervised,
-            "seconds": seconds,
-            "data_wait": batch.waited,
-            "tokens_per_second": batch.tokens / seconds,
-        }
+        with self._committing:
+            grad_norm, updated = step(self.optimizer) if math.isfinite(loss) else (math.nan, False)
+            host.synchronize()
+            seconds = time.monotonic() - started
+            self.step += 1
+            self.updates += updated
+            self.skipped = 0 if updated else self.skipped + 1
+            self.tokens += batch.tokens
+            record = {
+                "loss": loss if updated else None,
+                "lr": rate,
+                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                "tokens": batch.tokens,
+                "supervised_tokens": supervised,
+                "seconds": seconds,
+                "data_wait": batch.waited,
+                "tokens_per_second": batch.tokens / seconds,
+            }
+            if not updated:
+                self._record("event", event="skipped", reason=f"loss {loss}, gradient norm {grad_norm}",
+                             samples=batch.samples.tolist())  # fmt: skip
+            if self.step % self.config.logging.every_steps == 0 or self.step == self.total_steps:
+                self._record("train", **record)
+            self._rest = self._state()
+            self._committing.notify_all()
+        if self.skipped >= self.config.training.max_nonfinite_steps:
+            raise UserError(
+                f"stopped: loss or gradient of {self.skipped} steps in a row, the last of them step {self.step}, "
+                f"was not finite; the samples of each are in {self.output_dir}/metrics.jsonl; lower [hyperparameters] "
+                "learning_rate, look at the samples, and go on from a checkpoint before them"
+            )
+        return record
+
+    def stop(self, seconds: float) -> Path:
+        """Save the run as it stands after the last step that all ranks took, for another thread than that of `fit`.
+
+        To be called on all ranks; the step under way is given up, and no other will be taken. Returns the checkpoint.
+        Raises UserError where it cannot be written, RuntimeError where the ranks do not agree within `seconds`.
+        """
+        deadline = time.monotonic() + seconds
+        self._committing.acquire()  # for good
+        steps: list[Any] = [None] * self.topology.world
+        dist.all_gather_object(steps, self._rest.step, group=self._agreement)
+        # A rank that is behind is about to take the step: those ahead have done their part of it.
+        while self._rest.step < max(steps):
+            if not self._committing.wait(max(0.0, deadline - time.monotonic())):
+                raise RuntimeError("the ranks stand at different steps")
+        folder = self._save()
+        self.saver.wait()
+        if self.saver.failure:
+            raise UserError(f"{folder}: cannot be written ({self.saver.failure})")
+        return folder
 
     def evaluate(self, samples: Samples | Mix) -> tuple[float, int]:
         """(mean loss, supervised tokens) over all of `samples`, without dropout. Packed, whatever training does."""
@@ -180,40 +249,114 @@ class Trainer:
             return True
         return (strategy == "steps" and self.step % settings.eval_steps == 0) or self.step == self.total_steps
 
-    def _validate(self, metrics: Metrics | None) -> float:
+    def _validate(self) -> float:
         assert self.validation is not None
         loss, tokens = self.evaluate(self.validation)
-        if metrics:
-            metrics.record("validation", self.step, loss=loss, tokens=tokens)
-        if self.best is None or loss < self.best:
-            self.best = loss
-            if self.config.training.validation.save_best_model_at_end:
-                self.save(self.output_dir / "best")
+        best = self.best is None or loss < self.best
+        if best and self.config.training.validation.save_best_model_at_end:
+            self.save(self.output_dir / "best")
+        with self._committing:
+            self._record("validation", loss=loss if math.isfinite(loss) else None, tokens=tokens)
+            self.validated = self.step
+            if best:
+                self.best, self.best_step = loss, self.step
+            self._rest = self._state()
         return loss
 
-    def _checkpoint(self, metrics: Metrics | None) -> None:
-        """Write the adapter of this step beside the last `keep`."""
-        folder = self.output_dir / "checkpoints" / f"step-{self.step:06d}"
-        self.save(folder)
-        if metrics:
-            metrics.record("checkpoint", self.step, path=str(folder))
-            kept = sorted(folder.parent.glob("step-*"))[: -self.config.checkpoint.keep]
-            for old in kept:
-                shutil.rmtree(old, ignore_errors=True)
+    def _checkpoint(self) -> None:
+        """Begin to save, after a line that says so and that the checkpoint already counts as written."""
+        self._heed_failed_save()
+        with self._committing:
+            self._record("checkpoint", path=str(self.saver.checkpoints.of(self.step)))
+            self._rest = self._state()
+            self._save()
 
-    def _open_metrics(self) -> Metrics | None:
+    def _save(self) -> Path:
+        if self.metrics:
+            self.metrics.sync()
+        return self.saver.save(self._rest)
+
+    def _time_is_up(self, saved_at: float) -> bool:
+        """Whether `every_minutes` have passed since the last checkpoint, by the clock of rank 0."""
+        minutes = self.config.checkpoint.every_minutes
+        if minutes is None:
+            return False
+        up = torch.tensor(float(time.monotonic() - saved_at > 60 * minutes), device=self.device)
+        dist.broadcast(up, 0)
+        return bool(up)
+
+    def _heed_failed_save(self) -> None:
+        """Make known that the last checkpoint could not be written."""
+        failure, self.saver.failure = self.saver.failure, None
+        if failure is None:
+            return
+        words = f"[checkpoint] the last one could not be written ({failure}); those before it are as they were"
+        if self.config.checkpoint.on_failure == "stop":
+            raise UserError(words)
+        self._record("event", event="checkpoint failed", reason=failure)
+        if self.topology.is_first:
+            say(words)
+
+    def _record(self, kind: str, **values: Any) -> None:
+        if self.metrics:
+            self.metrics.record(kind, self.step, **values)
+
+    def _state(self) -> RunState:
+        return RunState(
+            step=self.step,
+            updates=self.updates,
+            skipped=self.skipped,
+            tokens=self.tokens,
+            validated=self.validated,
+            best=self.best,
+            best_step=self.best_step,
+            loader=self.loader.state_dict(),
+            metrics_bytes=self.metrics.length if self.metrics else 0,
+            identity=self._identity,
+        )
+
+    def _resume(self) -> int:
+        """Go on from the checkpoint that the settings name, if there is one: how long metrics.jsonl was then."""
+        found = resume.find(self.config, self.topology)
+        if found is None:
+            return 0
+        folder, state = found
+        with self.topology.together():
+            resume.refuse_changes(state.identity, self._identity, self.config, folder)
+            self.loader.load_state_dict(state.loader, "data" in self.config.checkpoint.allow_changed)
+            self.saver.load(folder, state.updates)
+        self.step, self.updates, self.skipped, self.tokens = state.step, state.updates, state.skipped, state.tokens
+        self.validated, self.best, self.best_step = state.validated, state.best, state.best_step
+        self._rest = state
+        if self.topology.is_first:
+            for change in resume.changed_settings(folder, self.config):
+                say(f"resuming with another {change}")
+            say(f"resuming from {folder}: {self.step} of {self.total_steps} steps are done")
+            if self.step >= self.total_steps:
+                say("nothing is left to train; for a new run name another [job] output_dir, or pass --resume never")
+        return state.metrics_bytes if folder.parent.parent == self.output_dir.resolve() else 0
+
+    def _open_metrics(self, length: int) -> Metrics | None:
         metrics = None
         with self.topology.together():
             if self.topology.is_first:
                 try:
                     self.output_dir.mkdir(parents=True, exist_ok=True)
                     (self.output_dir / "config.toml").write_text(self.config.to_toml())
-                    metrics = Metrics(self.output_dir, self.total_steps)
+                    metrics = Metrics(self.output_dir, self.total_steps, self.step, length)
                 except OSError as error:
                     raise UserError(
                         f"[job] output_dir: {self.output_dir} cannot be written ({error.strerror})"
                     ) from None
         return metrics
+
+
+def _fingerprint(config: RunConfig) -> str | None:
+    """Of the base model, None where it is not read from files."""
+    try:
+        return fingerprint(find_model(config.job.model))
+    except UserError:
+        return None
 
 
 def _forward(batches: Any, ddp: Any) -> tuple[Tensor, Any]:

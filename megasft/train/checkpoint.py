@@ -1,0 +1,198 @@
+"""A checkpoint on disk: a folder that appears whole or not at all and says of itself whether it is undamaged.
+
+    checkpoints/
+      latest -> step-000100
+      step-000100/
+        adapter_model.safetensors, adapter_config.json   the adapter as a PEFT adapter: any tool loads the folder
+        optimizer-00000-of-00004.safetensors ...         master weights and moments, one file a rank (see train.pieces)
+        state.json                                       where the run stood (`RunState`)
+        config.toml                                      the resolved run file
+        manifest.json                                    size and SHA-256 of each of these; written last
+
+Of random states there is nothing to save: those of a step derive from the seed and its number.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megasft.config import RunConfig
+from megasft.errors import UserError
+
+FORMAT = 1
+MANIFEST, STATE, RUN_FILE, LATEST = "manifest.json", "state.json", "config.toml", "latest"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands between two steps.
+
+    Attributes:
+        step: optimizer steps taken, those skipped included.
+        updates: of them, those that changed the weights: what Adam counts.
+        skipped: how many of the last steps, in a row, were skipped because loss or gradient was not finite.
+        tokens: fed so far.
+        validated: the step of the last validation; 0 before the first.
+        best, best_step: the lowest validation loss and its step; None and 0 before the first.
+        loader: `Loader.state_dict`, from which the next step's batch follows.
+        metrics_bytes: length of metrics.jsonl.
+        identity: what must not change in a run, by name (`resume.identity`).
+    """
+
+    step: int
+    updates: int
+    skipped: int
+    tokens: int
+    validated: int
+    best: float | None
+    best_step: int
+    loader: dict[str, Any]
+    metrics_bytes: int
+    identity: dict[str, Any]
+
+
+class Checkpoints:
+    """The `checkpoints` folder of a run."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.folder / f"step-{step:06d}"
+
+    def all(self) -> list[Path]:
+        """Those there are, the newest first."""
+        with contextlib.suppress(OSError):
+            found = [path for path in self.folder.iterdir() if path.name.startswith("step-") and path.is_dir()]
+            return sorted(found, key=_step, reverse=True)
+        return []
+
+    def after(self, step: int) -> list[Path]:
+        """Those of later steps."""
+        return [folder for folder in self.all() if _step(folder) > step]
+
+    def begin(self, step: int) -> Path:
+        """An empty folder in which the checkpoint of a step is made. Raises OSError."""
+        work = self.folder / f".step-{step:06d}.part"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        return work
+
+    def finish(self, work: Path, step: int, state: RunState, config: RunConfig, files: dict[str, str]) -> Path:
+        """Give a checkpoint whose other files are there its name. Raises OSError.
+
+        Args:
+            files: SHA-256 of each file in `work`, by name.
+        """
+        texts = {STATE: json.dumps(asdict(state), indent=1), RUN_FILE: config.to_toml()}
+        digests = files | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        for name, text in texts.items():
+            _write(work / name, text)
+        entries = {
+            name: {"bytes": (work / name).stat().st_size, "sha256": digest} for name, digest in sorted(digests.items())
+        }
+        _write(work / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=1))
+        _sync(work)
+        folder = self.of(step)
+        if folder.exists():
+            self._retire(folder)
+        work.rename(folder)
+        _sync(self.folder)
+        link = self.folder / f".{LATEST}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+        link.rename(self.folder / LATEST)
+        _sync(self.folder)
+        return folder
+
+    def prune(self, keep: int, best_step: int) -> None:
+        """Remove all but the newest `keep` and that of the best validation loss."""
+        for folder in self.all()[keep:]:
+            if _step(folder) != best_step:
+                with contextlib.suppress(OSError):
+                    self._retire(folder)
+
+    def clear_leftovers(self) -> None:
+        """Remove what killed runs left unfinished."""
+        for path in self.folder.glob(".step-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _retire(self, folder: Path) -> None:
+        """Remove a checkpoint; half removed, it has not its name any more."""
+        gone = self.folder / f".{folder.name}.old"
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is; checksums of every `parts`-th file from `part` on only.
+
+    With `parts` 0 of no file.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {Path(name).name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST} is of format {manifest['format']!r}, this megasft reads {FORMAT}"
+        if STATE not in files:
+            return f"{MANIFEST} does not name {STATE}"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for i, (name, (size, digest)) in enumerate(sorted(files.items())):
+        try:
+            if (folder / name).stat().st_size != size:
+                return f"{name} has {(folder / name).stat().st_size:,} bytes instead of {size:,}"
+            if parts and i % parts == part and file_digest(folder / name) != digest:
+                return f"{name} is damaged: its checksum is not that of {MANIFEST}"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def read_state(folder: Path) -> RunState:
+    """The state in a checkpoint. Raises UserError."""
+    try:
+        found = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return RunState(**{field.name: found[field.name] for field in fields(RunState)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / STATE}: not the state of a run ({error})") from None
+
+
+def optimizer_file(rank: int, world: int) -> str:
+    """The name of a rank's file."""
+    return f"optimizer-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _step(folder: Path) -> int:
+    digits = folder.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

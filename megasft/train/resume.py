@@ -1,0 +1,157 @@
+"""Whether and from where a run goes on, and what may not have changed since."""
+
+import shutil
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megasft.config import RunConfig
+from megasft.ending import say
+from megasft.errors import UserError
+from megasft.topology import Topology
+from megasft.train.checkpoint import RUN_FILE, Checkpoints, RunState, damage, read_state
+
+
+def find(config: RunConfig, topology: Topology) -> tuple[Path, RunState] | None:
+    """The checkpoint to go on from and its state, None for a run from the start; every rank calls it.
+
+    The ranks share the work of its checksums. One that is damaged is passed over for the one before it, which is said.
+    What is left in `output_dir` of another run, or of a later part of this one, is moved to a folder `earlier-<n>`.
+    Raises UserError where the one asked for is damaged, or all are.
+    """
+    setting, output = config.checkpoint.resume, Path(config.job.output_dir)
+    own = Checkpoints(output / "checkpoints")
+    with topology.together():
+        candidates = _candidates(config)
+    shared = [candidates]
+    dist.broadcast_object_list(shared)
+    for folder in shared[0]:
+        said: list[str | None] = [None] * topology.world
+        dist.all_gather_object(said, damage(folder, topology.rank, topology.world))
+        wrong = next((words for words in said if words), None)
+        if wrong is None:
+            state = read_state(folder)
+            if topology.is_first:
+                own.clear_leftovers()
+                if folder.parent != own.folder.resolve():
+                    _set_aside(output, (output / name for name in RUN_FILES))
+                else:  # they are damaged, or given up by going back to this one
+                    _set_aside(output, own.after(state.step))
+            return folder, state
+        if setting != "auto":
+            raise UserError(f'[checkpoint] resume = {setting!r}: {folder}: {wrong}; name another checkpoint, or "auto"')
+        if topology.is_first:
+            say(f"{folder}: {wrong}; going back to the checkpoint before it")
+    if shared[0]:
+        raise UserError(
+            f'{own.folder}: no checkpoint in it is undamaged; start again with [checkpoint] resume = "never", or in '
+            "another [job] output_dir"
+        )
+    if topology.is_first:
+        own.clear_leftovers()
+        if setting == "never":
+            _set_aside(output, (output / name for name in RUN_FILES))
+    return None
+
+
+RUN_FILES = ("checkpoints", "metrics.jsonl", "tensorboard", "best", "adapter")
+
+
+def check(config: RunConfig, base: str, data_parallel: int) -> None:
+    """Raise UserError if the run could not go on from the checkpoint it would go on from; reads a small file of it."""
+    folder = next((folder for folder in _candidates(config) if damage(folder, parts=0) is None), None)
+    if folder is not None:
+        refuse_changes(read_state(folder).identity, identity(config, base, data_parallel), config, folder)
+
+
+def _candidates(config: RunConfig) -> list[Path]:
+    setting = config.checkpoint.resume
+    if setting == "never":
+        return []
+    if setting == "auto":
+        return [folder.resolve() for folder in Checkpoints(Path(config.job.output_dir) / "checkpoints").all()]
+    folder = Path(setting)
+    if not folder.is_dir():
+        raise UserError(f'[checkpoint] resume = {setting!r}: no such folder; name a checkpoint, "auto" or "never"')
+    return [folder.resolve()]
+
+
+def _set_aside(output: Path, paths: Iterable[Path]) -> None:
+    """Move what is there of these to a new folder in `output`."""
+    there = [path for path in paths if path.exists()]
+    if not there:
+        return
+    number = 1
+    while (aside := output / f"earlier-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in there:
+        shutil.move(path, aside / path.name)
+    say(f"{output}: moved {', '.join(path.name for path in there)} to {aside.name}")
+
+
+def identity(config: RunConfig, base: str | None, data_parallel: int) -> dict[str, Any]:
+    """What must be the same when a run goes on, by the name under which a change of it is refused.
+
+    Args:
+        base: `model.weights.fingerprint` of the base model, if it was read from files.
+    """
+    hyper = config.hyperparameters
+    return {
+        "base model": base,
+        "[lora] r": config.lora.r,
+        "[lora] alpha": config.lora.alpha,
+        "[lora] target_modules": sorted(config.lora.targets),
+        "global batch": hyper.per_device_batch * hyper.gradient_accumulation_steps * data_parallel,
+    }
+
+
+def refuse_changes(then: dict[str, Any], now: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    """Raise UserError naming what differs between the identities of a checkpoint and of the run that is to go on."""
+    for name, value in now.items():
+        old = then.get(name)
+        if old == value:
+            continue
+        if name == "base model":
+            if old is None or value is None or "base" in config.checkpoint.allow_changed:
+                continue
+            raise UserError(
+                f"[job] model = {config.job.model!r}: is not the base model that {folder} was trained on (weights or "
+                'config.json differ); name that one, or allow it with [checkpoint] allow_changed = ["base"]'
+            )
+        if name == "global batch":
+            one = value // config.hyperparameters.gradient_accumulation_steps
+            remedy = f"set [hyperparameters] gradient_accumulation_steps = {old // one}"
+            if old % one:
+                remedy = f"per_device_batch times data_parallel, {one}, does not divide it: change one of them"
+            raise UserError(f"{folder}: was trained with a global batch of {old}, and this run has {value}; {remedy}")
+        raise UserError(
+            f"{name} = {_words(value)}: {folder} was trained with {_words(old)}; set it so, or start a new run in "
+            f"another [job] output_dir, with [job] init_adapter = {str(folder)!r} to go on from that adapter"
+        )
+
+
+def changed_settings(folder: Path, config: RunConfig) -> list[str]:
+    """`key now (was then)` for each setting that bears on the numbers and differs from the checkpoint's run file."""
+    then, now = tomllib.loads((folder / RUN_FILE).read_text(encoding="utf-8")), tomllib.loads(config.to_toml())
+    for settings in (then, now):
+        for section in ("checkpoint", "logging", "compute", "tags", "job"):
+            settings.pop(section, None)
+        settings.get("data", {}).pop("topology", None)
+    old, new = dict(_flat(then)), dict(_flat(now))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key} {_words(new.get(key))} (was {_words(old.get(key))})" for key in keys]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return pairs
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
