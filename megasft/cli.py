@@ -1,5 +1,6 @@
 """The `megasft` command."""
 
+import json
 import logging
 import os
 import sys
@@ -29,9 +30,21 @@ def commands() -> None:
 
 
 @app.command()
-def train(config: ConfigOption, dataset: DatasetOption = None, set_: SetOption = [], ranks: RanksOption = None) -> None:  # noqa: B006
+def train(
+    config: ConfigOption,
+    dataset: DatasetOption = None,
+    set_: SetOption = [],  # noqa: B006
+    ranks: RanksOption = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on from the run's newest checkpoint; never; or a checkpoint's folder.")
+    ] = "",
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Begin a run that fails again so often, from its last checkpoint.")
+    ] = 0,
+) -> None:
     """Train: under torchrun as one of its ranks, otherwise launching the ranks itself."""
-    settings = load_config(config, set_, dataset)
+    overrides = [*set_, f"checkpoint.resume={json.dumps(resume)}"] if resume else set_
+    settings = load_config(config, overrides, dataset)
     if "RANK" in os.environ:
         from megasft.worker import work
 
@@ -42,7 +55,7 @@ def train(config: ConfigOption, dataset: DatasetOption = None, set_: SetOption =
 
         ranks = ranks or settings.world_size() or 1
         preflight.check(settings, resolve_topology(settings.data.topology, ranks))
-        launch(settings, ranks)
+        launch(settings, ranks, max_restarts)
 
 
 @app.command()

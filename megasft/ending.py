@@ -1,5 +1,6 @@
 """How a job ends: the exit codes, and one voice among launcher and ranks, so that a reason is given once."""
 
+import contextlib
 import os
 import sys
 from datetime import timedelta
@@ -35,8 +36,35 @@ def first_to_tell(store: "Store | None", who: str, otherwise: bool = True) -> bo
     """
     if store is None:
         return otherwise
-    key = f"megasft/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
-        return store.compare_set(key, "", who).decode() == who
+        return store.compare_set(_key("told"), "", who).decode() == who
     except RuntimeError:  # torch.distributed's errors: the launcher is gone
         return otherwise
+
+
+def has_been_told(store: "Store | None") -> bool:
+    """Whether somebody has said why this job ends."""
+    return _is_set(store, "told")
+
+
+def ask_to_stop(store: "Store | None") -> None:
+    """Have every rank save the run and end."""
+    if store is not None:
+        with contextlib.suppress(RuntimeError):
+            store.set(_key("stop"), "1")
+
+
+def stop_asked(store: "Store | None") -> bool:
+    """Whether some rank has asked all to stop."""
+    return _is_set(store, "stop")
+
+
+def _is_set(store: "Store | None", name: str) -> bool:
+    with contextlib.suppress(RuntimeError):
+        return store is not None and store.check([_key(name)])
+    return False
+
+
+def _key(name: str) -> str:
+    """Of this attempt: a job that was restarted has nothing to do with what ended the one before."""
+    return f"megasft/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"

@@ -1,6 +1,7 @@
 """A job from its run file to its adapter, in the steps a research script can also take one by one."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from megasft import preflight
@@ -19,8 +20,8 @@ from megasft.topology import Topology
 from megasft.train.trainer import Summary, Trainer
 
 
-def run(config: RunConfig) -> Summary:
-    """Train as `config` says; every rank calls it."""
+def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None) -> Summary:
+    """Train as `config` says; every rank calls it. `on_start` is given the trainer before its first step."""
     topology = initialize(config)
     with topology.together():
         if topology.is_first:
@@ -28,7 +29,8 @@ def run(config: RunConfig) -> Summary:
     # The data before the weights: a bad line is found in seconds.
     train, validation = load_data(config, topology)
     model = build_model(config, topology)
-    return Trainer(config, topology, model, train, validation).fit()
+    trainer = Trainer(config, topology, model, train, validation)
+    return trainer.fit(lambda: on_start(trainer))
 
 
 def initialize(config: RunConfig) -> Topology:

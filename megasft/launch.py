@@ -9,41 +9,76 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from megasft.config import RunConfig
 from megasft.ending import FAILED, INTERRUPTED, first_to_tell, say
 
-STOP_SECONDS = 15.0  # from asking a rank to end to killing it; it takes some 7 where it waits in a collective
+STOP_SECONDS = 15.0  # from asking the ranks to end, because one has, to killing them; one in a collective takes some 7
+SAVE_SECONDS = 600.0  # from asking them to save the run and end to killing them; a second signal does it at once
 
 
-def launch(config: RunConfig, ranks: int) -> None:
-    """Run this process's command line on `ranks` ranks; exits with the code of the first that fails, if one does."""
+def launch(config: RunConfig, ranks: int, max_restarts: int = 0) -> None:
+    """Run this process's command line on `ranks` ranks; exits with the code of the first that fails, if one does.
+
+    A run that fails, other than by a user's mistake, is begun again up to `max_restarts` times, from its last
+    checkpoint.
+    """
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: signals.append(number))
+    for attempt in range(max_restarts + 1):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)  # what the ranks tell each other is of this attempt
+        code = _attempt(config, ranks, signals)
+        if code != FAILED or attempt == max_restarts:
+            break
+        say(f"restart {attempt + 1} of {max_restarts}, from the last checkpoint")
+    if code:
+        sys.exit(code)
+
+
+def _attempt(config: RunConfig, ranks: int, signals: list[int]) -> int:
+    """The exit code of the first rank that fails, 0 if none does."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    signals: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
     processes = _start(ranks, store.port)
     try:
         codes = [process.poll() for process in processes]
         while not signals and not any(codes):
             if None not in codes:
-                return
+                return 0
             time.sleep(0.1)
             codes = [process.poll() for process in processes]
-        code, reason = next((code for code in codes if code), FAILED), ""
         killed = next((rank for rank, code in enumerate(codes) if code and code < 0), None)
         if signals:
-            code, reason = INTERRUPTED, f"interrupted; adapters saved so far are under {config.job.output_dir}"
-        elif killed is not None:
-            code, by = FAILED, -(codes[killed] or 0)
-            reason = f"lost rank {killed} to signal {by} ({signal.strsignal(by)}); out of memory?"
-        if reason and first_to_tell(store, "launcher"):
-            say(reason)
+            signals.clear()
+            for process in processes:
+                process.terminate()
+            _wait(processes, SAVE_SECONDS, signals)  # a rank says what has become of the run
+            if first_to_tell(store, "launcher"):
+                say(f"interrupted; checkpoints written before are under {config.job.output_dir}")
+            return INTERRUPTED
+        if killed is not None:
+            by = -(codes[killed] or 0)
+            if first_to_tell(store, "launcher"):
+                say(f"lost rank {killed} to signal {by} ({signal.strsignal(by)}); out of memory?")
+            return FAILED
+        return next(code for code in codes if code)
     finally:
-        _stop(processes)
-    sys.exit(code)
+        for process in processes:
+            process.terminate()
+        _wait(processes, STOP_SECONDS)
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _wait(processes: list[subprocess.Popen], seconds: float, signals: Sequence[int] = ()) -> None:
+    """Wait until all have ended, or for so long, or for a signal."""
+    deadline = time.monotonic() + seconds
+    while not signals and time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(0.1)
 
 
 def _start(ranks: int, port: int) -> list[subprocess.Popen]:
@@ -64,15 +99,3 @@ def _start(ranks: int, port: int) -> list[subprocess.Popen]:
         ]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _stop(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + STOP_SECONDS
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

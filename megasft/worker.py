@@ -3,6 +3,7 @@
 import _thread
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -17,9 +18,19 @@ from rich.table import Table
 
 from megasft import job, topology
 from megasft.config import RunConfig
-from megasft.ending import FAILED, INTERRUPTED, REFUSED, first_to_tell, launchers_store, say
+from megasft.ending import (
+    FAILED,
+    INTERRUPTED,
+    REFUSED,
+    ask_to_stop,
+    first_to_tell,
+    has_been_told,
+    launchers_store,
+    say,
+    stop_asked,
+)
 from megasft.errors import UserError
-from megasft.train.trainer import Summary
+from megasft.train.trainer import Summary, Trainer
 
 # What gloo and NCCL say when the process at the other end of a connection is gone.
 LOST_PEER = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
@@ -28,19 +39,19 @@ LOST_PEER = re.compile("closed by peer|reset by peer|broken pipe|remote process 
 def work(config: RunConfig) -> None:
     """Run the job as the rank that the environment names; exits the process unless it succeeds.
 
-    Exit codes: 0 done, 2 refused (a user's mistake), 130 interrupted, 1 failed.
+    Exit codes: 0 done, 2 refused (a user's mistake), 130 interrupted, 1 failed. SIGINT, SIGTERM and SIGUSR1 to any rank
+    interrupt all; in training the run is saved as it was after the last step, whatever the one under way waits for.
     """
-    ending = _Ending(f"interrupted; adapters saved so far are under {config.job.output_dir}")
+    ending = _Ending(config)
     try:
-        summary = job.run(config)
+        summary = job.run(config, ending.attach)
     except UserError as error:
         ending.end(REFUSED, str(error))
     except KeyboardInterrupt:
         ending.interrupt()
     except BaseException as error:
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
-            time.sleep(1)  # whoever ended it, or `megasft train`, knows more: let them speak
-            ending.end(FAILED, f"rank {ending.rank} lost another rank, which ended without a word; out of memory?")
+            ending.lose_peer()
         ending.end(FAILED, f"rank {ending.rank} failed, as traced above", traceback.format_exc())
     if dist.get_rank() == 0:
         print_summary(summary, config)
@@ -48,22 +59,37 @@ def work(config: RunConfig) -> None:
 
 
 class _Ending:
-    """How this rank ends before its time: heeds SIGINT, SIGTERM and the launcher's death; speaks if no other has."""
+    """How this rank ends before its time: heeds signals and the launcher's death; speaks if no other has."""
 
-    def __init__(self, interrupted: str) -> None:
-        self.rank, self._interrupted = os.environ["RANK"], interrupted
+    def __init__(self, config: RunConfig) -> None:
+        self.rank, self._output = os.environ["RANK"], config.job.output_dir
         self._lock = threading.Lock()
+        self._trainer: Trainer | None = None
+        self._saving = threading.Event()
         self._store = launchers_store()
         if self._store is not None:  # so there is a launcher: to end with it, if it is killed, is to be told to stop
             torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
         self._heed_signals()
 
+    def attach(self, trainer: Trainer) -> None:
+        """From now on there is a run to save."""
+        self._trainer = trainer
+
     def interrupt(self) -> NoReturn:
         """End as interrupted."""
-        self.end(INTERRUPTED, self._interrupted)
+        self.end(INTERRUPTED, f"interrupted; checkpoints written before are under {self._output}")
+
+    def lose_peer(self) -> NoReturn:
+        """End because another rank is gone."""
+        time.sleep(1)  # whoever ended it, or `megasft train`, knows more: let them speak
+        self.end(FAILED, f"rank {self.rank} lost another rank, which ended without a word; out of memory?")
 
     def end(self, code: int, message: str, details: str = "") -> NoReturn:
         """Say why, unless another has, and leave at once: peers may wait in a collective, so nothing is torn down."""
+        while self._saving.is_set() and threading.current_thread() is threading.main_thread():
+            time.sleep(
+                1
+            )  # what fails here fails because ranks that have saved are gone; the other thread ends this one
         self._lock.acquire()  # for good: of two threads that come here, the second waits for the end
         try:
             # A mistake and an interruption are known to all ranks, a failure perhaps to this one alone.
@@ -80,22 +106,44 @@ class _Ending:
         heard, woken = os.pipe()
         os.set_blocking(woken, False)
         signal.signal(signal.SIGINT, self._on_interrupt)
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
 
     def _on_interrupt(self, *_: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if not self._lock.locked():
+        if not self._lock.locked() and self._trainer is None:
             raise KeyboardInterrupt
 
     def _listen(self, heard: int) -> None:
-        if os.read(heard, 1)[0] == signal.SIGTERM:
+        number = 0
+        while not number and not stop_asked(self._store):
+            if select.select([heard], [], [], 1.0)[0]:
+                number = os.read(heard, 1)[0]
+        if self._trainer is not None and not has_been_told(self._store):
+            self._save(self._trainer)
+        if number != signal.SIGINT:
             # A launcher sends it when another rank has ended, too: then the error which that causes here says more.
             time.sleep(2)
             _thread.interrupt_main()
         time.sleep(5)
         self.interrupt()
+
+    def _save(self, trainer: Trainer) -> NoReturn:
+        """Save the run and end. Every rank comes here: this one has told the others, or was told."""
+        self._saving.set()
+        ask_to_stop(self._store)
+        if self.rank == "0" and sys.stderr.isatty():
+            say("interrupted: saving the run as it was after the last step; a second Ctrl-C ends it at once")
+        try:
+            folder = trainer.stop()
+        except (UserError, RuntimeError) as error:
+            if LOST_PEER.search(str(error)):
+                self.lose_peer()
+            before = f"checkpoints written before are under {self._output}"
+            self.end(INTERRUPTED, f"interrupted; the run could not be saved ({error}); {before}")
+        self.end(INTERRUPTED, f"interrupted; {folder} holds the run: the same command goes on from there")
 
 
 def print_summary(summary: Summary, config: RunConfig) -> None:

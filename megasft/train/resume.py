@@ -1,5 +1,6 @@
 """Whether and from where a run goes on, and what may not have changed since."""
 
+import os
 import shutil
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ def find(config: RunConfig, topology: Topology) -> tuple[Path, RunState] | None:
     What is left in `output_dir` of another run, or of a later part of this one, is moved to a folder `earlier-<n>`.
     Raises UserError where the one asked for is damaged, or all are.
     """
-    setting, output = config.checkpoint.resume, Path(config.job.output_dir)
+    setting, output = _setting(config), Path(config.job.output_dir)
     own = Checkpoints(output / "checkpoints")
     with topology.together():
         candidates = _candidates(config)
@@ -68,7 +69,7 @@ def check(config: RunConfig, base: str, data_parallel: int) -> None:
 
 
 def _candidates(config: RunConfig) -> list[Path]:
-    setting = config.checkpoint.resume
+    setting = _setting(config)
     if setting == "never":
         return []
     if setting == "auto":
@@ -77,6 +78,13 @@ def _candidates(config: RunConfig) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f'[checkpoint] resume = {setting!r}: no such folder; name a checkpoint, "auto" or "never"')
     return [folder.resolve()]
+
+
+def _setting(config: RunConfig) -> str:
+    """`[checkpoint] resume`; a run that its launcher begins again has one way to go on, whatever it began from."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    own = Checkpoints(Path(config.job.output_dir) / "checkpoints")
+    return "auto" if restarted and own.all() else config.checkpoint.resume
 
 
 def _set_aside(output: Path, paths: Iterable[Path]) -> None:

@@ -1,9 +1,10 @@
 """The training loop."""
 
+import datetime
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ from megasft.train.metrics import Metrics
 from megasft.train.optimizer import step, wrap
 from megasft.train.saver import Saver
 from megasft.train.schedule import Schedule
+
+AGREEMENT = datetime.timedelta(seconds=60)  # of the ranks, to stop
 
 
 @dataclass(frozen=True)
@@ -87,20 +90,21 @@ class Trainer:
         self.best_step = 0
         self.metrics: Metrics | None = None  # of rank 0, in `fit`
         self._committing = threading.Condition()  # held while weights, optimizer and counters change
-        self._agreement = dist.new_group(backend="gloo")  # of `stop`, which runs in another thread
+        self._agreement = dist.new_group(backend="gloo", timeout=AGREEMENT)  # of `stop`, which runs in another thread
         self._identity = resume.identity(config, _fingerprint(config), topology.sizes.data)
         self._rest = self._state()
 
-    def fit(self) -> Summary:
+    def fit(self, on_start: Callable[[], None] = lambda: None) -> Summary:
         """Train to the end, from the checkpoint that `[checkpoint] resume` names if there is one.
 
-        Steps, validations, checkpoints, the adapter. Raises UserError where the checkpoint is of another run, and where
-        too many steps in a row come to nothing.
+        Steps, validations, checkpoints, the adapter; `on_start` is called when `stop` may be, from another thread.
+        Raises UserError where the checkpoint is of another run, and where too many steps in a row come to nothing.
         """
         started, losses, validation_loss = time.monotonic(), [], None
         self.metrics = self._open_metrics(self._resume())
         tokens, due = self.tokens, False
         saved_at, saved_step = time.monotonic(), self.step
+        on_start()
         try:
             while True:
                 if self.validated < self.step and self._validates_now():
@@ -182,19 +186,19 @@ class Trainer:
             )
         return record
 
-    def stop(self, seconds: float) -> Path:
+    def stop(self) -> Path:
         """Save the run as it stands after the last step that all ranks took, for another thread than that of `fit`.
 
         To be called on all ranks; the step under way is given up, and no other will be taken. Returns the checkpoint.
-        Raises UserError where it cannot be written, RuntimeError where the ranks do not agree within `seconds`.
+        Raises UserError where it cannot be written, RuntimeError where the ranks do not come to stand
+        after the same step within a minute.
         """
-        deadline = time.monotonic() + seconds
         self._committing.acquire()  # for good
         steps: list[Any] = [None] * self.topology.world
         dist.all_gather_object(steps, self._rest.step, group=self._agreement)
         # A rank that is behind is about to take the step: those ahead have done their part of it.
         while self._rest.step < max(steps):
-            if not self._committing.wait(max(0.0, deadline - time.monotonic())):
+            if not self._committing.wait(AGREEMENT.total_seconds()):
                 raise RuntimeError("the ranks stand at different steps")
         folder = self._save()
         self.saver.wait()

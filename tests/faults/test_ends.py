@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from megasft.train.checkpoint import damage
 from tests.faults.speech import spoken, without_progress
 
 HERE = Path(__file__).parent
@@ -80,6 +81,19 @@ def steps(world: Path) -> int:
     """How many steps the job has recorded."""
     metrics = world / "run" / "metrics.jsonl"
     return metrics.read_text().count('"train"') if metrics.exists() else 0
+
+
+SAVED = r"megasft: interrupted; (\S+) holds the run: the same command goes on from there"
+NOT_BEGUN = "megasft: interrupted; checkpoints written before are under {}/run"
+
+
+def assert_saved(world: Path, line: str) -> None:
+    """The line names a checkpoint of the last recorded step that nothing is wrong with."""
+    match = re.fullmatch(SAVED, line)
+    assert match, line
+    folder = Path(match[1])
+    assert damage(folder) is None
+    assert folder.name == f"step-{steps(world):06d}" == (folder.parent / "latest").readlink().name
 
 
 def assert_adapters_are_whole(world: Path) -> None:
@@ -157,7 +171,7 @@ def test_ctrl_c_ends_all_ranks_and_leaves_the_adapters_whole(world, start, launc
     os.killpg(process.pid, signal.SIGINT)
     code, said = finish(process, world, 30)
     assert len(spoken(said)) == 1
-    assert spoken(said)[0] == f"megasft: interrupted; adapters saved so far are under {world}/run"
+    assert_saved(world, spoken(said)[0])
     assert_adapters_are_whole(world)
     if launcher == "megasft train":
         assert code == 130
@@ -169,7 +183,7 @@ def test_ctrl_c_while_the_ranks_are_starting_is_as_quiet(world, start):
     wait_until(lambda: len(processes_of(world)) == 3)
     os.killpg(process.pid, signal.SIGINT)
     code, said = finish(process, world, 30)
-    assert said == f"megasft: interrupted; adapters saved so far are under {world}/run\n"
+    assert said == NOT_BEGUN.format(world) + "\n"
     assert code == 130
 
 
@@ -180,6 +194,7 @@ def test_ranks_that_wait_for_each_other_end_when_the_launcher(world, start, numb
     time.sleep(1)  # now each waits for the other
     process.send_signal(number)
     code, said = finish(process, world, 30)
-    assert spoken(said) == [f"megasft: interrupted; adapters saved so far are under {world}/run"]
+    assert len(spoken(said)) == 1
+    assert_saved(world, spoken(said)[0])
     assert "Traceback" not in said
     assert code == (130 if number == signal.SIGTERM else -number)
