@@ -89,7 +89,9 @@ class Trainer:
         self.best: float | None = None
         self.best_step = 0
         self.metrics: Metrics | None = None  # of rank 0, in `fit`
-        self._committing = threading.Condition()  # held while weights, optimizer and counters change
+        self._gate = threading.Condition()
+        self._committing = False  # weights, optimizer and counters are changing
+        self._limit = math.inf  # the step after which `stop` lets nothing change
         self._agreement = dist.new_group(backend="gloo", timeout=AGREEMENT)  # of `stop`, which runs in another thread
         self._identity = resume.identity(config, _fingerprint(config), topology.sizes.data)
         self._rest = self._state()
@@ -153,31 +155,30 @@ class Trainer:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss, supervised = self._compute(batch.micro_batches, training=True)
-        with self._committing:
-            grad_norm, updated = step(self.optimizer) if math.isfinite(loss) else (math.nan, False)
-            host.synchronize()
-            seconds = time.monotonic() - started
-            self.step += 1
-            self.updates += updated
-            self.skipped = 0 if updated else self.skipped + 1
-            self.tokens += batch.tokens
-            record = {
-                "loss": loss if updated else None,
-                "lr": rate,
-                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-                "tokens": batch.tokens,
-                "supervised_tokens": supervised,
-                "seconds": seconds,
-                "data_wait": batch.waited,
-                "tokens_per_second": batch.tokens / seconds,
-            }
-            if not updated:
-                self._record("event", event="skipped", reason=f"loss {loss}, gradient norm {grad_norm}",
-                             samples=batch.samples.tolist())  # fmt: skip
-            if self.step % self.config.logging.every_steps == 0 or self.step == self.total_steps:
-                self._record("train", **record)
-            self._rest = self._state()
-            self._committing.notify_all()
+        self._enter(self.step + 1)
+        grad_norm, updated = step(self.optimizer) if math.isfinite(loss) else (math.nan, False)
+        host.synchronize()
+        seconds = time.monotonic() - started
+        self.step += 1
+        self.updates += updated
+        self.skipped = 0 if updated else self.skipped + 1
+        self.tokens += batch.tokens
+        record = {
+            "loss": loss if updated else None,
+            "lr": rate,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "tokens": batch.tokens,
+            "supervised_tokens": supervised,
+            "seconds": seconds,
+            "data_wait": batch.waited,
+            "tokens_per_second": batch.tokens / seconds,
+        }
+        if not updated:
+            self._record("event", event="skipped", reason=f"loss {loss}, gradient norm {grad_norm}",
+                         samples=batch.samples.tolist())  # fmt: skip
+        if self.step % self.config.logging.every_steps == 0 or self.step == self.total_steps:
+            self._record("train", **record)
+        self._leave()
         if self.skipped >= self.config.training.max_nonfinite_steps:
             raise UserError(
                 f"stopped: loss or gradient of {self.skipped} steps in a row, the last of them step {self.step}, "
@@ -193,13 +194,16 @@ class Trainer:
         Raises UserError where it cannot be written, RuntimeError where the ranks do not come to stand
         after the same step within a minute.
         """
-        self._committing.acquire()  # for good
-        steps: list[Any] = [None] * self.topology.world
-        dist.all_gather_object(steps, self._rest.step, group=self._agreement)
-        # A rank that is behind is about to take the step: those ahead have done their part of it.
-        while self._rest.step < max(steps):
-            if not self._committing.wait(AGREEMENT.total_seconds()):
-                raise RuntimeError("the ranks stand at different steps")
+        with self._gate:
+            self._limit = self._rest.step + self._committing
+        limits: list[Any] = [None] * self.topology.world
+        dist.all_gather_object(limits, self._limit, group=self._agreement)
+        with self._gate:
+            # Where one rank is changing its weights all are about to, for it waits for them: they may.
+            self._limit = max(limits)
+            self._gate.notify_all()
+            if not self._gate.wait_for(lambda: self._rest.step == self._limit, AGREEMENT.total_seconds()):
+                raise RuntimeError("the ranks stand after different steps")
         folder = self._save()
         self.saver.wait()
         if self.saver.failure:
@@ -259,21 +263,35 @@ class Trainer:
         best = self.best is None or loss < self.best
         if best and self.config.training.validation.save_best_model_at_end:
             self.save(self.output_dir / "best")
-        with self._committing:
-            self._record("validation", loss=loss if math.isfinite(loss) else None, tokens=tokens)
-            self.validated = self.step
-            if best:
-                self.best, self.best_step = loss, self.step
-            self._rest = self._state()
+        self._enter(self.step)
+        self._record("validation", loss=loss if math.isfinite(loss) else None, tokens=tokens)
+        self.validated = self.step
+        if best:
+            self.best, self.best_step = loss, self.step
+        self._leave()
         return loss
 
     def _checkpoint(self) -> None:
         """Begin to save, after a line that says so and that the checkpoint already counts as written."""
         self._heed_failed_save()
-        with self._committing:
-            self._record("checkpoint", path=str(self.saver.checkpoints.of(self.step)))
-            self._rest = self._state()
-            self._save()
+        self._enter(self.step)
+        self._record("checkpoint", path=str(self.saver.checkpoints.of(self.step)))
+        self._leave()
+        with self._gate:
+            if self._limit == math.inf:
+                self._save()
+
+    def _enter(self, step: int) -> None:
+        """Begin to change what is saved, on the way to the state after `step`; wait for ever, once `stop` is at it."""
+        with self._gate:
+            self._gate.wait_for(lambda: self._limit == math.inf or (step == self._limit and step > self._rest.step))
+            self._committing = step > self._rest.step
+
+    def _leave(self) -> None:
+        """The change is complete."""
+        with self._gate:
+            self._rest, self._committing = self._state(), False
+            self._gate.notify_all()
 
     def _save(self) -> Path:
         if self.metrics:

@@ -1,4 +1,8 @@
-"""The `megasft` command with a fault in it: in its second step rank 1 does what `[tags] fault` of the run file says."""
+"""The `megasft` command with a fault in it.
+
+In the step after `[tags] fault_after` steps (1 by default) rank 1 does what `[tags] fault` of the run file says, unless
+the launcher has begun the job again.
+"""
 
 import logging
 import os
@@ -30,8 +34,9 @@ def hang() -> None:
 
 
 def misbehaving(trainer: Trainer) -> dict:
-    fault = trainer.config.tags.get("fault")
-    if fault and trainer.topology.rank == 1 and trainer.step == 1:
+    tags, again = trainer.config.tags, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    fault = tags.get("fault")
+    if fault and not again and trainer.topology.rank == 1 and trainer.step == tags.get("fault_after", 1):
         {"fail": fail, "be killed": be_killed, "hang": hang}[fault]()
     return train_step(trainer)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from megasft.train.checkpoint import damage
 from tests.faults.speech import spoken, without_progress
+from tests.parallel.resume import lines
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -198,3 +199,37 @@ def test_ranks_that_wait_for_each_other_end_when_the_launcher(world, start, numb
     assert_saved(world, spoken(said)[0])
     assert "Traceback" not in said
     assert code == (130 if number == signal.SIGTERM else -number)
+
+
+# --- and go on ---
+
+
+def test_a_run_that_was_stopped_and_then_crashed_ends_as_if_nothing_had_been(world, start):
+    settings = ("lora.dropout=0.2", "hyperparameters.max_steps=12", "checkpoint.keep=9")
+    code, said = finish(start([sys.executable, *MISBEHAVE], *settings, f"job.output_dir='{world}/whole'"), world, 120)
+    assert code == 0, said
+
+    process = start([sys.executable, *MISBEHAVE], *settings)
+    wait_until(lambda: steps(world) > 2)
+    rank = next(pid for pid in processes_of(world) if pid != process.pid)
+    os.kill(rank, signal.SIGUSR1)  # one rank alone: it tells the others
+    code, said = finish(process, world, 60)
+    assert code == 130
+    assert_saved(world, *spoken(said))
+    stopped = steps(world)
+    assert stopped < 12
+
+    crash = f"tags={{fault='be killed', fault_after={stopped + 2}}}"
+    process = start([sys.executable, *MISBEHAVE, "--max-restarts", "1"], *settings, crash)
+    code, said = finish(process, world, 120)
+    assert code == 0, said
+    told = spoken(said)
+    assert told[0].startswith(f"megasft: resuming from {world}/run/checkpoints/step-{stopped:06d}: {stopped} of 12")
+    assert told[1:3] == [
+        "megasft: lost rank 1 to signal 9 (Killed); out of memory?",
+        "megasft: restart 1 of 1, from the last checkpoint",
+    ]
+    assert len(told) == 4
+    assert lines(world / "run") == lines(world / "whole")
+    ended = [(world / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
+    assert ended[0] == ended[1]

@@ -137,6 +137,32 @@ def test_a_mix_numbers_the_samples_of_its_sources_through():
 
 
 @settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0.25, 0.5, 1.0, 1.5, 3.0])), min_size=1, max_size=3))
+def test_a_weight_is_how_often_an_epoch_goes_through_a_source(sources):
+    mix = Mix(tuple(make_samples([3] * size) for size, _ in sources), tuple(weight for _, weight in sources))
+    batches = Batches.over(mix, 7, 5, None)
+    epochs = [
+        np.concatenate([batches[step] for step in range(batches.steps(e), batches.steps(e + 1))]) for e in range(4)
+    ]
+    first = 0
+    for size, weight in sources:
+        taken = max(1, round(size * weight))
+        own = [epoch[(epoch >= first) & (epoch < first + size)] for epoch in epochs]
+        assert [len(numbers) for numbers in own] == [taken] * 4
+        for count in range(1, 5):  # a sample comes up again only when all the others have
+            times = np.bincount(np.concatenate(own[:count]) - first, minlength=size)
+            assert times.max() - times.min() <= 1
+        first += size
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    batches = Batches.over(Mix.of(make_samples([3] * 50)), 50, 5, None)
+    orders = [batches[step].tolist() for step in range(4)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len(set(map(tuple, orders))) == 4
+
+
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=3), st.floats(0.0, 0.5), st.integers(0, 1000))
 def test_held_out_samples_are_not_trained_on_and_none_is_lost(sizes, fraction, seed):
     total = sum(sizes)
