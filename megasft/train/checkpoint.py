@@ -37,7 +37,7 @@ class RunState:
         updates: of them, those that changed the weights: what Adam counts.
         skipped: how many of the last steps, in a row, were skipped because loss or gradient was not finite.
         tokens: fed so far.
-        validated: the step of the last validation; 0 before the first.
+        validated, saved: the steps of the last validation and the last checkpoint that metrics.jsonl tells of, or 0.
         best, best_step: the lowest validation loss and its step; None and 0 before the first.
         loader: `Loader.state_dict`, from which the next step's batch follows.
         metrics_bytes: length of metrics.jsonl.
@@ -49,6 +49,7 @@ class RunState:
     skipped: int
     tokens: int
     validated: int
+    saved: int
     best: float | None
     best_step: int
     loader: dict[str, Any]

@@ -85,7 +85,7 @@ class Trainer:
         self.updates = 0  # steps that changed the weights
         self.skipped = 0  # the last so many steps did not: their loss or gradient was not finite
         self.tokens = 0
-        self.validated = 0  # the step of the last validation
+        self.validated = self.saved = 0  # the step of the last validation, of the last checkpoint
         self.best: float | None = None
         self.best_step = 0
         self.metrics: Metrics | None = None  # of rank 0, in `fit`
@@ -105,7 +105,7 @@ class Trainer:
         started, losses, validation_loss = time.monotonic(), [], None
         self.metrics = self._open_metrics(self._resume())
         tokens, due = self.tokens, False
-        saved_at, saved_step = time.monotonic(), self.step
+        saved_at = time.monotonic()
         on_start()
         try:
             while True:
@@ -114,9 +114,9 @@ class Trainer:
                 ends_epoch = self.batches.place(self.step)[1] == 0
                 last = self.step >= self.total_steps
                 due = due or last or ends_epoch or self.step % self.config.checkpoint.every_steps == 0
-                if due and self.step > saved_step:
+                if due and self.step > self.saved:
                     self._checkpoint()
-                    saved_at, saved_step = time.monotonic(), self.step
+                    saved_at = time.monotonic()
                 if last:
                     break
                 record = self.train_step()
@@ -276,6 +276,7 @@ class Trainer:
         self._heed_failed_save()
         self._enter(self.step)
         self._record("checkpoint", path=str(self.saver.checkpoints.of(self.step)))
+        self.saved = self.step
         self._leave()
         with self._gate:
             if self._limit == math.inf:
@@ -330,6 +331,7 @@ class Trainer:
             skipped=self.skipped,
             tokens=self.tokens,
             validated=self.validated,
+            saved=self.saved,
             best=self.best,
             best_step=self.best_step,
             loader=self.loader.state_dict(),
@@ -348,7 +350,12 @@ class Trainer:
             self.loader.load_state_dict(state.loader, "data" in self.config.checkpoint.allow_changed)
             self.saver.load(folder, state.updates)
         self.step, self.updates, self.skipped, self.tokens = state.step, state.updates, state.skipped, state.tokens
-        self.validated, self.best, self.best_step = state.validated, state.best, state.best_step
+        self.validated, self.saved, self.best, self.best_step = (
+            state.validated,
+            state.saved,
+            state.best,
+            state.best_step,
+        )
         self._rest = state
         if self.topology.is_first:
             for change in resume.changed_settings(folder, self.config):
