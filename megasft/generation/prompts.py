@@ -84,10 +84,14 @@ def _chat(request: Request) -> Prompts:
     print("A line is a message; /new begins a new conversation, Ctrl-C ends an answer, Ctrl-D the chat.")
     while True:
         try:
-            line = input("\n> ").strip()
+            write("\n")
+            line = input("> ").strip()
         except EOFError:
-            print()
+            write("\n")
             return
+        except KeyboardInterrupt:
+            write("\n")
+            raise
         if line == "/new":
             messages = _system(request)
         elif line:

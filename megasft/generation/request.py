@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megasft.config import RunConfig, load_config
+from megasft.data.records import conversation_files
 from megasft.errors import UserError
 from megasft.topology_sizes import TopologySettings, TopologySizes, resolve_topology
 
@@ -65,6 +66,8 @@ class Request:
             raise UserError(f"{self.adapter}: no such folder; --adapter names one that holds a PEFT adapter")
         check_name(self.model)
         read_tools(self.tools)
+        if self.jsonl is not None:
+            conversation_files(self.jsonl)
         # Imported after the paths were checked, as in `megasft.preflight`.
         from megasft.data.tokenizer import load_tokenizer
         from megasft.generation.sampling import Sampler

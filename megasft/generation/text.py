@@ -34,4 +34,11 @@ class TextStream:
 
     def _text(self) -> str:
         before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._tokens)[len(before) :]
+        text = self._tokenizer.decode(self._context + self._tokens)
+        if text.startswith(before):
+            return text[len(before) :]
+        # SentencePiece decodes a run of byte tokens as a whole: one that is wrong, or missing, spoils them all.
+        if len(self._tokens) <= MOST_UNFINISHED:
+            return UNFINISHED * len(self._tokens)
+        self._context = []
+        return self._tokenizer.decode(self._tokens)

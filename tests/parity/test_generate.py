@@ -12,7 +12,7 @@ from tests import on_ranks
 from tests.parity.peft_adapters import base_model, loaded_by_peft
 from tests.parity.reference import Reference, random_adapter, random_model, tiny_config, write_adapter
 
-R, ALPHA, NEW = 4, 12.0, 24
+R, ALPHA, NEW = 4, 12.0, 12
 # tensor, expert, expert-tensor, pipeline, replicas
 TOPOLOGIES = [
     (1, 1, 1, 1, 1),
@@ -21,7 +21,6 @@ TOPOLOGIES = [
     (2, 2, 1, 1, 1),
     (2, 1, 1, 1, 1),
     (2, 2, 2, 1, 1),
-    (4, 4, 1, 1, 1),
     (1, 1, 1, 3, 1),
     (2, 1, 2, 1, 2),
 ]
@@ -59,8 +58,8 @@ def over(settings: dict, tensor=1, expert=1, expert_tensor=1, pipeline=1, replic
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     """Of one token, of odd and even lengths, and with a beginning in common."""
-    ids = [ids.tolist() for ids, _ in on_ranks.random_samples(203, [1, 6, 17, 30])]
-    return [*ids, ids[3][:12] + ids[1]]
+    ids = [ids.tolist() for ids, _ in on_ranks.random_samples(203, [1, 6, 31])]
+    return [*ids, ids[2][:12] + ids[1]]
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +119,12 @@ def test_a_prompt_in_parts_gives_the_same_tokens(ranks, world, prompts, want, pa
 def test_sampled_tokens_are_those_of_the_seed_whatever_the_topology(ranks, world, prompts):
     sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 50}
     found = {}
-    for seed in (1, 2):
-        for tensor in (1, 2):
-            count, settings = over(world[1], tensor, 1, tensor)
-            answers = ranks(count, on_ranks.answers, settings, prompts, NEW, sampling | {"seed": seed})
-            assert all(answer == answers[0] for answer in answers)
-            found[seed, tensor] = answers[0]
-    assert found[1, 1] == found[1, 2] != found[2, 1] == found[2, 2]
+    for seed, tensor in ((1, 1), (1, 2), (2, 1)):
+        count, settings = over(world[1], tensor, 1, tensor)
+        answers = ranks(count, on_ranks.answers, settings, prompts, NEW, sampling | {"seed": seed})
+        assert all(answer == answers[0] for answer in answers)
+        found[seed, tensor] = answers[0]
+    assert found[1, 1] == found[1, 2] != found[2, 1]
 
 
 @pytest.mark.parametrize(("topology", "chooser"), [((2, 1, 2, 1, 2), 0), ((1, 1, 1, 3, 1), 2)])
@@ -137,7 +135,7 @@ def test_all_ranks_take_the_token_of_one(ranks, world, topology, chooser):
 
 
 def test_an_answer_ends_with_a_stop_token_and_says_it(ranks, world, prompts, want):
-    stop = want[2][9]
+    stop = want[2][7]
     expected = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in want]
     assert [len(answer) for answer in expected] != [NEW] * len(want)
     count, settings = over(world[1], 2)
