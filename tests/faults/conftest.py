@@ -62,7 +62,8 @@ def megasft(tmp_path) -> Callable[..., Ended]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.preload"])
         streams = [tmp_path / name for name in ("stdin", "stdout", "stderr")]
-        streams[0].write_text(typed)
+        for stream, text in zip(streams, (typed, "", ""), strict=True):
+            stream.write_text(text)
         processes = []
         for rank in range(ranks or 1) if only is None else [only]:
             world = {
