@@ -48,16 +48,16 @@ def _attempt(ranks: int, interrupted: str, signals: list[int], asks_rank_0: bool
     processes = _start(ranks, store.port)
     asked = -math.inf
     try:
-        codes = [process.poll() for process in processes]
-        while not signals and not any(codes):
+        while not any(codes := [process.poll() for process in processes]):
             if None not in codes:
                 return 0
-            time.sleep(0.1)
-            codes = [process.poll() for process in processes]
             if asks_rank_0 and signals[:1] == [signal.SIGINT] and time.monotonic() > asked + ASK_AGAIN_SECONDS:
                 signals.clear()
                 asked = time.monotonic()
                 processes[0].send_signal(signal.SIGUSR2)
+            elif signals:
+                break
+            time.sleep(0.1)
         killed = next((rank for rank, code in enumerate(codes) if code and code < 0), None)
         if signals:
             signals.clear()

@@ -136,7 +136,7 @@ class _Ending:
         number = 0
         while not number and not stop_asked(self._store):
             if select.select([heard], [], [], 1.0)[0]:
-                number = os.read(heard, 1)[0] 
+                number = os.read(heard, 1)[0]
                 number = 0 if number == signal.SIGUSR2 else number
         if self._trainer is not None and not has_been_told(self._store):
             self._save(self._trainer)
