@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megasft.config import RunConfig, load_config
     from megasft.errors import UserError
+    from megasft.generation.decode import generate
+    from megasft.generation.sampling import Sampler
     from megasft.job import build_model, initialize, load_data
     from megasft.lora.adapter import load_adapter, save_adapter
     from megasft.train.trainer import Trainer
@@ -26,6 +28,8 @@ _HOMES = {
     "RunConfig": "config",
     "load_config": "config",
     "UserError": "errors",
+    "generate": "generation.decode",
+    "Sampler": "generation.sampling",
     "initialize": "job",
     "load_data": "job",
     "build_model": "job",
@@ -33,8 +37,8 @@ _HOMES = {
     "save_adapter": "lora.adapter",
     "Trainer": "train.trainer",
 }
-__all__ = ["RunConfig", "Trainer", "UserError", "build_model", "initialize", "load_adapter", "load_config", "load_data",
-           "save_adapter"]  # fmt: skip
+__all__ = ["RunConfig", "Sampler", "Trainer", "UserError", "build_model", "generate", "initialize", "load_adapter",
+           "load_config", "load_data", "save_adapter"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from megasft.config import RunConfig, load_config, resolve_topology
+from megasft.config import RunConfig, TopologySettings, load_config, resolve_topology
 from megasft.ending import REFUSED, first_to_tell, launchers_store, say
 from megasft.errors import UserError
 
@@ -51,11 +51,83 @@ def train(
         work(settings)
     else:
         from megasft import preflight
+        from megasft.ending import interrupted
         from megasft.launch import launch
 
         ranks = ranks or settings.world_size() or 1
         preflight.check(settings, resolve_topology(settings.data.topology, ranks))
-        launch(settings, ranks, max_restarts)
+        launch(ranks, interrupted(settings), max_restarts)
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str,
+        typer.Argument(help="A model (folder or hub id), a run file with its adapter, or an adapter with its base."),
+    ],
+    adapter: Annotated[str | None, typer.Option(help="The folder of a PEFT adapter, in either layout.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    tools: Annotated[Path | None, typer.Option(help="A JSON file with the list of tools the template gets.")] = None,
+    template_arg: Annotated[
+        list[str], typer.Option(metavar="NAME=VALUE", help="For the chat template, as enable_thinking=false.")
+    ] = [],  # noqa: B006
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(help="Answer each conversation of this file, less an assistant's last message; JSON out."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token; above: drawn at random.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that sum to this.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: from all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    dtype: Annotated[
+        Literal["bf16", "fp32"] | None, typer.Option(help="By default what the run file or the model's folder says.")
+    ] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(min=1)] = None,
+    expert_parallel: Annotated[int | None, typer.Option(min=1)] = None,
+    expert_tensor_parallel: Annotated[int | None, typer.Option(min=1)] = None,
+    pipeline_parallel: Annotated[int | None, typer.Option(min=1, help="Sizes are the run file's, or 1.")] = None,
+) -> None:
+    """Look at what a model answers, with its adapter: to --prompt, to standard input, or in a chat on the terminal.
+
+    For looking at results, not for serving: one conversation at a time. It ends with the vLLM command that serves the
+    adapter. The answer goes to standard output, everything else to standard error.
+    """
+    from megasft.generation.request import Request, find_model_and_adapter, template_variables
+
+    name, folder, config = find_model_and_adapter(model, adapter)
+    asked = {
+        "tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel,
+        "expert_tensor_parallel": expert_tensor_parallel, "pipeline_parallel": pipeline_parallel,
+    }  # fmt: skip
+    if prompt is not None and jsonl is not None:
+        raise UserError("--prompt and --jsonl both say what to answer; keep one of the two")
+    topology = config.data.topology if config else TopologySettings()
+    request = Request(
+        name,
+        folder,
+        dtype or (config.dtype if config else None),
+        topology.model_copy(update={key: size for key, size in asked.items() if size}),
+        prompt,
+        system,
+        tools,
+        template_variables(template_arg),
+        jsonl,
+        max_new_tokens,
+        {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
+    )
+    if "RANK" in os.environ:
+        from megasft.generation.run import run
+        from megasft.worker import run_rank
+
+        run_rank(lambda _: run(request), "interrupted")
+    else:
+        from megasft.launch import launch
+
+        ranks = request.ranks()
+        request.check(request.sizes(ranks))
+        launch(ranks, "interrupted", asks_rank_0=True)
 
 
 @app.command()

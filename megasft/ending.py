@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+    from megasft.config import RunConfig
+
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 
 def say(message: str, details: str = "") -> None:
     """`megasft: message`, on one line of standard error, after `details` of any length."""
     print(f"{details}megasft: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def interrupted(config: "RunConfig") -> str:
+    """What is said of a training job that was interrupted and could not be saved as it was."""
+    return f"interrupted; checkpoints written before are under {config.job.output_dir}"
 
 
 def launchers_store() -> "Store | None":

@@ -4,9 +4,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from megasft import preflight
 from megasft import topology as topologies
-from megasft.config import RunConfig, resolve_topology
+from megasft.config import LoraSettings, RunConfig, resolve_topology
 from megasft.data.cache import prepare
 from megasft.data.dataset import Mix, Samples
 from megasft.data.nodes import on_each_node
@@ -44,19 +46,34 @@ def initialize(config: RunConfig) -> Topology:
 
 def build_model(config: RunConfig, topology: Topology) -> qwen3_moe.Qwen3Moe:
     """The model with its base weights and with fresh adapters, or those of `[job] init_adapter`."""
+    job, dtype = config.job, qwen3_moe.DTYPES[config.dtype]
+    recompute = config.hyperparameters.parallelism.activation_checkpointing
+    return load_model(job.model, topology, dtype, config.lora, job.init_adapter, recompute, job.seed)
+
+
+def load_model(
+    name: str,
+    topology: Topology,
+    dtype: torch.dtype,
+    lora: LoraSettings | None = None,
+    adapter: str | None = None,
+    recompute: bool = False,
+    seed: int = 0,
+) -> qwen3_moe.Qwen3Moe:
+    """The base model `name`, a folder or hub id, with the adapter in the folder `adapter`, or fresh ones if `lora` asks
+    for any and there is none. Raises UserError on every rank.
+    """
     with topology.together():
-        folder = find_model(config.job.model)
+        folder = find_model(name)
         hf_config = qwen3_moe.read_config(folder)
         qwen3_moe.check_fits(hf_config, topology.sizes)
-    dtype = qwen3_moe.DTYPES[config.dtype]
-    recompute = config.hyperparameters.parallelism.activation_checkpointing
-    model = qwen3_moe.build_model(hf_config, topology, config.lora, dtype, recompute)
+    model = qwen3_moe.build_model(hf_config, topology, lora, dtype, recompute)
     with topology.together():
         # The adapter before the weights: one that does not fit is refused before a large file is read.
-        if config.job.init_adapter:
-            load_adapter(model, config.job.init_adapter)
-        else:
-            initialize_adapter(model, config.job.seed)
+        if adapter:
+            load_adapter(model, adapter)
+        elif lora:
+            initialize_adapter(model, seed)
         load_base(model, folder)
     return model
 

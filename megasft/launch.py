@@ -4,6 +4,7 @@ The launcher hosts the ranks' rendezvous store and waits. It differs from torchr
 its own, with the exit code of the rank that failed.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -11,25 +12,27 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megasft.config import RunConfig
 from megasft.ending import FAILED, INTERRUPTED, first_to_tell, say
 
 STOP_SECONDS = 15.0  # from asking the ranks to end, because one has, to killing them; one in a collective takes some 7
 SAVE_SECONDS = 600.0  # from asking them to save the run and end to killing them; a second signal does it at once
+ASK_AGAIN_SECONDS = 2.0
 
 
-def launch(config: RunConfig, ranks: int, max_restarts: int = 0) -> None:
+def launch(ranks: int, interrupted: str, max_restarts: int = 0, asks_rank_0: bool = False) -> None:
     """Run this process's command line on `ranks` ranks; exits with the code of the first that fails, if one does.
 
     A run that fails, other than by a user's mistake, is begun again up to `max_restarts` times, from its last
-    checkpoint.
+    checkpoint. Signals end it, with the words `interrupted` unless a rank has others. With `asks_rank_0` that rank
+    hears of Ctrl-C, by SIGUSR2, and does what is right, such as ending an answer and not the chat; a second Ctrl-C
+    within two seconds ends the job all the same.
     """
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: signals.append(number))
     for attempt in range(max_restarts + 1):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)  # what the ranks tell each other is of this attempt
-        code = _attempt(config, ranks, signals)
+        code = _attempt(ranks, interrupted, signals, asks_rank_0)
         if code != FAILED or attempt == max_restarts:
             break
         say(f"restart {attempt + 1} of {max_restarts}, from the last checkpoint")
@@ -37,19 +40,24 @@ def launch(config: RunConfig, ranks: int, max_restarts: int = 0) -> None:
         sys.exit(code)
 
 
-def _attempt(config: RunConfig, ranks: int, signals: list[int]) -> int:
+def _attempt(ranks: int, interrupted: str, signals: list[int], asks_rank_0: bool) -> int:
     """The exit code of the first rank that fails, 0 if none does."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = _start(ranks, store.port)
+    asked = -math.inf
     try:
-        codes = [process.poll() for process in processes]
-        while not signals and not any(codes):
+        while not any(codes := [process.poll() for process in processes]):
             if None not in codes:
                 return 0
+            if asks_rank_0 and signals[:1] == [signal.SIGINT] and time.monotonic() > asked + ASK_AGAIN_SECONDS:
+                signals.clear()
+                asked = time.monotonic()
+                processes[0].send_signal(signal.SIGUSR2)
+            elif signals:
+                break
             time.sleep(0.1)
-            codes = [process.poll() for process in processes]
         killed = next((rank for rank, code in enumerate(codes) if code and code < 0), None)
         if signals:
             signals.clear()
@@ -57,7 +65,7 @@ def _attempt(config: RunConfig, ranks: int, signals: list[int]) -> int:
                 process.terminate()
             _wait(processes, SAVE_SECONDS, signals)  # a rank says what has become of the run
             if first_to_tell(store, "launcher"):
-                say(f"interrupted; checkpoints written before are under {config.job.output_dir}")
+                say(interrupted)
             return INTERRUPTED
         if killed is not None:
             by = -(codes[killed] or 0)
@@ -88,8 +96,8 @@ def _start(ranks: int, port: int) -> list[subprocess.Popen]:
     }  # fmt: skip
     world.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     # A blocked signal is inherited: a terminal's Ctrl-C, which goes to all of its processes, must end a rank only
-    # through the launcher, or a rank that is still importing prints a traceback.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # through the launcher, or a rank that is still importing prints a traceback. SIGUSR2 must find it ready, too.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR2})
     try:
         return [
             subprocess.Popen(

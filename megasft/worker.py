@@ -1,4 +1,4 @@
-"""One rank of a training job: runs it, and ends it so that the first error is told once and nobody hangs."""
+"""One rank of a job: runs it, and ends it so that the first error is told once and nobody hangs."""
 
 import _thread
 import os
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from megasft.ending import (
     ask_to_stop,
     first_to_tell,
     has_been_told,
+    interrupted,
     launchers_store,
     say,
     stop_asked,
@@ -37,14 +39,26 @@ LOST_PEER = re.compile("closed by peer|reset by peer|broken pipe|remote process 
 
 
 def work(config: RunConfig) -> None:
-    """Run the job as the rank that the environment names; exits the process unless it succeeds.
+    """Train as the rank that the environment names."""
 
+    def train(on_start: Callable[[Trainer], None]) -> None:
+        summary = job.run(config, on_start)
+        if dist.get_rank() == 0:
+            print_summary(summary, config)
+
+    run_rank(train, interrupted(config))
+
+
+def run_rank(run: Callable[[Callable[[Trainer], None]], None], interrupted: str) -> None:
+    """Run a job as one of its ranks; exits the process unless it succeeds.
+
+    `run` is given a function to hand a trainer to, if there is one to save; `interrupted` is said of a job without.
     Exit codes: 0 done, 2 refused (a user's mistake), 130 interrupted, 1 failed. SIGINT, SIGTERM and SIGUSR1 to any rank
     interrupt all; in training the run is saved as it was after the last step, whatever the one under way waits for.
     """
-    ending = _Ending(config)
+    ending = _Ending(interrupted)
     try:
-        summary = job.run(config, ending.attach)
+        run(ending.attach)
     except UserError as error:
         ending.end(REFUSED, str(error))
     except KeyboardInterrupt:
@@ -53,16 +67,14 @@ def work(config: RunConfig) -> None:
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
             ending.lose_peer()
         ending.end(FAILED, f"rank {ending.rank} failed, as traced above", traceback.format_exc())
-    if dist.get_rank() == 0:
-        print_summary(summary, config)
     topology.stop()
 
 
 class _Ending:
     """How this rank ends before its time: heeds signals and the launcher's death; speaks if no other has."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.rank, self._output = os.environ["RANK"], config.job.output_dir
+    def __init__(self, interrupted: str) -> None:
+        self.rank, self._interrupted = os.environ["RANK"], interrupted
         self._lock = threading.Lock()
         self._trainer: Trainer | None = None
         self._saving = threading.Event()
@@ -77,7 +89,7 @@ class _Ending:
 
     def interrupt(self) -> NoReturn:
         """End as interrupted."""
-        self.end(INTERRUPTED, f"interrupted; checkpoints written before are under {self._output}")
+        self.end(INTERRUPTED, self._interrupted)
 
     def lose_peer(self) -> NoReturn:
         """End because another rank is gone."""
@@ -108,6 +120,10 @@ class _Ending:
         signal.signal(signal.SIGINT, self._on_interrupt)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda *_: None)
+        # From a launcher that leaves it to rank 0 what Ctrl-C means, and blocked so far (`megasft.launch`). The main
+        # thread hears of it in time: where it is sent, no rank waits for another for long.
+        signal.signal(signal.SIGUSR2, self._on_interrupt)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
 
@@ -121,6 +137,7 @@ class _Ending:
         while not number and not stop_asked(self._store):
             if select.select([heard], [], [], 1.0)[0]:
                 number = os.read(heard, 1)[0]
+                number = 0 if number == signal.SIGUSR2 else number
         if self._trainer is not None and not has_been_told(self._store):
             self._save(self._trainer)
         if number != signal.SIGINT:
@@ -141,8 +158,7 @@ class _Ending:
         except (UserError, RuntimeError) as error:
             if LOST_PEER.search(str(error)):
                 self.lose_peer()
-            before = f"checkpoints written before are under {self._output}"
-            self.end(INTERRUPTED, f"interrupted; the run could not be saved ({error}); {before}")
+            self.end(INTERRUPTED, f"{self._interrupted}; the run could not be saved ({error})")
         self.end(INTERRUPTED, f"interrupted; {folder} holds the run: the same command goes on from there")
 
 

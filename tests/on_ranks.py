@@ -11,8 +11,12 @@ from torch import Tensor
 from megasft import topology as topologies
 from megasft.config import RunConfig, resolve_topology
 from megasft.data.dataset import Samples
+from megasft.generation import decode
+from megasft.generation.decode import generate
+from megasft.generation.sampling import Sampler
 from megasft.job import build_model
 from megasft.model.attention import Segments
+from megasft.model.cache import KVCache
 from megasft.model.qwen3_moe import IGNORED, MicroBatch, Qwen3Moe
 from megasft.train.trainer import Trainer
 
@@ -127,3 +131,68 @@ def loss_curve(
     if save_to:
         trainer.save(Path(save_to))
     return records
+
+
+def answers(
+    settings: dict[str, Any], prompts: list[list[int]], count: int, sampling: dict[str, Any], stop: tuple[int, ...] = ()
+) -> list[list[int]]:
+    """The tokens that this rank sees generated for each prompt, with one sampler and one cache for all of them."""
+    _, _, model = start(settings)
+    sampler, cache = Sampler(**sampling), KVCache()
+    return [list(generate(model, prompt, count, sampler, stop, cache)) for prompt in prompts]
+
+
+def answers_to_prompts_in_parts(
+    settings: dict[str, Any], prompts: list[list[int]], count: int, part: int
+) -> list[list[int]]:
+    """The same, where no more than `part` tokens of a prompt go through the model at once."""
+    decode.PREFILL = part
+    return answers(settings, prompts, count, {})
+
+
+def cached_logits(settings: dict[str, Any], ids: list[int], lengths: list[int], forget: int) -> list[Tensor]:
+    """Logits after each part of `ids`, parts of these lengths, computed behind a cache of what lies before it.
+
+    Half-way the last `forget` tokens of the cache are replaced by others and brought back.
+    """
+    _, _, model = start(settings)
+    model.eval()
+    cache, found = KVCache(), []
+    cache.reserve(3)  # grows as it fills
+    for i, part in enumerate(torch.tensor(ids).split(lengths)):
+        if i == len(lengths) // 2:
+            whole = list(cache.tokens)
+            other = [*whole[:-forget], *((token + 1) % 203 for token in whole[-forget:])]
+            for prompt in (other, whole):
+                kept = cache.keep([*prompt, 0])
+                assert kept == len(whole) - forget
+                with torch.no_grad():
+                    decode._logits_after(model, prompt[kept:], cache)
+        cache.reserve(len(cache.tokens) + len(part))
+        with torch.no_grad():
+            found.append(decode._logits_after(model, part.tolist(), cache))
+    assert cache.tokens == ids
+    return found
+
+
+class PartialSampler(Sampler):
+    """Chooses another token on each rank."""
+
+    def choose(self, logits: Tensor) -> int:
+        return dist.get_rank() + 1
+
+
+def answers_of_ranks_that_disagree(settings: dict[str, Any]) -> list[int]:
+    _, _, model = start(settings)
+    return list(generate(model, [3, 4, 5], 4, PartialSampler()))
+
+
+def answer_until_rank_0_is_interrupted(settings: dict[str, Any], at: int) -> list[int]:
+    """Rank 0 hears of Ctrl-C while its `at`-th token is made."""
+    _, topology, model = start(settings)
+    tokens: list[int] = []
+    model.train()
+    for token in generate(model, [3, 4, 5], 20, interrupted=lambda: topology.is_first and len(tokens) == at):
+        tokens.append(token)
+    assert model.training
+    return tokens

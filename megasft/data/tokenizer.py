@@ -131,11 +131,17 @@ class ChatTokenizer:
             )
 
     def render(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, generation_prompt: bool = False
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        generation_prompt: bool = False,
+        **variables: Any,
     ) -> str:
-        """The template's text, rendered in transformers' sandbox. Raises whatever the template raises."""
+        """The template's text, rendered in transformers' sandbox with these variables besides. Raises whatever the
+        template raises.
+        """
         return self.hf.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=generation_prompt, tokenize=False
+            messages, tools=tools, add_generation_prompt=generation_prompt, tokenize=False, **variables
         )
 
     def generation_marks(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megasft.config import LoraSettings
 from megasft.errors import UserError
 from megasft.lora.peft_format import (
     CONFIG,
@@ -106,6 +107,21 @@ class AdapterFile:
                     layer = f"{fused.experts}.{e}.{kind}"
                     pairs[layer] = self._pair(layout, layer, (r, k), (n, r), fused.scaling)
         return pairs
+
+    @property
+    def fused(self) -> bool:
+        """Whether experts are in the fused layout."""
+        return bool(self._fused)
+
+    def settings(self) -> LoraSettings:
+        """The [lora] settings with which a model takes this adapter, and computes nothing else."""
+        pairs = self.pairs(self.splits())
+        widest = max(pairs.values(), key=lambda pair: pair.r)
+        targets = tuple(sorted(self.adapted(pairs)))
+        # Not checked: there may be no target, if all of B is zero.
+        return LoraSettings.model_construct(
+            r=widest.r, alpha=widest.scaling * widest.r, dropout=0.0, target_modules=targets
+        )
 
     def tensor(self, place: Place) -> Tensor:
         """A view of the file."""

@@ -42,6 +42,10 @@ class Segments(PackedSeqParams):
         """Position of each token in its own segment: int64 [1, T]."""
         return torch.cat([torch.arange(n, device=device) for n in self.lengths])[None]
 
+    def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, core: nn.Module) -> Tensor:
+        """The attention of layer `number`, whose kernel is `core`: q [T, h, d], k and v [T, g, d]: [T, h, d]."""
+        return core(q, k, v, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=self)
+
 
 class SelfAttention(Sharded):
     """The self-attention of one Qwen3-MoE layer, for megatron-core's TransformerLayer."""
@@ -55,6 +59,7 @@ class SelfAttention(Sharded):
         **_: Any,
     ) -> None:
         super().__init__()
+        self.layer_number = layer_number
         d = self.head_dim = config.kv_channels
         heads, groups, tp = config.num_attention_heads, config.num_query_groups, pg_collection.tp
         self.widths = [heads * d // tp.size(), groups * d // tp.size(), groups * d // tp.size()]
@@ -81,8 +86,7 @@ class SelfAttention(Sharded):
         k = self.k_layernorm(k.unflatten(-1, (-1, self.head_dim)))
         v = v.unflatten(-1, (-1, self.head_dim))
         q, k = rotate(q, rotary_pos_emb), rotate(k, rotary_pos_emb)
-        y = self.core_attention(q, k, v, None, attn_mask_type=AttnMaskType.padding_causal,
-                                packed_seq_params=packed_seq_params)  # fmt: skip
+        y = packed_seq_params.attend(self.layer_number, q, k, v, self.core_attention)
         return self.linear_proj(y.reshape(x.shape[0] * self.linear_qkv.size, 1, -1)), None
 
     def base_shards(self) -> Iterator[Shard]:

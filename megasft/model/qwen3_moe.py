@@ -234,8 +234,12 @@ class Qwen3Moe(GPTModel):
         return self._run(batch, self._loss)
 
     def logits(self, batch: MicroBatch) -> Tensor:
-        """Logits of every position, [T, vocabulary]: for tests and generation, never for training."""
+        """Logits of every position, [T, vocabulary]: for tests, never for training."""
         return self._run(batch, self._logits)
+
+    def next_logits(self, batch: MicroBatch) -> Tensor:
+        """Logits of the last position, fp32 [vocabulary]; hidden states on stages before the last."""
+        return self._run(batch, self._next_logits)
 
     def _run(self, batch: MicroBatch, head: Any) -> Tensor:
         return super().forward(
@@ -275,6 +279,10 @@ class Qwen3Moe(GPTModel):
         logits, _bias = output_layer(hidden_states, weight=output_weight)
         logits = gather_from_tensor_model_parallel_region(logits, group=self.topology.groups.tp)
         return logits[:, 0, : self.true_vocab_size]
+
+    def _next_logits(self, hidden_states: Tensor, **given: Any) -> Tensor:
+        # The last position is the last of the last sequence shard; the head sees one of each shard.
+        return self._logits(hidden_states[-1:], **given)[-1].float()
 
     def base_shards(self) -> Iterator[Shard]:
         """Every checkpoint tensor of the base model of which this rank holds a part."""

@@ -16,10 +16,11 @@ from tests.world import make_world
 
 @dataclass(frozen=True)
 class Ended:
-    """Exit codes, in order of rank, and all that was written to standard error."""
+    """Exit codes, in order of rank, and all that was written to standard error and output."""
 
     codes: list[int | None]
     said: str
+    printed: str
 
 
 @pytest.fixture(scope="session")
@@ -39,41 +40,57 @@ def world(pristine, tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """With bytecode: where none is kept, every process would compile megatron-core again."""
+    changed = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    if sys.dont_write_bytecode:
+        changed |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("bytecode"))}
+    return os.environ | changed
+
+
 @pytest.fixture
 def megasft(tmp_path) -> Callable[..., Ended]:
-    """`megasft(*arguments, ranks=0, only=None)`: the command as a process that has imported everything already.
+    """`megasft(*arguments, ranks=0, only=None, typed="")`: the command as a process that has imported everything already.
 
-    With `ranks` it runs as so many ranks of torchrun's, or as the one rank `only` of them; without, it must refuse before
+    `typed` is its standard input. With `ranks` it runs as so many ranks of torchrun's, or as the one rank `only` of them; without, it must refuse before
     it launches any.
     """
 
-    def run(*arguments: str, ranks: int = 0, only: int | None = None) -> Ended:
+    def run(*arguments: str, ranks: int = 0, only: int | None = None, typed: str = "") -> Ended:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.preload"])
-        errors = tmp_path / "stderr"
+        streams = [tmp_path / name for name in ("stdin", "stdout", "stderr")]
+        for stream, text in zip(streams, (typed, "", ""), strict=True):
+            stream.write_text(text)
         processes = []
         for rank in range(ranks or 1) if only is None else [only]:
             world = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
             }  # fmt: skip
-            processes.append(context.Process(target=_main, args=(arguments, world if ranks else {}, errors)))
+            processes.append(context.Process(target=_main, args=(arguments, world if ranks else {}, streams)))
             processes[-1].start()
         for process in processes:
             process.join(90)
             process.kill()  # if it hangs
             process.join()
-        return Ended([process.exitcode for process in processes], errors.read_text())
+        return Ended(
+            [process.exitcode for process in processes],
+            *(stream.read_bytes().decode() for stream in (streams[2], streams[1])),
+        )
 
     return run
 
 
-def _main(arguments: tuple[str, ...], environment: dict[str, str], errors: Path) -> None:
-    os.environ.update(environment, XDG_CACHE_HOME=str(errors.parent))
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+def _main(arguments: tuple[str, ...], environment: dict[str, str], streams: list[Path]) -> None:
+    os.environ.update(environment, XDG_CACHE_HOME=str(streams[0].parent))
+    for number, stream in enumerate(streams):
+        os.dup2(os.open(stream, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdin = os.fdopen(0)
     sys.argv = ["megasft", *arguments]
     from megasft import cli, launch
 
-    launch.launch = lambda *_: sys.exit("nothing was refused before the launch")
+    launch.launch = lambda *_, **__: sys.exit("nothing was refused before the launch")
     cli.main()

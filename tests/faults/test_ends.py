@@ -25,15 +25,6 @@ TORCHRUN = [str(BIN / "torchrun"), "--nproc-per-node", "2"]
 BY_ITSELF = {"megasft train": [sys.executable], "torchrun": TORCHRUN}
 
 
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """With bytecode: where none is kept, every process would compile megatron-core again."""
-    changed = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-    if sys.dont_write_bytecode:
-        changed |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("bytecode"))}
-    return os.environ | changed
-
-
 @pytest.fixture
 def start(world, environment) -> Callable[..., subprocess.Popen]:
     """`start(command, *settings)`: begin the job of `world` in a process group of its own, as a terminal does."""

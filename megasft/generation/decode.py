@@ -1,0 +1,112 @@
+"""Token after token, on all ranks in step: one rank chooses, and the others hear of it."""
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megasft import host
+from megasft.errors import UserError
+from megasft.generation.sampling import Sampler
+from megasft.model.cache import KVCache
+from megasft.model.qwen3_moe import MicroBatch, Qwen3Moe
+from megasft.topology import Topology
+
+PREFILL = 2048  # tokens of a prompt that go through the model at once, which bounds activations and masks
+
+
+@torch.no_grad()
+def generate(
+    model: Qwen3Moe,
+    prompt: list[int],
+    max_new_tokens: int = 512,
+    sampler: Sampler | None = None,
+    stop: Collection[int] = (),
+    cache: KVCache | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Iterator[int]:
+    """Yield the tokens that `model` puts behind `prompt`, the same on every rank; all ranks iterate, to the end.
+
+    The answer ends with a token of `stop`, after `max_new_tokens`, at the end of the model's context, or when
+    `interrupted` is true on any rank. Data-parallel replicas all compute the same answer; experts that are spread over
+    them get each token from every one.
+
+    Args:
+        prompt: token ids, the same on every rank; at least one.
+        sampler: how tokens are chosen; greedily without one.
+        cache: of an earlier call with the same model and weights: what its conversation and `prompt` begin with is not
+            computed again. It holds the new conversation afterwards.
+
+    Raises:
+        UserError: an empty prompt, or one that leaves no room in the model's context (`max_position_embeddings`).
+    """
+    context = model.hf_config.max_position_embeddings
+    check_length(prompt, context)
+    sampler, cache = sampler or Sampler(), cache or KVCache()
+    new = prompt[cache.keep(prompt) :]
+    last = min(len(prompt) + max_new_tokens, context)
+    cache.reserve(last)
+    training = model.training
+    model.eval()
+    try:
+        for length in range(len(prompt), last):
+            logits = _logits_after(model, new, cache)
+            chosen = sampler.choose(logits) if _chooses(model.topology) and logits is not None else -1
+            token, stopped = _agree(chosen, interrupted())
+            if stopped:
+                return
+            yield token
+            if token in stop or length + 1 == last:
+                return
+            new = [token]
+    finally:
+        model.train(training)
+
+
+def check_length(prompt: list[int], context: int) -> None:
+    """Raise UserError unless the prompt has tokens and leaves room for one more."""
+    if not prompt:
+        raise UserError("the prompt is empty")
+    if len(prompt) >= context:
+        raise UserError(f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {context}")
+
+
+def _logits_after(model: Qwen3Moe, new: list[int], cache: KVCache) -> Tensor | None:
+    """Run new tokens through the model and into the cache: logits after the last, on the last stage."""
+    outcomes: list[Tensor] = []
+    for first in range(0, len(new), PREFILL):
+        part = new[first : first + PREFILL]
+        tokens, segments = cache.segments(part, model.topology.sizes.tensor, host.device())
+        outcomes = get_forward_backward_func()(
+            forward_step_func=_forward,
+            data_iterator=iter([MicroBatch(tokens, tokens, segments)]),
+            model=[model],
+            num_microbatches=1,
+            seq_length=len(tokens),
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        cache.tokens += part
+    return outcomes[0] if outcomes else None
+
+
+def _forward(batches: Any, model: Qwen3Moe) -> tuple[Tensor, Any]:
+    """megatron-core's forward step, whose outcome is the model's output itself."""
+    return model.next_logits(next(batches)), lambda output, non_loss_data: output
+
+
+def _chooses(topology: Topology) -> bool:
+    """Whether this is the rank that chooses tokens. Others have its logits up to rounding, which is not enough."""
+    return topology.is_last_stage and topology.groups.tp.rank() == 0 and topology.groups.dp.rank() == 0
+
+
+def _agree(chosen: int, stopped: bool) -> tuple[int, bool]:
+    """(the token of the rank that chose one, whether any rank was stopped)."""
+    said = torch.tensor([chosen, int(stopped)], device=host.device())
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    token, any_stopped = said.tolist()
+    return token, bool(any_stopped)

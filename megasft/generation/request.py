@@ -1,0 +1,146 @@
+"""What to generate with: model, adapter, topology, prompts. Settled and checked before a rank is started."""
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from math import lcm
+from pathlib import Path
+from typing import Any, Literal
+
+from megasft.config import RunConfig, load_config
+from megasft.data.records import conversation_files
+from megasft.errors import UserError
+from megasft.topology_sizes import TopologySettings, TopologySizes, resolve_topology
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be (vLLM 0.27, MaxLoRARanks)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One use of `megasft generate`.
+
+    Attributes:
+        model: a folder or hub id.
+        adapter: the folder of a PEFT adapter; None for the base alone.
+        dtype: None for the one the model's own configuration names.
+        topology: its data_parallel has no meaning here.
+        prompt: what the user says; None to ask on a terminal, or to read standard input.
+        system: the system prompt.
+        tools: a JSON file with a list of tools for the template.
+        template: further variables of the chat template.
+        jsonl: conversations to answer, in place of a prompt.
+    """
+
+    model: str
+    adapter: str | None = None
+    dtype: Literal["bf16", "fp32"] | None = None
+    topology: TopologySettings = field(default_factory=TopologySettings)
+    prompt: str | None = None
+    system: str | None = None
+    tools: Path | None = None
+    template: dict[str, Any] = field(default_factory=dict)
+    jsonl: Path | None = None
+    max_new_tokens: int = 512
+    sampling: dict[str, Any] = field(default_factory=dict)  # arguments of Sampler
+
+    def ranks(self) -> int:
+        """The fewest ranks that hold the model once: experts may be spread over tensor-parallel ranks."""
+        asked = self.topology
+        tensor, expert, pipeline = (
+            asked.tensor_parallel or 1,
+            asked.expert_parallel or 1,
+            asked.pipeline_parallel or 1,
+        )
+        within = asked.expert_tensor_parallel or (tensor if expert == 1 else 1)
+        return pipeline * lcm(tensor, within * expert)
+
+    def sizes(self, ranks: int) -> TopologySizes:
+        """The topology on so many ranks, those beyond `ranks()` being replicas that compute the same."""
+        return resolve_topology(self.topology.model_copy(update={"data_parallel": None}), ranks)
+
+    def check(self, sizes: TopologySizes) -> None:
+        """Raise UserError for what is missing or does not fit; reads no weights."""
+        from megasft.model.hub import check_name, find_model
+
+        if self.adapter is not None and not Path(self.adapter).is_dir():
+            raise UserError(f"{self.adapter}: no such folder; --adapter names one that holds a PEFT adapter")
+        check_name(self.model)
+        read_tools(self.tools)
+        if self.jsonl is not None:
+            conversation_files(self.jsonl)
+        # Imported after the paths were checked, as in `megasft.preflight`.
+        from megasft.data.tokenizer import load_tokenizer
+        from megasft.generation.sampling import Sampler
+        from megasft.lora.adapter_file import AdapterFile
+        from megasft.model.qwen3_moe import check_fits, read_config
+        from megasft.model.weights import Checkpoint
+
+        Sampler(**self.sampling)
+        folder = find_model(self.model)
+        config = read_config(folder)
+        check_fits(config, sizes)
+        load_tokenizer(folder).check_vocabulary(config.vocab_size)
+        Checkpoint(folder)
+        if self.adapter is not None:
+            AdapterFile(self.adapter)
+
+    def vllm_command(self) -> str:
+        """The shell command with which vLLM serves this model and adapter."""
+        if self.adapter is None:
+            return shlex.join(["vllm", "serve", self.model])
+        from megasft.lora.adapter_file import AdapterFile
+
+        adapter, folder, prepare = AdapterFile(self.adapter), self.adapter.rstrip("/"), ""
+        r = adapter.settings().r
+        if adapter.fused:
+            prepare = shlex.join(["megasft", "export", folder, f"{folder}-per-expert"]) + " && "
+            folder += "-per-expert"
+        path = Path(self.adapter).absolute()
+        name = path.parent.name if path.name in ("adapter", "best") else path.name
+        rank = next((size for size in VLLM_RANKS if size >= r), r)
+        options = ["--enable-lora", "--lora-modules", f"{name}={folder}", "--max-lora-rank", str(rank)]
+        return prepare + shlex.join(["vllm", "serve", self.model, *options])
+
+
+def find_model_and_adapter(target: str, adapter: str | None) -> tuple[str, str | None, RunConfig | None]:
+    """What `target` stands for: a run file (and the adapter it trained), an adapter (and its base), or a model."""
+    if target.endswith(".toml"):
+        config = load_config(target)
+        trained = Path(config.job.output_dir) / "adapter"
+        if adapter is None and not trained.is_dir():
+            raise UserError(f"{target}: has no adapter in {trained} yet; train it, or name one with --adapter")
+        return config.job.model, adapter or str(trained), config
+    if (Path(target) / "adapter_config.json").is_file():
+        from megasft.lora.merge import find_base
+
+        if adapter is not None:
+            raise UserError(f"{target}: is an adapter, and so is --adapter {adapter}; name the model and one adapter")
+        return find_base(target), target, None
+    return target, adapter, None
+
+
+def read_tools(path: Path | None) -> list[dict[str, Any]] | None:
+    """The tools in a JSON file: a list of objects, as templates take them. Raises UserError."""
+    if path is None:
+        return None
+    try:
+        tools = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tools {path}: not a readable JSON file ({error})") from None
+    if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"--tools {path}: must be a list of objects, each of which describes a tool")
+    return tools
+
+
+def template_variables(arguments: list[str]) -> dict[str, Any]:
+    """`name=value`, where a value that is JSON (`false`, `3`) is what it says and anything else a string."""
+    variables = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--template-arg {argument}: must be name=value, as in enable_thinking=false")
+        try:
+            variables[name] = json.loads(text)
+        except ValueError:
+            variables[name] = text
+    return variables

@@ -1,0 +1,156 @@
+"""One rank of `megasft generate`: loads its part of the model, and answers prompt after prompt with the others."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import Qwen3MoeConfig
+
+from megasft import topology as topologies
+from megasft.data.tokenizer import ChatTokenizer, load_tokenizer
+from megasft.errors import UserError
+from megasft.generation.decode import check_length, generate
+from megasft.generation.prompts import Answer, Prompts, encode, is_chat, prompts, write
+from megasft.generation.request import Request
+from megasft.generation.sampling import Sampler
+from megasft.generation.text import TextStream
+from megasft.job import load_model
+from megasft.lora.adapter_file import AdapterFile
+from megasft.model import qwen3_moe
+from megasft.model.cache import KVCache
+from megasft.model.hub import find_model
+from megasft.topology import Topology
+
+A_WEEK = 7 * 24 * 60.0  # minutes: the other ranks wait in a collective while somebody thinks of a question
+# What a terminal would obey, but for line breaks and tabs; drawn as Unicode's pictures of it.
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+
+
+def run(request: Request) -> None:
+    """Answer all prompts of a request; every rank calls it. Rank 0 reads and prints."""
+    topology = topologies.start(request.sizes(int(os.environ.get("WORLD_SIZE", 1))), seed=0, timeout_minutes=A_WEEK)
+    with topology.together():
+        if topology.is_first:
+            request.check(topology.sizes)
+            if is_chat(request) and "TORCHELASTIC_RUN_ID" in os.environ:
+                raise UserError("torchrun's ranks cannot read the terminal: give --prompt, or leave torchrun out")
+        folder = find_model(request.model)
+        config = qwen3_moe.read_config(folder)
+        lora = None if request.adapter is None else AdapterFile(request.adapter).settings()
+        dtype = request.dtype or ("fp32" if str(config.dtype) == "torch.float32" else "bf16")
+        conversation = _Conversation(request, load_tokenizer(folder), config) if topology.is_first else None
+    ask = conversation.ask if conversation else None
+    chat = _from_first(topology, lambda: is_chat(request))
+    # Where nobody has to wait for it, the first prompt comes before the weights: what is wrong with it is soon told.
+    asked = None if chat else _from_first(topology, ask)
+    model = load_model(request.model, topology, qwen3_moe.DTYPES[dtype], lora, request.adapter)
+    stop = _from_first(topology, lambda: conversation and stop_tokens(folder, config, conversation.tokenizer))
+    sampler, cache = Sampler(**request.sampling), KVCache()
+    while (asked := asked or _from_first(topology, ask)) is not None:
+        with _ctrl_c_stops(chat and topology.is_first) as interrupted:
+            tokens = generate(model, asked, request.max_new_tokens, sampler, stop, cache, interrupted)
+            for token in tokens:
+                if conversation:
+                    conversation.hear(token, token in stop)
+            if conversation:
+                conversation.end(interrupted())
+        asked = None
+    if topology.is_first:
+        say("For looking at results, not for serving: one conversation at a time. vLLM serves this:")
+        say(request.vllm_command())
+
+
+def stop_tokens(folder: Path, config: Qwen3MoeConfig, tokenizer: ChatTokenizer) -> frozenset[int]:
+    """The tokens that end an answer: of generation_config.json, config.json, the tokenizer and its chat template."""
+    path = folder / "generation_config.json"
+    try:
+        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        named = generation.get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable generation configuration ({error})") from None
+    found: set[Any] = {tokenizer.eos_id, tokenizer.hf.eos_token_id}
+    for value in (named, getattr(config, "eos_token_id", None)):
+        found |= set(value) if isinstance(value, list) else {value}
+    return frozenset(token for token in found if isinstance(token, int))
+
+
+def say(text: str) -> None:
+    """A line for the user that is not the model's: on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Conversation:
+    """Rank 0's part: prompts in, tokens out."""
+
+    def __init__(self, request: Request, tokenizer: ChatTokenizer, config: Qwen3MoeConfig) -> None:
+        self._context = config.max_position_embeddings
+        self._request, self.tokenizer, self._stream = request, tokenizer, TextStream(tokenizer)
+        self._prompts: Prompts = prompts(request)
+        self._answer: Answer | None = None  # to the prompt before
+        self._text, self._tokens, self._finish, self._started = "", 0, "length", 0.0
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+
+    def ask(self) -> list[int] | None:
+        """The tokens of the next prompt; None if there is none."""
+        try:
+            messages, tools = next(self._prompts) if self._answer is None else self._prompts.send(self._answer)
+        except StopIteration:
+            return None
+        self._text, self._tokens, self._finish, self._started = "", 0, "length", time.monotonic()
+        prompt = encode(self.tokenizer, messages, tools, self._request.template)
+        check_length(prompt, self._context)
+        return prompt
+
+    def hear(self, token: int, ends: bool) -> None:
+        """Print what a token says."""
+        self._tokens += 1
+        if ends:
+            self._finish = "stop"
+        else:
+            self._give(self._stream.push(token))
+
+    def end(self, interrupted: bool) -> None:
+        """The answer is whole, or was interrupted."""
+        self._give(self._stream.finish())
+        if self._request.jsonl is None:
+            write("\n")
+        finish = "interrupted" if interrupted and self._finish != "stop" else self._finish
+        self._answer = Answer(self._text, self._tokens, finish)
+        if finish == "length":
+            say(f"[cut off after {self._tokens} tokens; --max-new-tokens or the model's context allows no more]")
+
+    def _give(self, text: str) -> None:
+        self._text += text
+        if self._request.jsonl is None:
+            write(text.translate(CONTROLS) if sys.stdout.isatty() else text)
+
+
+def _from_first(topology: Topology, ask: Callable[[], Any] | None) -> Any:
+    """What `ask` answers on rank 0, on every rank; its UserError likewise."""
+    answer: list[Any] = [None]
+    with topology.together():
+        if topology.is_first and ask:
+            answer[0] = ask()
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+@contextlib.contextmanager
+def _ctrl_c_stops(answer: bool) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, which `megasft.launch` tells by SIGUSR2; if not `answer`, that ends the rank."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: pressed.append(number)) if answer else None
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        if answer:
+            signal.signal(signal.SIGUSR2, before)

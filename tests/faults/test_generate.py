@@ -1,0 +1,311 @@
+"""`megasft generate` as a user meets it: what it prints, what it refuses, and how it ends."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megasft.config import LINEAR_LAYERS
+from megasft.data.conversations import Conversation, read_conversations
+from megasft.data.tokenizer import load_tokenizer
+from megasft.lora.export import export_adapter
+from tests.faults.speech import spoken
+from tests.parity.peft_adapters import loaded_by_peft
+from tests.parity.reference import random_adapter, tiny_config, write_adapter
+
+TOOLS = '[{"type": "function", "function": {"name": "f"}}]'
+GREETING = "what comes after 3? naïve"
+
+
+@pytest.fixture
+def adapter(world) -> Path:
+    """An adapter of all layers where the run file's training would put it."""
+    config = tiny_config(vocab_size=264, mlp_only_layers=[])
+    write_adapter(random_adapter(config, 4, frozenset(LINEAR_LAYERS)), world / "plain", 4, 8)
+    export_adapter(world / "plain", world / "run" / "adapter", "per-expert", str(world / "model"))
+    return world / "run" / "adapter"
+
+
+def answer_by_peft(world: Path, adapter: Path, messages: list[dict], new: int) -> str:
+    tokenizer, model = load_tokenizer(world / "model"), loaded_by_peft(world / "model", adapter)
+    ids = tokenizer.hf.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=0,
+    )[0, ids.shape[1] :]
+    return tokenizer.decode(out[:-1] if out[-1] == tokenizer.eos_id else out)
+
+
+# --- what it prints ---
+
+
+def test_an_answer_is_on_standard_output_and_all_else_on_standard_error(megasft, world, adapter):
+    messages = [{"role": "system", "content": "Say it."}, {"role": "user", "content": GREETING}]
+    want = answer_by_peft(world, adapter, messages, 30)
+    # The run file says model, adapter, topology (two ranks) and precision; the prompt is given, or piped in.
+    options = ["--system", "Say it.", "--max-new-tokens", "30"]
+    for more, typed in ((["--prompt", GREETING], ""), ([], GREETING)):
+        ended = megasft("generate", f"{world}/job.toml", *options, *more, ranks=2, typed=typed)
+        assert ended.codes == [0, 0], ended.said
+        assert ended.printed == want + "\n"
+        *cut, notice, command = ended.said.splitlines()
+        assert all(re.fullmatch(r"\[cut off after 30 tokens; .*\]", line) for line in cut)
+        assert "not for serving" in notice
+        assert command == f"vllm serve {world}/model --enable-lora --lora-modules run={adapter} --max-lora-rank 8"
+
+
+def test_a_file_of_conversations_becomes_one_of_answers(megasft, world, adapter):
+    ended = megasft(
+        "generate", f"{world}/model", "--adapter", str(adapter), "--jsonl", f"{world}/validation.jsonl",
+        "--max-new-tokens", "8", "--expert-parallel", "2", ranks=2,
+    )  # fmt: skip
+    assert ended.codes == [0, 0], ended.said
+    (world / "answers.jsonl").write_text(ended.printed)
+    asked, answered = (list(read_conversations(world / name)) for name in ("validation.jsonl", "answers.jsonl"))
+    assert len(asked) == len(answered) == 4
+    for before, after in zip(asked, answered, strict=True):
+        assert isinstance(after, Conversation)
+        assert after.messages[:-1] == before.messages[:-1]
+        assert after.messages[-1]["content"] == answer_by_peft(world, adapter, before.messages[:-1], 8)
+    records = [json.loads(line) for line in ended.printed.splitlines()]
+    assert all(record["finish"] == ("stop" if record["new_tokens"] < 8 else "length") for record in records)
+
+
+# --- what it refuses ---
+
+
+def other_adapter(**sizes):
+    def spoil(world: Path) -> None:
+        config = tiny_config(vocab_size=264, mlp_only_layers=[], **sizes)
+        write_adapter(random_adapter(config, 4, frozenset(LINEAR_LAYERS)), world / "other", 4, 8)
+
+    return spoil
+
+
+def with_text(name: str, text: str):
+    return lambda world: (world / name).write_text(text)
+
+
+def short_context(world: Path) -> None:
+    path = world / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 32}))
+
+
+def without_weights(world: Path) -> None:
+    """To see that a refusal comes before they are read."""
+    path = world / "model" / "model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if "norm" in name}, path, {"format": "pt"})
+
+
+def nothing(world: Path) -> None: ...
+
+
+# what is wrong, arguments ({} is the folder of the job), words that the line must hold
+BEFORE_THE_LAUNCH = {
+    "nothing trained yet": (nothing, "{}/job.toml", ["job.toml", "no adapter in", "--adapter"]),
+    "no such model": (nothing, "{}/modle", ["modle", "no such folder"]),
+    "no such adapter": (nothing, "{}/model --adapter {}/nope", ["nope", "no such folder"]),
+    "no adapter in the folder": (nothing, "{}/model --adapter {}", ["adapter_config.json"]),
+    "two adapters": (other_adapter(), "{}/other --adapter {}/other", ["is an adapter"]),
+    "an adapter that names no base": (other_adapter(), "{}/other", ["names no base model"]),
+    "heads that tensor parallel does not divide": (
+        nothing, "{}/model --tensor-parallel 3", ["tensor_parallel = 3", "num_attention_heads = 8"]
+    ),
+    "experts that expert parallel does not divide": (
+        nothing, "{}/model --expert-parallel 3", ["expert_parallel = 3", "num_experts = 8", "1, 2"]
+    ),
+    "stages that layers do not divide": (nothing, "{}/model --pipeline-parallel 2", ["num_hidden_layers = 3", "1"]),
+    "negative temperature": (nothing, "{}/model --temperature -1", ["temperature = -1", "0"]),
+    "top-k without temperature": (nothing, "{}/model --top-k 5", ["top_k", "temperature"]),
+    "no new token": (nothing, "{}/model --max-new-tokens 0", ["max-new-tokens"]),
+    "unknown option": (nothing, "{}/model --temprature 1", ["--temprature"]),
+    "tools that are none": (with_text("tools.json", "{}"), "{}/model --tools {}/tools.json", ["tools.json", "a list"]),
+    "a template variable without value": (nothing, "{}/model --template-arg thinking", ["--template-arg thinking", "="]),
+    "prompt and file": (nothing, "{}/model --prompt x --jsonl {}/train.jsonl", ["--prompt", "--jsonl"]),
+    "no such file of conversations": (nothing, "{}/model --jsonl {}/nope.jsonl", ["nope.jsonl", "no such file"]),
+}  # fmt: skip
+
+ON_THE_RANKS = {
+    "adapter of another model": (
+        lambda world: other_adapter(hidden_size=32)(world) or without_weights(world), "{}/model --adapter {}/other -p x",
+        ["adapter_model.safetensors", "another model"],
+    ),
+    "adapter of a larger model": (
+        other_adapter(num_hidden_layers=4), "{}/model --adapter {}/other -p x", ["model.layers.3", "another one"]
+    ),
+    "prompt beyond the context": (
+        lambda world: short_context(world) or without_weights(world), "{}/model -p much_more_than_there_is_room_for",
+        ["the prompt has", "context of 32"],
+    ),
+    "no prompt": (without_weights, "{}/model", ["no prompt", "--prompt TEXT"]),
+    "a template that fails": (
+        with_text("model/chat_template.jinja", "{{ raise_exception('not today') if n }}{{ messages[0].content }}"),
+        "{}/model -p x --template-arg n=1", ["chat template", "not today"],
+    ),
+    "a conversation that is none": (with_text("a.jsonl", '{"messages": 3}\n'), "{}/model --jsonl {}/a.jsonl", ["a.jsonl:1"]),
+}  # fmt: skip
+
+
+def assert_one_line(said: str, words: list[str]) -> None:
+    assert said.startswith("megasft: ")
+    assert said.count("\n") == 1, said
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize("case", BEFORE_THE_LAUNCH)
+def test_before_anything_is_launched(megasft, world, case):
+    spoil, text, words = BEFORE_THE_LAUNCH[case]
+    spoil(world)
+    ended = megasft("generate", *text.format(*[world] * text.count("{}")).split())
+    assert_one_line(ended.said, words)
+    assert ended.codes == [2]
+
+
+@pytest.mark.parametrize("case", ON_THE_RANKS)
+def test_by_all_ranks_with_one_voice(megasft, world, case):
+    spoil, text, words = ON_THE_RANKS[case]
+    spoil(world)
+    ended = megasft("generate", *text.format(*[world] * text.count("{}")).split(), ranks=2)
+    assert_one_line(ended.said, words)
+    assert ended.codes == [2, 2]
+    assert ended.printed == ""
+
+
+# --- how a chat goes and ends ---
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        ours, theirs = pty.openpty()
+        self.seen, self._terminal, self._closed = "", ours, False
+        environment = environment | {"TERM": "dumb"}  # no escape sequences of readline's
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+        )
+        os.close(theirs)
+
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def wait_for(self, text: str) -> None:
+        """Until `text` has come, and forget it with all before."""
+        self.wait_until(lambda: text in self.seen)
+        self.seen = self.seen[self.seen.index(text) + len(text) :]
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.seen
+            self._read()
+
+    def rest(self) -> str:
+        """What comes until the command has ended."""
+        self.wait_until(lambda: self._closed, 60)
+        return self.seen
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        os.close(self._terminal)
+
+    def _read(self) -> None:
+        if select.select([self._terminal], [], [], 0.2)[0]:
+            try:
+                self.seen += os.read(self._terminal, 65536).decode(errors="replace").replace("\r\n", "\n")
+            except OSError:  # nobody has the other end any more
+                self._closed = True
+
+
+def _take_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def endless(world, adapter) -> list[str]:
+    """A command whose answers nothing ends but Ctrl-C."""
+    script = world / "endless.py"
+    script.write_text(
+        "import logging, warnings\n"
+        "warnings.filterwarnings('ignore')\n"
+        "logging.disable(logging.WARNING)\n"
+        "from megasft import cli\n"
+        "from megasft.generation import run\n"
+        "run.stop_tokens = lambda *_: frozenset()\n"
+        "cli.main()\n"
+    )
+    return [sys.executable, str(script), "generate", f"{world}/job.toml", "--max-new-tokens", "100000"]
+
+
+def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(endless, adapter, environment):
+    terminal = Terminal(endless, environment)
+    try:
+        for _ in range(2):
+            terminal.wait_for("> ")
+            terminal.type("what comes after 3?\n")
+            terminal.wait_for("what comes after 3?\n")
+            terminal.wait_until(lambda: len(terminal.seen) > 50)
+            terminal.type("\x03")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        said = terminal.rest()
+        assert "not for serving" in said
+        assert f"--lora-modules run={adapter} --max-lora-rank 8" in said
+        assert "Traceback" not in said
+        assert terminal.process.wait(30) == 0
+    finally:
+        terminal.kill()
+
+
+def test_ctrl_c_at_the_prompt_ends_the_chat(endless, environment):
+    terminal = Terminal([*endless, "--tensor-parallel", "1"], environment)
+    try:
+        terminal.wait_for("> ")
+        terminal.type("\x03")
+        said = terminal.rest()
+        assert spoken(said) == ["megasft: interrupted"], said
+        assert "Traceback" not in said
+        assert terminal.process.wait(30) == 130
+    finally:
+        terminal.kill()
+
+
+def test_a_signal_to_the_launcher_ends_an_answer_at_once(endless, environment):
+    command = [*endless, "--tensor-parallel", "1", "-p", "hi"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stdout.read(50)
+        process.send_signal(signal.SIGINT)
+        asked = time.monotonic()
+        _, said = process.communicate(timeout=30)
+        assert time.monotonic() - asked < 10
+        assert said.decode() == "megasft: interrupted\n"
+        assert process.returncode == 130
+    finally:
+        process.kill()
