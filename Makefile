@@ -19,6 +19,7 @@ install: .venv/installed
 
 demo: install
 	$(PYTHON) tools/make_demo.py --out demo
+	@[ runs/demo/config.toml -nt demo/stamp.json ] || rm -rf runs/demo  # of another demo model
 	$(TORCHRUN) --nproc-per-node 4 tools/train.py --config configs/demo.toml
 	$(PYTHON) tools/check_adapter.py demo/model runs/demo/adapter demo/data/validation.jsonl --run-dir runs/demo
 
