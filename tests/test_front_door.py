@@ -45,12 +45,13 @@ def test_torchrun_trains_on_four_ranks_and_leaves_what_the_readme_lists(tmp_path
     for path in (
         "config.toml",
         "tensorboard",
-        "checkpoints/step-000004",
+        "checkpoints/latest/adapter_config.json",
+        "checkpoints/step-000005/optimizer-00003-of-00004.safetensors",
         "best/adapter_config.json",
         "adapter/adapter_config.json",
     ):
         assert (folder / path).exists(), path
-    assert not (folder / "checkpoints" / "step-000002").exists(), "keep = 1"
+    assert not (folder / "checkpoints" / "step-000004").exists(), "keep = 1"
     train = records(folder, "train")
     assert [line["step"] for line in train] == [1, 2, 3, 4, 5]
     keys = {"loss", "lr", "grad_norm", "tokens", "supervised_tokens", "seconds", "tokens_per_second"}
