@@ -18,7 +18,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Val
 
 from megasft.errors import UserError
 from megasft.runfile import Key, RunFile, Section, explain, parse_override, paths
-from megasft.topology_sizes import TopologySettings, TopologySizes, asked_ranks, fit, resolve_topology
+from megasft.topology_sizes import (
+    TopologySettings,
+    TopologySizes,
+    asked_ranks,
+    choose_dispatcher,
+    derive,
+    fit,
+    resolve_topology,
+)
 
 __all__ = ["RunConfig", "TopologySettings", "TopologySizes", "load_config", "resolve_topology"]
 
@@ -232,6 +240,8 @@ class ParallelismSettings(Section):
     bf16: bool = True  # false means fp32
     fp16: Annotated[bool, _refuse_true("megasft trains in bf16 or fp32; set bf16 = true, or both to false")] = False
     activation_checkpointing: bool = True  # recompute each layer in backward
+    # how tokens get to their experts; "auto": the one that moves less
+    token_dispatcher: Literal["auto", "alltoall", "allgather"] = "auto"
 
 
 class HyperparameterSettings(Section):
@@ -255,6 +265,7 @@ class HyperparameterSettings(Section):
     adam_beta1: BelowOne = 0.9
     adam_beta2: BelowOne = 0.999
     adam_eps: Positive = 1e-8
+    router_aux_loss_coef: NotNegative = 0.0  # of the load-balancing loss; costs a forward unless 0
     parallelism: ParallelismSettings = ParallelismSettings()
 
     lora_rank: Count | None = Field(default=None, exclude=True)
@@ -279,6 +290,7 @@ class LoggingSettings(Section):
     """`[logging]`."""
 
     every_steps: Count = 1  # optimizer steps
+    experts_every_steps: Count = 100  # optimizer steps from one line of tokens per layer and expert to the next
 
 
 class RunConfig(Section):
@@ -369,6 +381,8 @@ _FOREIGN_NAMES = {
     ("hyperparameters", "warmup_ratio"): "warmup_steps",
     ("hyperparameters", "max_grad_norm"): "clip_grad gradient_clipping",
     ("hyperparameters", "adam_eps"): "adam_epsilon",
+    ("hyperparameters", "router_aux_loss_coef"): "aux_loss_coef moe_aux_loss_coeff",
+    ("hyperparameters", "parallelism", "token_dispatcher"): "moe_token_dispatcher_type dispatcher",
     ("hyperparameters", "parallelism", "activation_checkpointing"): "gradient_checkpointing",
     ("checkpoint", "every_steps"): "save_steps",
     ("checkpoint", "keep"): "save_total_limit",
@@ -419,6 +433,12 @@ def _settle_validation(config: RunConfig, file: RunFile) -> RunConfig:
 
 def _check_topology(config: RunConfig, file: RunFile) -> None:
     """Refuse before anything is launched what can fit no launch: the file's topology on the file's GPUs."""
+    asked = config.hyperparameters.parallelism.token_dispatcher
+    try:
+        choose_dispatcher(asked, derive(config.data.topology))
+    except ValueError as error:
+        at = file.at(("hyperparameters", "parallelism", "token_dispatcher"))
+        raise UserError(f'{at}: {error}; "alltoall" goes with any topology') from None
     compute = config.compute
     ranks = compute.gpu_count * compute.nodes if compute.gpu_count else config.world_size()
     if ranks is None:

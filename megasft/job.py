@@ -47,8 +47,9 @@ def initialize(config: RunConfig) -> Topology:
 def build_model(config: RunConfig, topology: Topology) -> qwen3_moe.Qwen3Moe:
     """The model with its base weights and with fresh adapters, or those of `[job] init_adapter`."""
     job, dtype = config.job, qwen3_moe.DTYPES[config.dtype]
-    recompute = config.hyperparameters.parallelism.activation_checkpointing
-    return load_model(job.model, topology, dtype, config.lora, job.init_adapter, recompute, job.seed)
+    parallel = config.hyperparameters.parallelism
+    recompute, dispatcher = parallel.activation_checkpointing, parallel.token_dispatcher
+    return load_model(job.model, topology, dtype, config.lora, job.init_adapter, recompute, job.seed, dispatcher)
 
 
 def load_model(
@@ -59,6 +60,7 @@ def load_model(
     adapter: str | None = None,
     recompute: bool = False,
     seed: int = 0,
+    dispatcher: str = "auto",
 ) -> qwen3_moe.Qwen3Moe:
     """The base model `name`, a folder or hub id, with the adapter in the folder `adapter`, or fresh ones if `lora` asks
     for any and there is none. Raises UserError on every rank.
@@ -67,7 +69,7 @@ def load_model(
         folder = find_model(name)
         hf_config = qwen3_moe.read_config(folder)
         qwen3_moe.check_fits(hf_config, topology.sizes)
-    model = qwen3_moe.build_model(hf_config, topology, lora, dtype, recompute)
+    model = qwen3_moe.build_model(hf_config, topology, lora, dtype, recompute, dispatcher)
     with topology.together():
         # The adapter before the weights: one that does not fit is refused before a large file is read.
         if adapter:

@@ -47,6 +47,27 @@ def resolve_topology(topology: TopologySettings, world_size: int) -> TopologySiz
         raise UserError(f"launched {ranks}, but [data.topology] {error}{launch}") from None
 
 
+def choose_dispatcher(asked: str, sizes: TopologySizes) -> str:
+    """How tokens get to their experts: "alltoall" or "allgather", the better one where `asked` is "auto".
+
+    All-to-all sends a token to each expert that wants it, in whatever numbers. An all-gather of all tokens needs as
+    many on every rank that shares the experts, so these must be of one tensor-parallel group, and shapes that do not
+    vary between pipeline stages. Where experts are cut but not spread it moves less by the factor num_experts_per_tok.
+    Raises ValueError with the rest of a sentence that names the setting.
+    """
+    within_tensor_group = sizes.tensor % (sizes.expert * sizes.expert_tensor) == 0
+    if asked == "allgather" and not within_tensor_group:
+        raise ValueError(
+            f"needs the ranks that share the experts within one tensor-parallel group, but expert_parallel {sizes.expert} "
+            f"x expert_tensor_parallel {sizes.expert_tensor} does not divide tensor_parallel {sizes.tensor}"
+        )
+    if asked == "allgather" and sizes.pipeline > 1:
+        raise ValueError(f"needs pipeline_parallel = 1, not {sizes.pipeline}: the length of micro batches varies")
+    if asked == "auto":
+        return "allgather" if within_tensor_group and sizes.expert == 1 and sizes.pipeline == 1 else "alltoall"
+    return asked
+
+
 def asked_ranks(topology: TopologySettings) -> int | None:
     """The number of ranks that a topology fixes; None if data parallelism fills whatever was launched."""
     if topology.data_parallel is None:
@@ -56,13 +77,14 @@ def asked_ranks(topology: TopologySettings) -> int | None:
 
 def fit(topology: TopologySettings, ranks: int) -> TopologySizes:
     """The sizes on `ranks` ranks. Raises ValueError with the rest of a sentence that begins "[data.topology] "."""
-    sizes = _sizes(topology, ranks)
+    sizes = derive(topology, ranks)
     if asks := _misfit(sizes, ranks, fills_world=topology.data_parallel is None):
         raise ValueError(f"asks for {asks}; set [data] {' or '.join(_nearest(topology, ranks))}")
     return sizes
 
 
-def _sizes(topology: TopologySettings, ranks: int) -> TopologySizes:
+def derive(topology: TopologySettings, ranks: int = 1) -> TopologySizes:
+    """All sizes from those that are set; whether they fit the ranks is not asked, and `data` is 0 where they do not."""
     tensor, pipeline = topology.tensor_parallel or 1, topology.pipeline_parallel or 1
     data = topology.data_parallel or ranks // (tensor * pipeline)
     expert = topology.expert_parallel or 1
@@ -104,7 +126,7 @@ def _nearest(topology: TopologySettings, ranks: int) -> list[str]:
     fitting = []
     for chosen in product(*map(nearest_divisors, free.values())):
         candidate = dict(zip(free, chosen, strict=True))
-        sizes = _sizes(TopologySettings(**candidate), ranks)
+        sizes = derive(TopologySettings(**candidate), ranks)
         candidate["data_parallel"] = sizes.data
         if not _misfit(sizes, ranks, fills_world=True):
             fitting.append(candidate)

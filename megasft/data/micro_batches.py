@@ -86,4 +86,4 @@ def collate(samples: Mix, numbers: Sequence[int], multiple: int, device: torch.d
         tokens.append(torch.zeros(filling, dtype=torch.int64))
         labels.append(torch.full((filling,), IGNORED))
         lengths.append(filling)
-    return MicroBatch(torch.cat(tokens).to(device), torch.cat(labels).to(device), Segments.of(lengths, device))
+    return MicroBatch(torch.cat(tokens).to(device), torch.cat(labels).to(device), Segments.of(lengths, device, filling))

@@ -26,17 +26,19 @@ from megasft.shards import Shard, Sharded, whole
 class Segments(PackedSeqParams):
     """Lengths of the conversations that lie end to end in a micro batch; attention stays inside each.
 
-    `lengths` is on the host, so that no layer waits for the device; the rest is megatron-core's description of it.
+    `lengths` is on the host, so that no layer waits for the device; the rest is megatron-core's description of it. The
+    last `filling` tokens are none of any conversation.
     """
 
     lengths: list[int] = field(default_factory=list)
+    filling: int = 0
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> "Segments":
-        """The description of segments of these lengths."""
+    def of(cls, lengths: list[int], device: torch.device, filling: int = 0) -> "Segments":
+        """The description of segments of these lengths, `filling` among them if it is not 0."""
         ends = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
-        longest = max(lengths)
-        return cls("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest, lengths=list(lengths))
+        longest, mine = max(lengths), {"lengths": list(lengths), "filling": filling}
+        return cls("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest, **mine)
 
     def positions(self, device: torch.device) -> Tensor:
         """Position of each token in its own segment: int64 [1, T]."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -75,7 +77,13 @@ class SparseMLP(MoELayer, Sharded):
 
 
 class Router(TopKRouter):
-    """Top-k softmax routing in fp32, with LoRA on the gate. It stands on every rank and sees a sequence shard."""
+    """Top-k softmax routing in fp32, with LoRA on the gate. It stands on every rank and sees a sequence shard.
+
+    It adds up what it does: `tokens_per_expert` int64 [experts], the tokens sent to each, and, while `balance_weights`
+    fp32 [experts] stand, `probability_sums` fp64 [experts], the softmax over all experts summed over tokens. Filling
+    is no token, and the recomputation of a forward is none. With weights w the loss has one more term,
+    sum of w_e p_te over tokens t and experts e (see `train.expert_load`, which owns these tensors).
+    """
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection, lora: LoraSettings, **kwargs: Any
@@ -85,11 +93,29 @@ class Router(TopKRouter):
         common = {"lora": lora, "group": pg_collection.tp, "dtype": config.params_dtype}
         common["writer"] = pg_collection.dp.rank() == 0
         self.linear = LoraLinear(config.hidden_size, {"gate": config.num_moe_experts}, "replicated", **common)
+        self.tokens_per_expert = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=host.device())
+        self.probability_sums = torch.zeros(config.num_moe_experts, dtype=torch.float64, device=host.device())
+        self.balance_weights: Tensor | None = None
 
     def gating(self, input: Tensor) -> Tensor:
         """input [S, 1, H]: logits fp32 [S, 1, experts]."""
         logits = self.linear.multiply(input.flatten(0, -2).float(), self.linear.weight.float())
         return logits.view(*input.shape[:-1], -1)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits [S, 1, experts], padding_mask bool [S, 1] (true: filling): weights and choices [S, experts]."""
+        probs, chosen = super().routing(logits, padding_mask)
+        recomputes = is_checkpointing() and torch.is_grad_enabled()
+        real = None if padding_mask is None else ~padding_mask.view(-1, 1)
+        if not recomputes:
+            self.tokens_per_expert += (chosen if real is None else chosen & real).sum(0)
+        if self.balance_weights is not None:
+            scores = logits.flatten(0, -2).softmax(dim=-1)
+            scores = scores if real is None else scores * real
+            if not recomputes:
+                self.probability_sums += scores.detach().sum(0)
+            probs = MoEAuxLossAutoScaler.apply(probs, (scores @ self.balance_weights).sum())
+        return probs, chosen
 
 
 class Experts(Sharded):

@@ -24,10 +24,11 @@ from megasft.config import LoraSettings, TopologySizes
 from megasft.errors import UserError
 from megasft.model.attention import Segments, SelfAttention
 from megasft.model.head import supervised_loss
-from megasft.model.mlp import DenseMLP, SparseMLP
+from megasft.model.mlp import DenseMLP, Router, SparseMLP
 from megasft.model.norm import RMSNorm
 from megasft.shards import Shard, part, whole
 from megasft.topology import Topology
+from megasft.topology_sizes import choose_dispatcher
 
 IGNORED = -100  # a label that is not supervised, as in torch and transformers
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -133,6 +134,7 @@ def build_model(
     lora: LoraSettings | None = None,
     dtype: torch.dtype = torch.bfloat16,
     recompute: bool = True,
+    dispatcher: str = "auto",
 ) -> "Qwen3Moe":
     """This rank's part of the model: storage for its base weights and, where `lora` names targets, zero adapters.
 
@@ -142,11 +144,11 @@ def build_model(
     check_fits(config, topology.sizes)
     if lora is None:
         lora = LoraSettings.model_construct(target_modules=())
-    return Qwen3Moe(config, topology, lora, _megatron_config(config, topology.sizes, dtype, recompute))
+    return Qwen3Moe(config, topology, lora, _megatron_config(config, topology.sizes, dtype, recompute, dispatcher))
 
 
 def _megatron_config(
-    config: Qwen3MoeConfig, sizes: TopologySizes, dtype: torch.dtype, recompute: bool
+    config: Qwen3MoeConfig, sizes: TopologySizes, dtype: torch.dtype, recompute: bool, dispatcher: str
 ) -> TransformerConfig:
     full_recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
@@ -172,7 +174,7 @@ def _megatron_config(
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        moe_token_dispatcher_type=_dispatcher(sizes),
+        moe_token_dispatcher_type=choose_dispatcher(dispatcher, sizes),
         # precision and parallelism
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -189,17 +191,6 @@ def _megatron_config(
         bias_dropout_fusion=False,
         **(full_recompute if recompute else {}),
     )
-
-
-def _dispatcher(sizes: TopologySizes) -> str:
-    """All-to-all sends a token to each expert that wants it, in whatever numbers.
-
-    Where experts are cut but not spread, one all-gather of the tokens moves less by the factor num_experts_per_tok. It
-    needs as many tokens on each rank, so its ranks must be of one tensor-parallel group, and its shapes must not vary
-    between pipeline stages.
-    """
-    within_tensor_group = sizes.expert == 1 and sizes.tensor % sizes.expert_tensor == 0
-    return "allgather" if within_tensor_group and sizes.pipeline == 1 else "alltoall"
 
 
 class Qwen3Moe(GPTModel):
@@ -233,6 +224,10 @@ class Qwen3Moe(GPTModel):
         """The summed loss over the batch's supervised positions, fp32 []; hidden states on stages before the last."""
         return self._run(batch, self._loss)
 
+    def route(self, batch: MicroBatch) -> Tensor:
+        """For what the routers count on the way: 0 in place of the loss; hidden states on stages before the last."""
+        return self._run(batch, lambda hidden_states, **_: hidden_states.new_zeros(()))
+
     def logits(self, batch: MicroBatch) -> Tensor:
         """Logits of every position, [T, vocabulary]: for tests, never for training."""
         return self._run(batch, self._logits)
@@ -251,8 +246,10 @@ class Qwen3Moe(GPTModel):
             output_processor=head,
         )
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple:  # type: ignore[override]
-        prepared = list(super()._preprocess(input_ids, position_ids, **kwargs))
+    def _preprocess(  # type: ignore[override]
+        self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Segments, **kwargs: Any
+    ) -> tuple:
+        prepared = list(super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **kwargs))
         hidden = prepared[0]
         if hidden is not None and self.training and self.config.recompute_granularity and torch.is_grad_enabled():
             # Recomputation runs backward only for layers whose input asks for a gradient; frozen embeddings do not.
@@ -260,7 +257,17 @@ class Qwen3Moe(GPTModel):
         like = torch.empty((), dtype=self.config.params_dtype, device=input_ids.device)
         cos, sin = self.rotary_emb(like, position_ids)
         prepared[1] = torch.cat([cos, sin])
+        prepared[5] = self._padding_mask(input_ids, packed_seq_params.filling)
         return tuple(prepared)
+
+    def _padding_mask(self, input_ids: Tensor, filling: int) -> Tensor | None:
+        """Which tokens of this rank's sequence shard are filling, bool [1, S], for the routers; None if none is."""
+        if not filling:
+            return None
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        mask = places >= input_ids.shape[1] - filling
+        # megatron-core 0.19.2 cuts a mask that it is given into sequence shards on the first pipeline stage only.
+        return mask.chunk(self.topology.sizes.tensor, dim=1)[self.topology.groups.tp.rank()]
 
     def _head_weight(self) -> tuple[Tensor, int]:
         """This rank's rows of the head that stand for tokens, and the id of the first."""
@@ -308,6 +315,12 @@ class Qwen3Moe(GPTModel):
         for prefix, layer in self._layers():
             yield from _under(f"{prefix}.self_attn", layer.self_attention.adapter_shards())
             yield from _under(f"{prefix}.mlp", layer.mlp.adapter_shards())
+
+    def routers(self) -> Iterator[tuple[int, Router]]:
+        """(layer, router) of this stage's sparse layers, layers counted from 0 over the whole model."""
+        for layer in self.decoder.layers:
+            if isinstance(layer.mlp, SparseMLP):
+                yield layer.layer_number - 1, layer.mlp.router
 
     def _layers(self) -> Iterator[tuple[str, Any]]:
         for layer in self.decoder.layers:

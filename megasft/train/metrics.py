@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -35,13 +36,19 @@ class Metrics:
         self._display = _Bar(total_steps, step) if sys.stderr.isatty() else _Lines(total_steps)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """One line `{"kind": kind, "step": step, ...}`; numbers go to TensorBoard as kind/name."""
+        """One line `{"kind": kind, "step": step, ...}`.
+
+        Numbers go to TensorBoard as kind/name and to the terminal; a table of numbers to TensorBoard as a histogram.
+        """
         self._write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
         with contextlib.suppress(OSError):
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
-        self._display.show(kind, step, values)
+                elif isinstance(value, list):
+                    self._board.add_histogram(f"{kind}/{name}", np.array(value), step)
+        if kind != "experts":
+            self._display.show(kind, step, values)
 
     @property
     def length(self) -> int:

@@ -30,6 +30,7 @@ from megasft.model.weights import fingerprint
 from megasft.topology import Topology
 from megasft.train import resume
 from megasft.train.checkpoint import RunState
+from megasft.train.expert_load import ExpertLoad
 from megasft.train.metrics import Metrics
 from megasft.train.optimizer import step, wrap
 from megasft.train.saver import Saver
@@ -79,6 +80,7 @@ class Trainer:
         self.total_steps = hyper.max_steps or self.batches.steps(hyper.n_epochs)
         self.schedule = Schedule(hyper.lr_schedule, hyper.learning_rate, self.total_steps, hyper.warmup_ratio)
         self.ddp, self.optimizer = wrap(model, hyper)
+        self.load = ExpertLoad(model, hyper.router_aux_loss_coef)
         self.output_dir = Path(config.job.output_dir)
         self.saver = Saver(config, model, self.optimizer, self.base_model, self.output_dir / "checkpoints")
         self.step = 0
@@ -172,12 +174,15 @@ class Trainer:
             "seconds": seconds,
             "data_wait": batch.waited,
             "tokens_per_second": batch.tokens / seconds,
+            **self.load.report(),
         }
         if not updated:
             self._record("event", event="skipped", reason=f"loss {loss}, gradient norm {grad_norm}",
                          samples=batch.samples.tolist())  # fmt: skip
         if self.step % self.config.logging.every_steps == 0 or self.step == self.total_steps:
             self._record("train", **record)
+        if self.step % self.config.logging.experts_every_steps == 0:
+            self._record("experts", tokens=self.load.tokens.tolist())
         self._leave()
         if self.skipped >= self.config.training.max_nonfinite_steps:
             raise UserError(
@@ -230,6 +235,7 @@ class Trainer:
     def _compute(self, batches: MicroBatches | list[MicroBatch], training: bool) -> tuple[float, int]:
         """Forward, and backward if training, of a global batch: the mean loss and the number of supervised tokens."""
         self.ddp.train(training)
+        self.load.start(batches, training)
         outcomes = get_forward_backward_func()(
             forward_step_func=_forward,
             data_iterator=iter(batches),
@@ -243,8 +249,10 @@ class Trainer:
         # Every rank of a tensor-parallel group of the last stage holds the same sums; the first speaks for it.
         if outcomes and self.topology.groups.tp.rank() == 0:
             total += torch.stack(outcomes).sum(0)
+        total = torch.cat([total, self.load.counted()])
         dist.all_reduce(total)
-        loss_sum, tokens = total.tolist()
+        self.load.settle(total[2:])
+        loss_sum, tokens = total[:2].tolist()
         return loss_sum / max(1.0, tokens), int(tokens)
 
     def _validates_now(self) -> bool:

@@ -49,6 +49,7 @@ class Case:
     expert_tensor: int = 1
     pipeline: int = 1
     batch: int = 1
+    dispatcher: str = "auto"
 
     def __str__(self) -> str:
         sizes = (
@@ -58,7 +59,8 @@ class Case:
             ("pp", self.pipeline),
             ("dp", self.data),
         )
-        return "-".join(f"{name}{size}" for name, size in sizes if size > 1 or name == "dp") + f"-micro{self.batch}"
+        parts = [f"{name}{size}" for name, size in sizes if size > 1 or name == "dp"] + [f"micro{self.batch}"]
+        return "-".join(parts + [self.dispatcher] * (self.dispatcher != "auto"))
 
     @property
     def data(self) -> int:
@@ -75,6 +77,10 @@ CASES = [
     Case(4, tensor=2, expert=2, expert_tensor=2), Case(4, expert=2, expert_tensor=2, batch=2), Case(4, expert_tensor=4),
     Case(4, pipeline=2, batch=2), Case(4, pipeline=4), Case(4, tensor=2, pipeline=2, expert_tensor=2, batch=2),
     Case(4, tensor=2, pipeline=2, expert=2), Case(4, pipeline=2, expert=2),
+    # the dispatcher that "auto" does not choose
+    Case(1, batch=4, dispatcher="alltoall"), Case(2, tensor=2, expert_tensor=2, dispatcher="alltoall"),
+    Case(4, tensor=4, expert_tensor=2, batch=2, dispatcher="alltoall"), Case(2, tensor=2, expert=2, dispatcher="allgather"),
+    Case(4, tensor=4, expert=2, expert_tensor=2, batch=2, dispatcher="allgather"), Case(4, tensor=2, expert=2, dispatcher="allgather"),
 ]  # fmt: skip
 
 
@@ -101,7 +107,7 @@ class Experiment:
             "hyperparameters": {
                 "per_device_batch": case.batch, "gradient_accumulation_steps": BATCH // (case.data * case.batch),
                 "max_steps": STEPS, "learning_rate": 1e-3, "max_grad_norm": 0.5, "adam_eps": 1e-5,
-                "parallelism": {"bf16": self.bf16},
+                "parallelism": {"bf16": self.bf16, "token_dispatcher": case.dispatcher},
             },
         }  # fmt: skip
         answers = self.pool(case.ranks, on_ranks.everything, settings, self.samples, STEPS)

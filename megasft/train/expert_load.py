@@ -1,0 +1,131 @@
+"""How many tokens each expert gets: counted, reported, and evened out by a load-balancing loss where one is asked for.
+
+With C_e the tokens sent to expert e and Q_e its router probability (softmax over all experts), both summed over all
+tokens of the global batch and all sparse layers, R tokens x sparse layers, and E experts, the loss is
+
+    E * sum_e C_e / R * Q_e / R
+
+which is transformers' `load_balancing_loss_func` of a forward of the whole global batch (Fedus et al. 2021,
+arXiv:2101.03961, equations 4 to 6). Taken over the global batch it depends neither on the topology nor on how the
+batch is cut into micro batches, and asks no small batch to be balanced in itself (Qiu et al. 2025, arXiv:2501.11873,
+"global-batch"). C_e has no gradient, and must be known whole before the first backward. So a step begins with a
+forward of its batch that only counts; then the loss is sum_e w_e Q_e with w_e = E C_e / R^2 constant, which every
+router adds for its own tokens.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor
+
+from megasft import host
+from megasft.data.micro_batches import MicroBatches
+from megasft.model.qwen3_moe import MicroBatch, Qwen3Moe, sparse_layers
+
+
+class ExpertLoad:
+    """The load of every expert over one global batch.
+
+    Begin it with `start`; add up `counted` over all ranks, with whatever else is to be added up, and hand that to
+    `settle`. Then `tokens` int64 [sparse layers, experts] holds the whole counts, on the host.
+
+    Args:
+        coefficient: of the load-balancing loss; 0: none, and no forward to count.
+    """
+
+    def __init__(self, model: Qwen3Moe, coefficient: float = 0.0) -> None:
+        self.model, self.coefficient = model, coefficient
+        self.experts, self.top_k = model.hf_config.num_experts, model.hf_config.num_experts_per_tok
+        layers = [layer for layer, sparse in enumerate(sparse_layers(model.hf_config)) if sparse]
+        self._rows = {layers.index(layer): router for layer, router in model.routers()}
+        self.tokens = torch.zeros(len(layers), self.experts, dtype=torch.int64)
+        self.balance_loss = 0.0
+
+    def start(self, batches: MicroBatches | list[MicroBatch], training: bool) -> None:
+        """Forget what was counted; if training with a balancing loss, weigh the experts for it (a forward)."""
+        self._clear(None)
+        if training and self.coefficient and len(self.tokens):
+            self._clear(self._weights(batches))
+
+    def counted(self) -> Tensor:
+        """This rank's share of all counts and of Q, flat, fp64: exact up to 2^53 tokens."""
+        counts = torch.zeros(self.tokens.shape, dtype=torch.float64, device=host.device())
+        sums = torch.zeros(self.experts, dtype=torch.float64, device=host.device())
+        for row, router in self._rows.items():
+            counts[row] = router.tokens_per_expert
+            sums += router.probability_sums
+        return torch.cat([counts.flatten(), sums])
+
+    def settle(self, total: Tensor) -> None:
+        """Take what `counted` adds up to over all ranks."""
+        counts, sums = total.cpu().split([self.tokens.numel(), self.experts])
+        self.tokens = counts.view_as(self.tokens).long()
+        share, rows = counts.view_as(self.tokens).sum(0), counts.sum().item() / self.top_k
+        self.balance_loss = float(self.experts * (share @ sums)) / max(1.0, rows) ** 2
+
+    def report(self) -> dict[str, float | None]:
+        """For a line of metrics: the busiest expert's tokens over the mean of all, as a mean over layers and at worst.
+
+        1 is even, experts / top-k the most there can be. And the load-balancing loss, before its coefficient.
+        """
+        if not self.tokens.numel():
+            return {}
+        imbalance = imbalances(self.tokens)
+        values: dict[str, float | None] = {
+            "expert_imbalance": float(imbalance.mean()),
+            "expert_imbalance_worst": float(imbalance.max()),
+        }
+        if self.coefficient:
+            values["balance_loss"] = self.balance_loss if math.isfinite(self.balance_loss) else None
+        return values
+
+    def _clear(self, weights: Tensor | None) -> None:
+        for router in self._rows.values():
+            router.tokens_per_expert.zero_()
+            router.probability_sums.zero_()
+            router.balance_weights = weights
+
+    def _weights(self, batches: MicroBatches | list[MicroBatch]) -> Tensor:
+        """coefficient * w_e, times the supervised tokens by which all gradients are divided at the end: fp32 [E]."""
+        tracker = get_cuda_rng_tracker()
+        states = tracker.get_states()
+        with torch.no_grad():
+            get_forward_backward_func()(
+                forward_step_func=_route,
+                data_iterator=iter(batches),
+                model=[self.model],
+                num_microbatches=len(batches),
+                seq_length=self.model.max_sequence_length,  # of no effect: shapes vary
+                micro_batch_size=1,
+                forward_only=True,
+            )
+        tracker.set_states(states)  # the step drops what the count dropped, so its tokens go where they were counted
+        groups, here = self.model.topology.groups, self.counted()
+        speaks = groups.tp.rank() == 0 and groups.pp.rank() == 0  # of the ranks that have the same micro batches
+        supervised = sum(int((batch.labels >= 0).sum()) for batch in batches) if speaks else 0
+        total = torch.cat([here, here.new_tensor([supervised])])
+        dist.all_reduce(total)
+        share = total[: self.tokens.numel()].view_as(self.tokens).sum(0)
+        rows = (share.sum() / self.top_k).clamp_min(1)
+        return (self.coefficient * self.experts * total[-1] * share / rows**2).float()
+
+
+def imbalances(tokens: Tensor) -> Tensor:
+    """Most tokens of an expert over the mean of all, for each layer: tokens [layers, experts] to fp64 [layers]."""
+    tokens = tokens.double()
+    return tokens.amax(-1) / tokens.mean(-1).clamp_min(1e-12)
+
+
+def _route(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+    batch = next(batches)
+    return model.route(batch), partial(_no_loss, batch)
+
+
+def _no_loss(batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return output, torch.zeros((), dtype=torch.int32, device=output.device), output
