@@ -55,11 +55,12 @@ def choose_dispatcher(asked: str, sizes: TopologySizes) -> str:
     vary between pipeline stages. Where experts are cut but not spread it moves less by the factor num_experts_per_tok.
     Raises ValueError with the rest of a sentence that names the setting.
     """
+    experts = f"expert_parallel {sizes.expert} x expert_tensor_parallel {sizes.expert_tensor}"
     within_tensor_group = sizes.tensor % (sizes.expert * sizes.expert_tensor) == 0
     if asked == "allgather" and not within_tensor_group:
         raise ValueError(
-            f"needs the ranks that share the experts within one tensor-parallel group, but expert_parallel {sizes.expert} "
-            f"x expert_tensor_parallel {sizes.expert_tensor} does not divide tensor_parallel {sizes.tensor}"
+            "needs the ranks that share the experts within one tensor-parallel group, "
+            f"but {experts} does not divide tensor_parallel {sizes.tensor}"
         )
     if asked == "allgather" and sizes.pipeline > 1:
         raise ValueError(f"needs pipeline_parallel = 1, not {sizes.pipeline}: the length of micro batches varies")

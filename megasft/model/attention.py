@@ -37,8 +37,10 @@ class Segments(PackedSeqParams):
     def of(cls, lengths: list[int], device: torch.device, filling: int = 0) -> "Segments":
         """The description of segments of these lengths, `filling` among them if it is not 0."""
         ends = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
-        longest, mine = max(lengths), {"lengths": list(lengths), "filling": filling}
-        return cls("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest, **mine)
+        longest = max(lengths)
+        return cls(
+            "thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest, lengths=list(lengths), filling=filling
+        )
 
     def positions(self, device: torch.device) -> Tensor:
         """Position of each token in its own segment: int64 [1, T]."""
