@@ -44,7 +44,7 @@ def wrap(model: Qwen3Moe, hyper: HyperparameterSettings) -> tuple[DistributedDat
         pg_collection=model.topology.groups,
     )
     # One for the experts and one for the rest; each would gather the parameters of both (megatron-core 0.19.2).
-    for part in getattr(optimizer, "chained_optimizers", [optimizer])[:-1]:
+    for part in _parts(optimizer)[:-1]:
         part._defer_param_sync = True
     model.config.no_sync_func = ddp.no_sync
     model.config.finalize_model_grads_func = _finalizer(model.topology)
