@@ -35,6 +35,28 @@ def test_the_library_example_of_the_readme_runs_as_it_stands(tmp_path):
     assert load_file(tmp_path / "my-adapter" / "adapter_model.safetensors")
 
 
+def test_the_adapters_in_a_row_of_the_readme_each_start_from_the_last(tmp_path):
+    text = re.search(
+        r"## Several adapters in a row\n.*?```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )[1]
+    run_file = make_world(tmp_path)
+    (tmp_path / "configs").mkdir()
+    run_file.rename(tmp_path / "configs" / "demo.toml")
+    # The same conversations twice, so that the losses of the two runs can be compared.
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    kept = None
+    for line in text.splitlines():
+        done = run([str(Path(sys.executable).with_name("megasft")), *line.split()[1:]], tmp_path)
+        assert done.returncode == 0, done.stderr
+        kept = kept or (tmp_path / "runs/first/adapter/adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "runs/first/adapter/adapter_model.safetensors").read_bytes() == kept
+    first, second = (records(tmp_path / "runs" / name, "train") for name in ("first", "second"))
+    assert second[0]["loss"] < 0.99 * first[0]["loss"], "the second run began from nothing"
+    fused = load_file(tmp_path / "runs/second/fused/adapter_model.safetensors")
+    assert any("mlp.experts" in name for name in fused)
+
+
 def test_torchrun_trains_on_four_ranks_and_leaves_what_the_readme_lists(tmp_path):
     run_file = make_world(tmp_path, tensor=2, data=2, steps=5)
     torchrun = Path(sys.executable).with_name("torchrun")
@@ -54,7 +76,16 @@ def test_torchrun_trains_on_four_ranks_and_leaves_what_the_readme_lists(tmp_path
     assert not (folder / "checkpoints" / "step-000004").exists(), "keep = 1"
     train = records(folder, "train")
     assert [line["step"] for line in train] == [1, 2, 3, 4, 5]
-    keys = {"loss", "lr", "grad_norm", "tokens", "supervised_tokens", "seconds", "tokens_per_second"}
+    keys = {
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "supervised_tokens",
+        "seconds",
+        "tokens_per_second",
+        "expert_imbalance",
+    }
     assert all(keys <= line.keys() for line in train)
     # 12 conversations in batches of 4: three steps an epoch.
     assert [line["step"] for line in records(folder, "validation")] == [2, 4, 5]

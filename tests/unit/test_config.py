@@ -334,6 +334,9 @@ def test_the_demo_runs_in_fp32():
         ("hyperparameters", "adam_beta1", "1.0", "must be less than 1"),
         ("hyperparameters", "adam_beta2", "1", "must be less than 1"),
         ("hyperparameters", "adam_eps", "0.0", "must be greater than 0"),
+        ("hyperparameters", "router_aux_loss_coef", "-0.1", "must be greater than or equal to 0"),
+        ("hyperparameters.parallelism", "token_dispatcher", '"flex"', "must be 'auto', 'alltoall' or 'allgather'"),
+        ("logging", "experts_every_steps", "0", "must be greater than or equal to 1"),
         ("hyperparameters", "lora_rank", "0", "must be greater than or equal to 1"),
         ("hyperparameters", "lora_alpha", '"32"', "must be a valid number"),
         ("hyperparameters", "lora_dropout", "1.0", "must be less than 1"),
@@ -420,6 +423,8 @@ def test_without_bf16_the_run_is_fp32():
         ("hyperparameters", "logging_steps", "[logging] every_steps"),
         ("hyperparameters", "bf16", "[hyperparameters.parallelism] bf16"),
         ("hyperparameters", "seed", "[job] seed"),
+        ("hyperparameters", "moe_aux_loss_coeff", "router_aux_loss_coef"),
+        ("hyperparameters", "moe_token_dispatcher_type", "[hyperparameters.parallelism] token_dispatcher"),
         ("lora", "rank", "r"),
         ("lora", "lora_alpha", "alpha"),
         ("lora", "target_module", "target_modules"),
@@ -441,8 +446,14 @@ def test_an_unknown_key_is_refused_with_the_key_that_was_meant(write, section, k
     [
         ("[hyperparameter]\nn_epochs = 2", "job.toml:1: [hyperparameter]: unknown key; did you mean hyperparameters?"),
         ("n_epochs = 2", "job.toml:1: n_epochs = 2: unknown key; did you mean [hyperparameters] n_epochs?"),
-        ("[logging]\nxyzzy = 2", "job.toml:2: [logging] xyzzy = 2: unknown key; known here: every_steps"),
-        ('[logging]\n"odd key" = 2', 'job.toml:2: [logging] "odd key" = 2: unknown key; known here: every_steps'),
+        (
+            "[logging]\nxyzzy = 2",
+            "job.toml:2: [logging] xyzzy = 2: unknown key; known here: every_steps, experts_every_steps",
+        ),
+        (
+            '[logging]\n"odd key" = 2',
+            'job.toml:2: [logging] "odd key" = 2: unknown key; known here: every_steps, experts_every_steps',
+        ),
         ("lora = 3", "job.toml:1: lora = 3: must be a table"),
         ("[[lora]]\nr = 3", 'job.toml:1: lora = [{"r": 3}]: must be a table'),
     ],
@@ -708,6 +719,32 @@ def test_a_topology_that_does_not_fit_is_refused_with_topologies_that_do(asked, 
         topology = RunConfig.from_dict({"data": tomllib.loads(fragment)}).data.topology
         resolve_topology(topology, world)
         assert set(asked) <= topology.model_fields_set
+
+
+@pytest.mark.parametrize(
+    ("topology", "reason"),
+    [
+        ({"expert_parallel": 2}, "expert_parallel 2 x expert_tensor_parallel 1 does not divide tensor_parallel 1"),
+        (
+            {"expert_tensor_parallel": 2},
+            "expert_parallel 1 x expert_tensor_parallel 2 does not divide tensor_parallel 1",
+        ),
+        ({"tensor_parallel": 2, "pipeline_parallel": 2}, "needs pipeline_parallel = 1, not 2"),
+    ],
+)
+def test_a_dispatcher_that_the_topology_leaves_no_way_is_refused(topology, reason):
+    def settings(dispatcher):
+        return {
+            "data": {"topology": topology},
+            "hyperparameters": {"parallelism": {"token_dispatcher": dispatcher}},
+        }
+
+    message = refusal(RunConfig.from_dict, settings("allgather"))
+    assert message.startswith('[hyperparameters.parallelism] token_dispatcher = "allgather": needs')
+    assert reason in message
+    assert '"alltoall" goes with any topology' in message
+    for dispatcher in ("auto", "alltoall"):
+        RunConfig.from_dict(settings(dispatcher))
 
 
 def test_of_the_topologies_that_fit_the_nearest_come_first():
