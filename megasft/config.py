@@ -116,6 +116,10 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value)
 
 
+def _list_as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -282,7 +286,8 @@ class CheckpointSettings(Section):
     every_minutes: Positive | None = None  # and whenever so long has passed since the last
     keep: Count = 3  # the newest so many, and that of the best validation loss
     resume: Text = "auto"  # go on from the newest in output_dir, if there is one; "never"; or a checkpoint's folder
-    allow_changed: tuple[Literal["base", "data"], ...] = ()  # may differ from what the checkpoint was trained with
+    # what may differ from what the checkpoint was trained with
+    allow_changed: Annotated[tuple[Literal["base", "data"], ...], BeforeValidator(_list_as_tuple)] = ()
     on_failure: Literal["continue", "stop"] = "continue"  # when a checkpoint cannot be written
 
 
