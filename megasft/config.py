@@ -270,6 +270,7 @@ class HyperparameterSettings(Section):
     adam_beta2: BelowOne = 0.999
     adam_eps: Positive = 1e-8
     router_aux_loss_coef: NotNegative = 0.0  # of the load-balancing loss; costs a forward unless 0
+    expert_capacity_factor: Positive | None = None  # experts take at most so many times the mean; None: every token
     parallelism: ParallelismSettings = ParallelismSettings()
 
     lora_rank: Count | None = Field(default=None, exclude=True)
@@ -387,6 +388,7 @@ _FOREIGN_NAMES = {
     ("hyperparameters", "max_grad_norm"): "clip_grad gradient_clipping",
     ("hyperparameters", "adam_eps"): "adam_epsilon",
     ("hyperparameters", "router_aux_loss_coef"): "aux_loss_coef moe_aux_loss_coeff",
+    ("hyperparameters", "expert_capacity_factor"): "capacity_factor moe_expert_capacity_factor",
     ("hyperparameters", "parallelism", "token_dispatcher"): "moe_token_dispatcher_type dispatcher",
     ("hyperparameters", "parallelism", "activation_checkpointing"): "gradient_checkpointing",
     ("checkpoint", "every_steps"): "save_steps",

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,9 +48,18 @@ def initialize(config: RunConfig) -> Topology:
 def build_model(config: RunConfig, topology: Topology) -> qwen3_moe.Qwen3Moe:
     """The model with its base weights and with fresh adapters, or those of `[job] init_adapter`."""
     job, dtype = config.job, qwen3_moe.DTYPES[config.dtype]
-    parallel = config.hyperparameters.parallelism
-    recompute, dispatcher = parallel.activation_checkpointing, parallel.token_dispatcher
-    return load_model(job.model, topology, dtype, config.lora, job.init_adapter, recompute, job.seed, dispatcher)
+    hyper, parallel = config.hyperparameters, config.hyperparameters.parallelism
+    return load_model(
+        job.model,
+        topology,
+        dtype,
+        config.lora,
+        job.init_adapter,
+        job.seed,
+        recompute=parallel.activation_checkpointing,
+        dispatcher=parallel.token_dispatcher,
+        capacity_factor=hyper.expert_capacity_factor,
+    )
 
 
 def load_model(
@@ -58,18 +68,17 @@ def load_model(
     dtype: torch.dtype,
     lora: LoraSettings | None = None,
     adapter: str | None = None,
-    recompute: bool = False,
     seed: int = 0,
-    dispatcher: str = "auto",
+    **settings: Any,
 ) -> qwen3_moe.Qwen3Moe:
     """The base model `name`, a folder or hub id, with the adapter in the folder `adapter`, or fresh ones if `lora` asks
-    for any and there is none. Raises UserError on every rank.
+    for any and there is none. `settings` are those of `qwen3_moe.build_model`. Raises UserError on every rank.
     """
     with topology.together():
         folder = find_model(name)
         hf_config = qwen3_moe.read_config(folder)
         qwen3_moe.check_fits(hf_config, topology.sizes)
-    model = qwen3_moe.build_model(hf_config, topology, lora, dtype, recompute, dispatcher)
+    model = qwen3_moe.build_model(hf_config, topology, lora, dtype, **settings)
     with topology.together():
         # The adapter before the weights: one that does not fit is refused before a large file is read.
         if adapter:

@@ -3,6 +3,7 @@
 T: tokens (or token copies, one for each chosen expert) on this rank; F: intermediate size; E: experts on this rank.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, apply_router_token_dropping
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -83,18 +84,26 @@ class Router(TopKRouter):
     fp32 [experts] stand, `probability_sums` fp64 [experts], the softmax over all experts summed over tokens. Filling
     is no token, and the recomputation of a forward is none. With weights w the loss has one more term,
     sum of w_e p_te over tokens t and experts e (see `train.expert_load`, which owns these tensors).
+
+    Where `moe_expert_capacity_factor` is set, an expert takes in training at most that many times tokens * k / experts
+    of the tokens here, those of the highest weight, as in megatron-core; `dropped` counts the choices that come to
+    nothing, which are among `tokens_per_expert`.
     """
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection, lora: LoraSettings, **kwargs: Any
     ) -> None:
-        super().__init__(config, pg_collection, **kwargs)
+        self.capacity_factor = config.moe_expert_capacity_factor
+        plain = copy.copy(config)
+        plain.moe_expert_capacity_factor = None  # megatron-core's own dropping counts filling and drops in validation
+        super().__init__(plain, pg_collection, **kwargs)
         del self.weight  # `linear` holds it
         common = {"lora": lora, "group": pg_collection.tp, "dtype": config.params_dtype}
         common["writer"] = pg_collection.dp.rank() == 0
         self.linear = LoraLinear(config.hidden_size, {"gate": config.num_moe_experts}, "replicated", **common)
         self.tokens_per_expert = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=host.device())
         self.probability_sums = torch.zeros(config.num_moe_experts, dtype=torch.float64, device=host.device())
+        self.dropped = torch.zeros((), dtype=torch.int64, device=host.device())
         self.balance_weights: Tensor | None = None
 
     def gating(self, input: Tensor) -> Tensor:
@@ -107,8 +116,17 @@ class Router(TopKRouter):
         probs, chosen = super().routing(logits, padding_mask)
         recomputes = is_checkpointing() and torch.is_grad_enabled()
         real = None if padding_mask is None else ~padding_mask.view(-1, 1)
+        if real is not None and self.capacity_factor:
+            chosen = chosen & real
+        demanded = chosen if real is None else chosen & real
+        if self.capacity_factor and self.training:
+            probs, chosen = apply_router_token_dropping(
+                probs * chosen, chosen, router_topk=self.topk, capacity_factor=self.capacity_factor
+            )
         if not recomputes:
-            self.tokens_per_expert += (chosen if real is None else chosen & real).sum(0)
+            self.tokens_per_expert += demanded.sum(0)
+            if self.capacity_factor and self.training:
+                self.dropped += demanded.sum() - chosen.sum()
         if self.balance_weights is not None:
             scores = logits.flatten(0, -2).softmax(dim=-1)
             scores = scores if real is None else scores * real

@@ -135,20 +135,27 @@ def build_model(
     dtype: torch.dtype = torch.bfloat16,
     recompute: bool = True,
     dispatcher: str = "auto",
+    capacity_factor: float | None = None,
 ) -> "Qwen3Moe":
     """This rank's part of the model: storage for its base weights and, where `lora` names targets, zero adapters.
 
     `model.weights.load_base` fills the first, `lora.adapter` the second. `recompute` keeps each layer's input only and
-    runs the layer again in backward.
+    runs the layer again in backward. `capacity_factor` limits what an expert takes in training (`model.mlp.Router`).
     """
     check_fits(config, topology.sizes)
     if lora is None:
         lora = LoraSettings.model_construct(target_modules=())
-    return Qwen3Moe(config, topology, lora, _megatron_config(config, topology.sizes, dtype, recompute, dispatcher))
+    settings = _megatron_config(config, topology.sizes, dtype, recompute, dispatcher, capacity_factor)
+    return Qwen3Moe(config, topology, lora, settings)
 
 
 def _megatron_config(
-    config: Qwen3MoeConfig, sizes: TopologySizes, dtype: torch.dtype, recompute: bool, dispatcher: str
+    config: Qwen3MoeConfig,
+    sizes: TopologySizes,
+    dtype: torch.dtype,
+    recompute: bool,
+    dispatcher: str,
+    capacity_factor: float | None,
 ) -> TransformerConfig:
     full_recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
@@ -174,6 +181,7 @@ def _megatron_config(
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
+        moe_expert_capacity_factor=capacity_factor,
         moe_token_dispatcher_type=choose_dispatcher(dispatcher, sizes),
         # precision and parallelism
         params_dtype=dtype,

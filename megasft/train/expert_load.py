@@ -45,7 +45,9 @@ class ExpertLoad:
         layers = [layer for layer, sparse in enumerate(sparse_layers(model.hf_config)) if sparse]
         self._rows = {layers.index(layer): router for layer, router in model.routers()}
         self.tokens = torch.zeros(len(layers), self.experts, dtype=torch.int64)
+        self.capacity = model.config.moe_expert_capacity_factor is not None
         self.balance_loss = 0.0
+        self.dropped = 0  # of all choices of an expert, those that came to nothing
 
     def start(self, batches: MicroBatches | list[MicroBatch], training: bool) -> None:
         """Forget what was counted; if training with a balancing loss, weigh the experts for it (a forward)."""
@@ -56,15 +58,17 @@ class ExpertLoad:
     def counted(self) -> Tensor:
         """This rank's share of all counts and of Q, flat, fp64: exact up to 2^53 tokens."""
         counts = torch.zeros(self.tokens.shape, dtype=torch.float64, device=host.device())
-        sums = torch.zeros(self.experts, dtype=torch.float64, device=host.device())
+        sums = torch.zeros(self.experts + 1, dtype=torch.float64, device=host.device())
         for row, router in self._rows.items():
             counts[row] = router.tokens_per_expert
-            sums += router.probability_sums
+            sums[:-1] += router.probability_sums
+            sums[-1] += router.dropped
         return torch.cat([counts.flatten(), sums])
 
     def settle(self, total: Tensor) -> None:
         """Take what `counted` adds up to over all ranks."""
-        counts, sums = total.cpu().split([self.tokens.numel(), self.experts])
+        counts, sums, dropped = total.cpu().split([self.tokens.numel(), self.experts, 1])
+        self.dropped = int(dropped)
         self.tokens = counts.view_as(self.tokens).long()
         share, rows = counts.view_as(self.tokens).sum(0), counts.sum().item() / self.top_k
         self.balance_loss = float(self.experts * (share @ sums)) / max(1.0, rows) ** 2
@@ -72,7 +76,8 @@ class ExpertLoad:
     def report(self) -> dict[str, float | None]:
         """For a line of metrics: the busiest expert's tokens over the mean of all, as a mean over layers and at worst.
 
-        1 is even, experts / top-k the most there can be. And the load-balancing loss, before its coefficient.
+        1 is even, experts / top-k the most there can be. The share of all choices that an expert's capacity left out,
+        where there is one; the load-balancing loss, before its coefficient.
         """
         if not self.tokens.numel():
             return {}
@@ -81,6 +86,8 @@ class ExpertLoad:
             "expert_imbalance": float(imbalance.mean()),
             "expert_imbalance_worst": float(imbalance.max()),
         }
+        if self.capacity:
+            values["dropped"] = self.dropped / max(1, int(self.tokens.sum()))
         if self.coefficient:
             values["balance_loss"] = self.balance_loss if math.isfinite(self.balance_loss) else None
         return values
@@ -89,6 +96,7 @@ class ExpertLoad:
         for router in self._rows.values():
             router.tokens_per_expert.zero_()
             router.probability_sums.zero_()
+            router.dropped.zero_()
             router.balance_weights = weights
 
     def _weights(self, batches: MicroBatches | list[MicroBatch]) -> Tensor:

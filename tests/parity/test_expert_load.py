@@ -169,3 +169,32 @@ def test_a_coefficient_costs_one_forward_and_none_costs_nothing(ranks, world, ca
 def test_imbalance_is_the_most_over_the_mean():
     tokens = torch.tensor([[4, 0, 2, 2], [3, 3, 3, 3], [0, 0, 12, 0]])
     assert imbalances(tokens).tolist() == [2.0, 1.0, 4.0]
+
+
+def with_capacity(settings, samples, factor):
+    """The record of a step and the counts of each layer; then a validation loss."""
+    config, topology, model = on_ranks.start({**settings, "hyperparameters": settings["hyperparameters"] | {"expert_capacity_factor": factor}})  # fmt: skip
+    trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
+    validated = trainer.evaluate(trainer.train)[0]
+    return trainer.train_step(), trainer.load.dropped, trainer.load.tokens, validated
+
+
+@pytest.mark.parametrize("case", [Case(1, batch=8), Case(2, tensor=2, batch=8), Case(2, expert=2, batch=4)], ids=str)
+def test_a_capacity_drops_what_is_beyond_it_in_training_only(ranks, world, case):
+    settings, samples, want = world
+    plain = settings(case, coefficient=0.0)
+    free, dropped, _, validated = ranks(case.ranks, with_capacity, plain, samples, None)[0]
+    assert dropped == 0
+    assert "dropped" not in free
+    roomy, dropped, tokens, same = ranks(case.ranks, with_capacity, plain, samples, 8.0)[0]
+    assert (dropped, roomy["loss"], same) == (0, free["loss"], validated)
+    assert torch.equal(tokens, want["tokens"])
+    tight, dropped, tokens, same = ranks(case.ranks, with_capacity, plain, samples, 1.0)[0]
+    assert torch.equal(tokens[0], want["tokens"][0]), "what is counted is what was wanted"
+    if case.ranks == 1:
+        # one micro batch: at most tokens * k / experts of each expert are left
+        capacity = -(-int(tokens[0].sum()) // tokens.shape[1])
+        assert dropped == int((tokens - capacity).clamp_min(0).sum())
+    assert 0 < tight["dropped"] == dropped / int(tokens.sum()) < 0.5
+    assert tight["loss"] != free["loss"]
+    assert same == validated, "nothing is dropped in validation"
