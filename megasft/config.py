@@ -58,6 +58,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), dataset: str | 
 # --------------------------------------------------------------------------------------------------------------------
 
 REFERENCE_MODEL = "Qwen/Qwen3-Coder-30B-A3B-Instruct"
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes' 4-bit types
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj")
 
 
@@ -99,6 +100,12 @@ def _deepspeed_stage(value: int | None) -> int | None:
             3: "stage 3 shards the weights over data parallel; megasft shards them by [data.topology]",
         }.get(value, "there is no such stage")
         raise ValueError(f"{reason}; stage 1 or 2 (optimizer states sharded over data parallel) is what it does")
+    return value
+
+
+def _block_size(value: int) -> int:
+    if value not in BLOCK_SIZES:
+        raise ValueError(f"bitsandbytes has blocks of {', '.join(map(str, BLOCK_SIZES))}")
     return value
 
 
@@ -208,14 +215,19 @@ class TrainingSettings(Section):
     """`[training]`: LoRA, and over which base weights."""
 
     mode: Literal["lora"] = "lora"
-    use_qlora: Annotated[
-        bool,
-        _refuse_true(
-            "4-bit base weights are not built yet; `--set training.use_qlora=false` trains over the bf16 base"
-        ),
-    ] = False
+    use_qlora: bool = False  # frozen linears and experts in 4 bits, as [quant] says
     max_nonfinite_steps: Count = 10  # steps in a row that may be skipped for a loss or gradient that is not finite
     validation: ValidationSettings = ValidationSettings()
+
+
+class QuantSettings(Section):
+    """`[quant]`: the 4-bit base of `[training] use_qlora`, in bitsandbytes' number format."""
+
+    type: Literal["nf4"] = "nf4"
+    double: bool = True  # quantize the scales too: 0.52 bytes a weight in place of 0.56
+    block_size: Annotated[int, AfterValidator(_block_size)] = 64  # weights of a row that share a scale
+    cache_dir: Text | None = None  # of quantized checkpoints; None: megasft in $XDG_CACHE_HOME or ~/.cache
+    experts_at_once: Count | None = None  # dequantized together; None: one on CPUs, a layer's on GPUs
 
 
 class LoraSettings(Section):
@@ -307,6 +319,7 @@ class RunConfig(Section):
     compute: ComputeSettings = ComputeSettings()
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
+    quant: QuantSettings = QuantSettings()
     lora: LoraSettings = LoraSettings()
     hyperparameters: HyperparameterSettings = HyperparameterSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -375,6 +388,9 @@ _FOREIGN_NAMES = {
     ("training", "use_qlora"): "load_in_4bit",
     ("training", "validation", "evaluation_strategy"): "eval_strategy",
     ("training", "validation", "save_best_model_at_end"): "load_best_model_at_end",
+    ("quant", "type"): "quant_type bnb_4bit_quant_type",
+    ("quant", "double"): "double_quant bnb_4bit_use_double_quant",
+    ("quant", "block_size"): "blocksize",
     ("lora", "r"): "rank lora_r lora_rank",
     ("lora", "alpha"): "lora_alpha",
     ("lora", "dropout"): "lora_dropout",

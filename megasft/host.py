@@ -53,6 +53,13 @@ def grouped_rows(dtype: torch.dtype) -> int:
     return 32 if not CUDA and dtype == torch.bfloat16 else 1
 
 
+def experts_at_once() -> int:
+    """How many experts of a layer with a 4-bit base are dequantized together: on a GPU all, for one grouped GEMM; on a
+    CPU one, which stays in its cache until it is multiplied.
+    """
+    return 2**31 if CUDA else 1
+
+
 def dot_product_attention() -> type | None:
     """Transformer Engine's attention with variable lengths, where there is a GPU for it; None means torch SDPA."""
     if not CUDA:

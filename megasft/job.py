@@ -9,7 +9,7 @@ import torch
 
 from megasft import preflight
 from megasft import topology as topologies
-from megasft.config import LoraSettings, RunConfig, resolve_topology
+from megasft.config import LoraSettings, QuantSettings, RunConfig, resolve_topology
 from megasft.data.cache import prepare
 from megasft.data.dataset import Mix, Samples
 from megasft.data.nodes import on_each_node
@@ -19,6 +19,7 @@ from megasft.lora.adapter import initialize_adapter, load_adapter
 from megasft.model import qwen3_moe
 from megasft.model.hub import find_model
 from megasft.model.weights import load_base
+from megasft.quant import checkpoint as quantized
 from megasft.topology import Topology
 from megasft.train.trainer import Summary, Trainer
 
@@ -59,6 +60,7 @@ def build_model(config: RunConfig, topology: Topology) -> qwen3_moe.Qwen3Moe:
         recompute=parallel.activation_checkpointing,
         dispatcher=parallel.token_dispatcher,
         capacity_factor=hyper.expert_capacity_factor,
+        quant=config.quant if config.training.use_qlora else None,
     )
 
 
@@ -69,23 +71,26 @@ def load_model(
     lora: LoraSettings | None = None,
     adapter: str | None = None,
     seed: int = 0,
+    quant: QuantSettings | None = None,
     **settings: Any,
 ) -> qwen3_moe.Qwen3Moe:
     """The base model `name`, a folder or hub id, with the adapter in the folder `adapter`, or fresh ones if `lora` asks
-    for any and there is none. `settings` are those of `qwen3_moe.build_model`. Raises UserError on every rank.
+    for any and there is none, with `quant` over 4 bits. `settings` are those of `qwen3_moe.build_model`. Raises UserError on every rank.
     """
     with topology.together():
         folder = find_model(name)
         hf_config = qwen3_moe.read_config(folder)
-        qwen3_moe.check_fits(hf_config, topology.sizes)
-    model = qwen3_moe.build_model(hf_config, topology, lora, dtype, **settings)
+        qwen3_moe.check_fits(hf_config, topology.sizes, quant)
+    model = qwen3_moe.build_model(hf_config, topology, lora, dtype, quant=quant, **settings)
     with topology.together():
         # The adapter before the weights: one that does not fit is refused before a large file is read.
         if adapter:
             load_adapter(model, adapter)
         elif lora:
             initialize_adapter(model, seed)
-        load_base(model, folder)
+    cached = on_each_node(topology, lambda: quantized.prepare(folder, hf_config, quant)) if quant else None
+    with topology.together():
+        load_base(model, folder, quantized.QuantizedCheckpoint(cached) if cached else None)
     return model
 
 

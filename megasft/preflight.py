@@ -17,11 +17,14 @@ def check(config: RunConfig, sizes: TopologySizes) -> None:
     from megasft.lora.adapter_file import AdapterFile
     from megasft.model.qwen3_moe import check_fits, read_config
     from megasft.model.weights import fingerprint
+    from megasft.quant import kernels
     from megasft.train import resume
 
     folder = find_model(config.job.model)
     hf_config = read_config(folder)
-    check_fits(hf_config, sizes)
+    check_fits(hf_config, sizes, config.quant if config.training.use_qlora else None)
+    if config.training.use_qlora:
+        kernels.require()
     load_tokenizer(folder).check_vocabulary(hf_config.vocab_size)
     resume.check(config, fingerprint(folder), sizes.data)
     if config.job.init_adapter:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 Index = tuple[slice, ...]
 
@@ -12,15 +13,16 @@ Index = tuple[slice, ...]
 class Shard:
     """The part of one checkpoint tensor that this rank holds.
 
-    `local` is a view of the rank's own storage with the shape of `whole[index]`; `index` has one slice with explicit
-    ends for each dimension. Of all the ranks that hold this part, `writer` says whether this is the one to write it,
-    and `first` the same of those that hold it for one data-parallel replica.
+    `local` is a view of the rank's own storage with the shape of `whole[index]`, or the slot for a matrix that is kept
+    in 4 bits; `index` has one slice with explicit ends for each dimension. Of all the ranks that hold this part,
+    `writer` says whether this is the one to write it, and `first` the same of those that hold it for one data-parallel
+    replica.
     """
 
     name: str
     shape: tuple[int, ...]
     index: Index
-    local: Tensor
+    local: Any
     writer: bool = True
     first: bool = True
 

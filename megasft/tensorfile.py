@@ -56,8 +56,10 @@ class TensorFile:
                 header: dict[str, Any] = json.loads(file.read(length))
                 # A private mapping: torch wants writable memory, the file stays as it is.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: missing, damaged or not a safetensors file ({error})") from None
+            raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
         header.pop("__metadata__", None)
         unknown = next((name for name, entry in header.items() if entry["dtype"] not in DTYPES), None)
         if unknown:

@@ -18,6 +18,7 @@ from megasft.job import build_model
 from megasft.model.attention import Segments
 from megasft.model.cache import KVCache
 from megasft.model.qwen3_moe import IGNORED, MicroBatch, Qwen3Moe
+from megasft.quant.weight import Slot
 from megasft.train.trainer import Trainer
 
 Sample = tuple[Tensor, Tensor]
@@ -104,6 +105,17 @@ def assemble(everyone: list[Parts], shapes: dict[str, Any]) -> dict[str, Tensor]
             whole[name][index] = value.float()
     assert not any(value.isnan().any() for value in whole.values()), "a part of a tensor has no writer"
     return whole
+
+
+def dequantized(settings: dict[str, Any]) -> Parts:
+    """This rank's parts of the weights that are kept in 4 bits."""
+    _, _, model = start(settings)
+    parts = {}
+    for shard in model.base_shards():
+        if isinstance(slot := shard.local, Slot):
+            matrix = slot.weight.dequantize(slot.expert, slot.expert + 1)[0]
+            parts[shard.name] = (shard.index, matrix[slot.weight.parts[slot.part].to_rows].clone())
+    return parts
 
 
 def everything(settings: dict[str, Any], samples: list[Sample], steps: int) -> dict[str, Any]:

@@ -7,17 +7,12 @@
                 manifest.json  counts, and what the other files must be like
     CACHE/digests/             what the content of a file was, for as long as nobody has touched it
 
-A folder gets its name when all that is in it is on the disk, so one that is there is whole. Whoever makes one holds
-the lock beside it; the kernel takes that from a process that ends, however it ends.
+`diskcache` says how a folder comes to be whole or not there at all.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-import socket
 import sys
 import time
 from collections import Counter
@@ -34,11 +29,11 @@ from megasft.data.conversations import Problem, Problems
 from megasft.data.records import SUFFIXES, conversation_files
 from megasft.data.tokenize import Recipe, Tokens, tokenize_files
 from megasft.data.tokenizer import ChatTokenizer
+from megasft.diskcache import default_cache_dir, file_digest, make_once, say
 from megasft.errors import UserError
 
 OnError = Literal["stop", "skip"]
 COLUMNS = {"ids": np.dtype(np.int32), "mask": np.dtype(np.bool_), "ends": np.dtype(np.int64)}
-UNSETTLED_SECONDS = 3.0  # a file written to so recently may change again without its times showing it
 REPORT_SECONDS = 10.0
 
 
@@ -85,20 +80,16 @@ def prepare(
     root = Path(cache_dir or default_cache_dir()).expanduser()
     digests = _content_digests(files, root)
     folder = root / _key(files, digests, tokenizer, recipe)
-    manifest = _read_manifest(folder)
-    if manifest is None:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with _lock(folder.with_suffix(".lock"), path):
-                manifest = _read_manifest(folder)  # another may have made it meanwhile
-                if manifest is None:
-                    tokens = _unchanged(tokenize_files(files, tokenizer, recipe, workers), files, digests, root)
-                    _make(folder, files, tokens)
-                    manifest = _read_manifest(folder)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"[data] cache_dir: {root} cannot be written ({reason}); name another folder") from None
-    assert manifest is not None
+
+    def make(part: Path) -> None:
+        _make(part, files, _unchanged(tokenize_files(files, tokenizer, recipe, workers), files, digests, root))
+
+    try:
+        waiting = f"{path}: another run tokenizes the same data; waiting for it"
+        manifest = make_once(folder, _read_manifest, make, waiting)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"[data] cache_dir: {root} cannot be written ({reason}); name another folder") from None
     _report(path, files, recipe, manifest, on_error, folder)
     return folder
 
@@ -111,11 +102,6 @@ def open_columns(folder: Path) -> dict[str, np.ndarray]:
 def content_digest(folder: Path) -> str:
     """What a finished folder of the cache has noted of its columns' content."""
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["content_digest"]
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/megasft`, or `~/.cache/megasft`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megasft"
 
 
 # --- what the cache is keyed by --------------------------------------------------------------------------------------
@@ -134,53 +120,12 @@ def _key(files: Sequence[Path], digests: Sequence[str], chat: ChatTokenizer, rec
 
 def _content_digests(files: Sequence[Path], root: Path) -> list[str]:
     try:
-        return [_content_digest(file, root / "digests") for file in files]
+        return [file_digest(file, root) for file in files]
     except OSError as error:
         raise UserError(f"{error.filename or files[0]}: cannot be read ({error.strerror})") from None
 
 
-def _content_digest(file: Path, notes: Path) -> str:
-    """SHA-256 of a file; remembered for as long as no time, size or number of the file changes."""
-    note = notes / hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:32]
-    before = _stat(file)
-    with contextlib.suppress(OSError, ValueError):
-        *remembered, digest = note.read_text().split()
-        if remembered == before:
-            return digest
-    started = time.time()
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    status = file.stat()
-    if _stat(file) == before and max(status.st_mtime, status.st_ctime) < started - UNSETTLED_SECONDS:
-        part = note.with_name(f"{note.name}.{socket.gethostname()}.{os.getpid()}")
-        with contextlib.suppress(OSError):  # then it is read again next time
-            notes.mkdir(parents=True, exist_ok=True)
-            part.write_text(" ".join([*before, digest]))
-            part.replace(note)
-    return digest
-
-
-def _stat(file: Path) -> list[str]:
-    status = file.stat()
-    return [
-        str(value) for value in (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
-    ]
-
-
 # --- making a folder of the cache ------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _lock(file: Path, path: str | Path) -> Iterator[None]:
-    with file.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say(f"{path}: another run tokenizes the same data; waiting for it")
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: whoever is done first gives the folder its name
-        yield
 
 
 def _unchanged(tokens: Iterator[Tokens], files: Sequence[Path], digests: list[str], root: Path) -> Iterator[Tokens]:
@@ -190,12 +135,8 @@ def _unchanged(tokens: Iterator[Tokens], files: Sequence[Path], digests: list[st
         raise UserError(f"{files[0] if len(files) == 1 else files[0].parent}: changed while it was read; start again")
 
 
-def _make(folder: Path, files: Sequence[Path], blocks: Iterator[Tokens]) -> None:
-    """Write a folder beside where it belongs, and move it there."""
-    _remove_leftovers(folder.parent)
-    part = folder.with_name(f"{folder.name}.{socket.gethostname()}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of one who was killed: we hold the lock
-    part.mkdir()
+def _make(part: Path, files: Sequence[Path], blocks: Iterator[Tokens]) -> None:
+    """Fill a folder of the cache."""
     numbers = {str(file): number for number, file in enumerate(files)}
     problems, counts = Problems(), Counter[str]()
     digest, content = hashlib.sha256(), hashlib.sha256()
@@ -218,31 +159,12 @@ def _make(folder: Path, files: Sequence[Path], blocks: Iterator[Tokens]) -> None
                 problems_file.write(f"{problem}\n")
             if time.monotonic() - last > REPORT_SECONDS:
                 last = time.monotonic()
-                _say(f"{files[0]}: {samples:,} samples tokenized ({samples / (last - started):,.0f} a second)")
+                say(f"{files[0]}: {samples:,} samples tokenized ({samples / (last - started):,.0f} a second)")
         first = [(numbers[one.file], one.line, one.reason, one.excerpt) for one in problems.first]
         digests = digest.hexdigest(), content.hexdigest()
         manifest = Manifest(samples, tokens, supervised, dict(counts), problems.total, first, *digests)
         manifest_file = stack.enter_context((part / "manifest.json").open("w", encoding="utf-8"))
         json.dump(asdict(manifest), manifest_file, indent=2)
-        for written in (ids_file, mask_file, ends_file, problems_file, manifest_file):
-            written.flush()
-            os.fsync(written.fileno())
-    if _read_manifest(folder) is None:
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-    try:
-        part.rename(folder)
-    except OSError:
-        if _read_manifest(folder) is None:
-            raise
-        shutil.rmtree(part)  # on another host, without a lock between us, somebody was faster
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Delete what runs on this host have left that were killed while they wrote."""
-    for part in root.glob(f"*.{socket.gethostname()}.part"):
-        with contextlib.suppress(OSError), (root / f"{part.name.partition('.')[0]}.lock").open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(part)
 
 
 def _read_manifest(folder: Path) -> Manifest | None:
@@ -277,16 +199,11 @@ def _report(
     cut = [f"{counts[what]:,} {what}" for what in ("truncated", "split", "dropped") if counts.get(what)]
     long = f"; over-length: {', '.join(cut)} ({recipe.overlong})" if cut else ""
     conversations = sum(counts.get(what, 0) for what in ("kept", "truncated", "split", "dropped"))
-    _say(
+    say(
         f"{path}: {conversations:,} conversations, {manifest.samples:,} samples, {manifest.tokens:,} tokens, "
         f"{manifest.supervised / manifest.tokens:.1%} supervised{long}"
     )
     if total:
-        _say(f"{path}: skipped {total:,}, all of them listed in {folder / 'problems.txt'}")
+        say(f"{path}: skipped {total:,}, all of them listed in {folder / 'problems.txt'}")
         for problem in first:
-            _say(f"  {problem}")
-
-
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+            say(f"  {problem}")

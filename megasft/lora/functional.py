@@ -2,9 +2,10 @@
 
     y = x W^T + s drop(x) A^T B^T         (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685)
 
-W is frozen. Layers that share their input (q, k, v; gate, up) are fused: their W are stacked along the outputs, their
-A along the rank, so that each product over the input is one GEMM, while B stays block diagonal: output columns
-`columns[n]` belong to B_n, which sees rank columns [n r, (n + 1) r).
+W is frozen, and dense or in 4 bits; then it is dequantized for each product, forward and backward, and dropped. Layers
+that share their input (q, k, v; gate, up) are fused: their W are stacked along the outputs, their A along the rank, so
+that each product over the input is one GEMM, while B stays block diagonal: output columns `columns[n]` belong to B_n,
+which sees rank columns [n r, (n + 1) r).
 
 Autograd would keep drop(x) and add gradients in passes of their own; these functions keep x, the mask (a byte an
 element) and h = drop(x) A^T, and add into the frozen branch's result inside the GEMM where that can be.
@@ -18,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megasft.quant.weight import QuantizedWeight
+
 Columns = Sequence[slice]
+Weight = Tensor | QuantizedWeight
 
 
-def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
+def lora_linear(x: Tensor, weight: Weight, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
                 mask: Tensor | None = None) -> Tensor:  # fmt: skip
     """y [T, N] of x [T, K], frozen weight [N, K], A [R, K] and B_n [len(columns[n]), r].
 
@@ -30,7 +34,7 @@ def lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Sequence[Tensor], colum
     return _LoraLinear.apply(x, weight, A, scaling, mask, columns, *B)
 
 
-def grouped_lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
+def grouped_lora_linear(x: Tensor, weight: Weight, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
                         offsets: Tensor, mask: Tensor | None = None) -> Tensor:  # fmt: skip
     """The same for rows sorted by expert: x [T, K], weight [E, N, K], A [E, R, K], B_n [E, len(columns[n]), r].
 
@@ -39,9 +43,37 @@ def grouped_lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Sequence[Tensor
     return _GroupedLoraLinear.apply(x, weight, A, scaling, mask, columns, offsets, *B)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """x [T, K] times the transposed weight [E, N, K] of each row's expert; no gradient for the weight."""
-    return grouped_mm(x, weight.transpose(-2, -1), offsets)
+def frozen_linear(x: Tensor, weight: Weight) -> Tensor:
+    """x [T, K] times the transposed weight [N, K]; no gradient for the weight."""
+    return _FrozenLinear.apply(x, weight)
+
+
+def grouped_linear(x: Tensor, weight: Weight, offsets: Tensor) -> Tensor:
+    """The same for rows sorted by expert and weight [E, N, K]."""
+    return _GroupedLinear.apply(x, weight, offsets)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
+        ctx.weight = weight
+        return x @ _dense(weight).t()
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return gy @ _dense(ctx.weight), None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.weight = weight
+        return _grouped(x, weight, offsets, transposed=True)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return _grouped(gy.contiguous(), ctx.weight, *ctx.saved_tensors), None, None
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -49,7 +81,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         A: Tensor,
         scaling: float,
         mask: Tensor | None,
@@ -57,16 +89,16 @@ class _LoraLinear(torch.autograd.Function):
         *B: Tensor,
     ) -> Tensor:
         h = (x if mask is None else x * mask) @ A.t()
-        y = x @ weight.t()
+        y = x @ _dense(weight).t()
         for n, (at, b) in enumerate(zip(columns, B, strict=True)):
             y[:, at].addmm_(h[:, _block(n, b)], b.t(), alpha=scaling)
-        ctx.save_for_backward(x, weight, A, mask, h, *B)
-        ctx.scaling, ctx.columns = scaling, columns
+        ctx.save_for_backward(x, A, mask, h, *B)
+        ctx.weight, ctx.scaling, ctx.columns = weight, scaling, columns
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, weight, A, mask, h, *B = ctx.saved_tensors
+        x, A, mask, h, *B = ctx.saved_tensors
         gh = torch.empty_like(h)
         gB = []
         for n, (at, b) in enumerate(zip(ctx.columns, B, strict=True)):
@@ -76,7 +108,7 @@ class _LoraLinear(torch.autograd.Function):
         gA = gh.t() @ (x if mask is None else x * mask)
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = gy @ weight
+            gx = gy @ _dense(ctx.weight)
             if mask is None:
                 gx.addmm_(gh, A)
             else:
@@ -89,7 +121,7 @@ class _GroupedLoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         A: Tensor,
         scaling: float,
         mask: Tensor | None,
@@ -98,16 +130,16 @@ class _GroupedLoraLinear(torch.autograd.Function):
         *B: Tensor,
     ) -> Tensor:
         h = grouped_mm(x if mask is None else x * mask, A.transpose(-2, -1), offsets).mul_(scaling)
-        y = grouped_mm(x, weight.transpose(-2, -1), offsets)
+        y = _grouped(x, weight, offsets, transposed=True)
         for n, (at, b) in enumerate(zip(columns, B, strict=True)):
             y[:, at] += grouped_mm(h[:, _block(n, b)], b.transpose(-2, -1), offsets)
-        ctx.save_for_backward(x, weight, A, mask, h, offsets, *B)
-        ctx.scaling, ctx.columns = scaling, columns
+        ctx.save_for_backward(x, A, mask, h, offsets, *B)
+        ctx.weight, ctx.scaling, ctx.columns = weight, scaling, columns
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, weight, A, mask, h, offsets, *B = ctx.saved_tensors
+        x, A, mask, h, offsets, *B = ctx.saved_tensors
         gy = gy.contiguous()
         gh = torch.empty_like(h)
         gB = []
@@ -118,10 +150,35 @@ class _GroupedLoraLinear(torch.autograd.Function):
         gA = grouped_mm(gh.t(), x if mask is None else x * mask, offsets)
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = grouped_mm(gy, weight, offsets)
+            gx = _grouped(gy, ctx.weight, offsets)
             gx_lora = grouped_mm(gh, A, offsets)
             gx = gx.add_(gx_lora) if mask is None else gx.addcmul_(gx_lora, mask)
         return gx, None, gA, None, None, None, None, *gB
+
+
+def _dense(weight: Weight) -> Tensor:
+    """[N, K]; of a quantized weight in the workspace, so to be used at once."""
+    return weight if isinstance(weight, Tensor) else weight.dequantize()[0]
+
+
+def _grouped(x: Tensor, weight: Weight, offsets: Tensor, transposed: bool = False) -> Tensor:
+    """x [T, .] times the weight [E, N, K] of each row's expert. Of a quantized one only experts with rows are
+    dequantized, as many at once as its settings say.
+    """
+    if isinstance(weight, Tensor):
+        return grouped_mm(x, weight.transpose(-2, -1) if transposed else weight, offsets)
+    _, n, k = weight.shape
+    y = x.new_empty(x.shape[0], n if transposed else k)
+    ends = offsets.tolist()
+    for first, last in weight.runs(ends):
+        start = ends[first - 1] if first else 0
+        rows, dense = slice(start, ends[last - 1]), weight.dequantize(first, last)
+        dense = dense.transpose(-2, -1) if transposed else dense
+        if last - first == 1:
+            torch.mm(x[rows], dense[0], out=y[rows])
+        else:
+            y[rows] = grouped_mm(x[rows], dense, offsets[first:last] - start)
+    return y
 
 
 def _block(n: int, b: Tensor) -> slice:

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megasft import host
-from megasft.config import LoraSettings
-from megasft.lora.functional import grouped_linear, grouped_lora_linear
+from megasft.config import LoraSettings, QuantSettings
+from megasft.lora.functional import Weight, grouped_linear, grouped_lora_linear
 from megasft.lora.linear import dropout_mask, frozen
+from megasft.quant.weight import QuantizedWeight
 from megasft.shards import Shard, Sharded, consecutive, part
 
 
@@ -29,6 +30,7 @@ class GroupedLoraLinear(Sharded):
         in_features: K of a whole expert.
         parts: name to N of a whole expert, in the order in which the fused outputs stand.
         mode: "column" or "row", how an expert is split over the expert-tensor group.
+        quant: keep the frozen matrices in 4 bits; None: in `dtype`.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class GroupedLoraLinear(Sharded):
         group: dist.ProcessGroup,
         dtype: torch.dtype,
         writer: bool,
+        quant: QuantSettings | None = None,
     ) -> None:
         super().__init__()
         self.experts, self.in_features, self.parts = list(experts), in_features, dict(parts)
@@ -49,7 +52,12 @@ class GroupedLoraLinear(Sharded):
         in_local = in_features // self.size if mode == "row" else in_features
         out_local = {name: n // self.size if mode == "column" else n for name, n in parts.items()}
         self.columns = dict(zip(out_local, consecutive(out_local.values()), strict=True))
-        self.weight = frozen(len(self.experts), sum(out_local.values()), in_local, dtype=dtype)
+        self.weight: Weight
+        if quant is None:
+            self.weight = frozen(len(self.experts), sum(out_local.values()), in_local, dtype=dtype)
+        else:
+            rows = {name: (n, self._rows(n)) for name, n in parts.items()}
+            self.weight = QuantizedWeight(len(self.experts), rows, in_features, self._inputs(), dtype, quant)
 
         self.adapted = [name for name in parts if name in lora.targets]
         self.lora_columns = [self.columns[name] for name in self.adapted]
@@ -84,7 +92,8 @@ class GroupedLoraLinear(Sharded):
         for i, e in enumerate(self.experts):
             for name, n in self.parts.items():
                 at = (self._rows(n), self._inputs())
-                local = self.weight.data[i, self.columns[name]]
+                weight = self.weight
+                local = weight.data[i, self.columns[name]] if isinstance(weight, Tensor) else weight.slot(i, name)
                 yield Shard(f"experts.{e}.{name}.weight", (n, self.in_features), at, local)
 
     def adapter_shards(self) -> Iterator[Shard]:

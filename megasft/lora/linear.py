@@ -30,8 +30,9 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from megasft import host
-from megasft.config import LoraSettings
-from megasft.lora.functional import lora_linear
+from megasft.config import LoraSettings, QuantSettings
+from megasft.lora.functional import Weight, frozen_linear, lora_linear
+from megasft.quant.weight import QuantizedWeight
 from megasft.shards import Index, Shard, Sharded, consecutive, part, whole
 
 
@@ -46,8 +47,10 @@ class LoraLinear(Sharded):
         group: the tensor-parallel group.
         dtype: of all parameters.
         writer: whether this rank is the one of its data-parallel replicas that writes adapters.
+        quant: keep the frozen matrices in 4 bits; None: in `dtype`.
 
-    Parameters: weight [N_local, K_local], lora_A [r * adapted parts, K_local], lora_B.<part> [N_local, r].
+    Parameters: weight [N_local, K_local] (or a QuantizedWeight), lora_A [r * adapted parts, K_local], lora_B.<part>
+    [N_local, r].
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class LoraLinear(Sharded):
         group: dist.ProcessGroup,
         dtype: torch.dtype,
         writer: bool,
+        quant: QuantSettings | None = None,
     ) -> None:
         super().__init__()
         self.mode, self.group, self.lora, self.writer = mode, group, lora, writer
@@ -67,7 +71,12 @@ class LoraLinear(Sharded):
         in_local = in_features // self.size if mode == "row" else in_features
         out_local = {name: n // self.size if mode == "column" else n for name, n in parts.items()}
         self.columns = dict(zip(out_local, consecutive(out_local.values()), strict=True))
-        self.weight = frozen(sum(out_local.values()), in_local, dtype=dtype)
+        self.weight: Weight
+        if quant is None:
+            self.weight = frozen(sum(out_local.values()), in_local, dtype=dtype)
+        else:
+            rows = {name: (n, self._index(n)[0]) for name, n in parts.items()}
+            self.weight = QuantizedWeight(1, rows, in_features, self._index(0)[1], dtype, quant)
 
         self.adapted = [name for name in parts if leaf(name) in lora.targets]
         self.lora_columns = [self.columns[name] for name in self.adapted]
@@ -100,10 +109,10 @@ class LoraLinear(Sharded):
             y = reduce_scatter_to_sequence_parallel_region(y, group=self.group)
         return y
 
-    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, weight: Weight) -> Tensor:
         """x [T, K_local] through the frozen and the low-rank branch, in the dtype of x: [T, N_local]."""
         if not self.adapted:
-            return nn.functional.linear(x, weight)
+            return frozen_linear(x, weight)
         dropped = self.lora.dropout if self.training else 0.0
         # In column mode all ranks hold the same x and must drop the same elements; otherwise each has its own part.
         mask = dropout_mask(x, dropped, "lora" if self.mode == "column" else "lora-sharded")
@@ -112,11 +121,17 @@ class LoraLinear(Sharded):
 
     def base_shards(self) -> Iterator[Shard]:
         for name, n in self.parts.items():
-            index = (
-                part(n, self.rank, self.size) if self.mode == "column" else slice(0, n),
-                part(self.in_features, self.rank, self.size) if self.mode == "row" else slice(0, self.in_features),
-            )
-            yield Shard(f"{name}.weight", (n, self.in_features), index, self.weight.data[self.columns[name]])
+            weight = self.weight
+            local = weight.data[self.columns[name]] if isinstance(weight, Tensor) else weight.slot(0, name)
+            yield Shard(f"{name}.weight", (n, self.in_features), self._index(n), local)
+
+    def _index(self, n: int) -> tuple[slice, slice]:
+        """This rank's rows and columns of a whole [n, K]."""
+        k = self.in_features
+        return (
+            part(n, self.rank, self.size) if self.mode == "column" else slice(0, n),
+            part(k, self.rank, self.size) if self.mode == "row" else slice(0, k),
+        )
 
     def adapter_shards(self) -> Iterator[Shard]:
         r, k = self.lora.r, self.in_features

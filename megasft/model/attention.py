@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megasft import host
-from megasft.config import LoraSettings
+from megasft.config import LoraSettings, QuantSettings
 from megasft.lora.linear import LoraLinear
 from megasft.model.norm import RMSNorm
 from megasft.shards import Shard, Sharded, whole
@@ -60,6 +60,7 @@ class SelfAttention(Sharded):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         lora: LoraSettings,
+        quant: QuantSettings | None,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class SelfAttention(Sharded):
         heads, groups, tp = config.num_attention_heads, config.num_query_groups, pg_collection.tp
         self.widths = [heads * d // tp.size(), groups * d // tp.size(), groups * d // tp.size()]
         common = {"lora": lora, "group": tp, "dtype": config.params_dtype}
-        common["writer"] = pg_collection.dp.rank() == 0
+        common |= {"writer": pg_collection.dp.rank() == 0, "quant": quant}
         qkv = {"q_proj": heads * d, "k_proj": groups * d, "v_proj": groups * d}
         self.linear_qkv = LoraLinear(config.hidden_size, qkv, "column", **common)
         self.linear_proj = LoraLinear(heads * d, {"o_proj": config.hidden_size}, "row", **common)

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megasft import host
-from megasft.config import LoraSettings
+from megasft.config import LoraSettings, QuantSettings
 from megasft.lora.grouped import GroupedLoraLinear
 from megasft.lora.linear import LoraLinear
 from megasft.shards import Shard, Sharded
@@ -27,12 +27,17 @@ class DenseMLP(Sharded):
     """down(silu(gate x) * up x), split over tensor parallel ranks."""
 
     def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, lora: LoraSettings, **_: Any
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        lora: LoraSettings,
+        quant: QuantSettings | None,
+        **_: Any,
     ) -> None:
         super().__init__()
         h, f = config.hidden_size, config.ffn_hidden_size
         common = {"lora": lora, "group": pg_collection.tp, "dtype": config.params_dtype}
-        common["writer"] = pg_collection.dp.rank() == 0
+        common |= {"writer": pg_collection.dp.rank() == 0, "quant": quant}
         self.linear_fc1 = LoraLinear(h, {"gate_proj": f, "up_proj": f}, "column", **common)
         self.linear_fc2 = LoraLinear(f, {"down_proj": h}, "row", **common)
 
@@ -53,14 +58,19 @@ class SparseMLP(MoELayer, Sharded):
     """megatron-core's mixture-of-experts layer (its dispatchers and top-k routing) around our router and experts."""
 
     def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, lora: LoraSettings, **kwargs: Any
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        lora: LoraSettings,
+        quant: QuantSettings | None,
+        **kwargs: Any,
     ) -> None:
         def router(**given: Any) -> Router:
             return Router(**given, lora=lora)
 
         def experts(num_local_experts: int, config: TransformerConfig, pg_collection: Any, **_: Any) -> Experts:
             first = pg_collection.ep.rank() * num_local_experts
-            return Experts(range(first, first + num_local_experts), config, pg_collection, lora)
+            return Experts(range(first, first + num_local_experts), config, pg_collection, lora, quant)
 
         submodules = MoESubmodules(experts=experts, router=router)
         super().__init__(config, submodules, pg_collection=pg_collection, **kwargs)
@@ -145,11 +155,12 @@ class Experts(Sharded):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
         lora: LoraSettings,
+        quant: QuantSettings | None,
     ) -> None:
         super().__init__()
         h, f = config.hidden_size, config.moe_ffn_hidden_size
         common = {"lora": lora, "group": pg_collection.expt_tp, "dtype": config.params_dtype}
-        common["writer"] = pg_collection.expt_dp.rank() == 0
+        common |= {"writer": pg_collection.expt_dp.rank() == 0, "quant": quant}
         self.gate_up = GroupedLoraLinear(experts, h, {"gate_proj": f, "up_proj": f}, "column", **common)
         self.down = GroupedLoraLinear(experts, f, {"down_proj": h}, "row", **common)
         self.tokens_per_expert: Tensor | None = None

@@ -20,7 +20,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from megasft import host
-from megasft.config import LoraSettings, TopologySizes
+from megasft.config import BLOCK_SIZES, LoraSettings, QuantSettings, TopologySizes
 from megasft.errors import UserError
 from megasft.model.attention import Segments, SelfAttention
 from megasft.model.head import supervised_loss
@@ -96,8 +96,10 @@ def _check_supported(config: Qwen3MoeConfig) -> None:
         raise UserError("num_experts_per_tok = 1 with norm_topk_prob leaves the router nothing to weigh; unsupported")
 
 
-def check_fits(config: Qwen3MoeConfig, sizes: TopologySizes) -> None:
-    """Whether the model can be cut by this topology; raises UserError naming the number that does not divide."""
+def check_fits(config: Qwen3MoeConfig, sizes: TopologySizes, quant: QuantSettings | None = None) -> None:
+    """Whether the model can be cut by this topology, with `quant` into whole blocks; raises UserError naming the number
+    that does not divide.
+    """
     dense = any(not sparse for sparse in sparse_layers(config))
     for key, n, name, by in (
         ("num_attention_heads", config.num_attention_heads, "tensor_parallel", sizes.tensor),
@@ -112,6 +114,33 @@ def check_fits(config: Qwen3MoeConfig, sizes: TopologySizes) -> None:
             raise UserError(
                 f"[data.topology] {name} = {by} does not divide the model's {key} = {n}; "
                 f"smaller sizes that do: {fitting}"
+            )
+    if quant:
+        _check_blocks(config, sizes, quant.block_size)
+
+
+def _check_blocks(config: Qwen3MoeConfig, sizes: TopologySizes, size: int) -> None:
+    """Whether the inputs of every linear layer that a rank holds are whole blocks of `size`."""
+    sparse = sparse_layers(config)
+    for layers, key, n, name, by in (
+        ("q_proj, k_proj, v_proj, gate_proj and up_proj", "hidden_size", config.hidden_size, "", 1),
+        ("o_proj", "num_attention_heads x head_dim", config.num_attention_heads * head_dim(config),
+         "tensor_parallel", sizes.tensor),
+        ("dense down_proj", "intermediate_size", 0 if all(sparse) else config.intermediate_size,
+         "tensor_parallel", sizes.tensor),
+        ("experts' down_proj", "moe_intermediate_size", config.moe_intermediate_size if any(sparse) else 0,
+         "expert_tensor_parallel", sizes.expert_tensor),
+    ):  # fmt: skip
+        if n // by % size:
+            cut = f" / {name} {by}" if by > 1 else ""
+            fitting = [d for d in range(1, by) if by % d == 0 and n // d % size == 0]
+            blocks = [b for b in BLOCK_SIZES if n // by % b == 0]
+            remedies = [f"block_size = {blocks[-1]}"] if blocks and blocks[-1] < size else []
+            remedies += [f"[data.topology] {name} = {fitting[-1]}"] if fitting else []
+            remedies += ["[training] use_qlora = false"] if not remedies else []
+            raise UserError(
+                f"[quant] block_size = {size} does not divide the {n // by} inputs that a rank holds of {layers} "
+                f"({key} {n}{cut}); set {' or '.join(remedies)}"
             )
 
 
@@ -136,17 +165,19 @@ def build_model(
     recompute: bool = True,
     dispatcher: str = "auto",
     capacity_factor: float | None = None,
+    quant: QuantSettings | None = None,
 ) -> "Qwen3Moe":
     """This rank's part of the model: storage for its base weights and, where `lora` names targets, zero adapters.
 
     `model.weights.load_base` fills the first, `lora.adapter` the second. `recompute` keeps each layer's input only and
     runs the layer again in backward. `capacity_factor` limits what an expert takes in training (`model.mlp.Router`).
+    `quant` keeps the frozen linear layers and experts in 4 bits.
     """
-    check_fits(config, topology.sizes)
+    check_fits(config, topology.sizes, quant)
     if lora is None:
         lora = LoraSettings.model_construct(target_modules=())
     settings = _megatron_config(config, topology.sizes, dtype, recompute, dispatcher, capacity_factor)
-    return Qwen3Moe(config, topology, lora, settings)
+    return Qwen3Moe(config, topology, lora, quant, settings)
 
 
 def _megatron_config(
@@ -205,7 +236,12 @@ class Qwen3Moe(GPTModel):
     """megatron-core's GPTModel with Qwen3-MoE layers, Qwen3 rotary positions and the supervised loss head."""
 
     def __init__(
-        self, hf_config: Qwen3MoeConfig, topology: Topology, lora: LoraSettings, config: TransformerConfig
+        self,
+        hf_config: Qwen3MoeConfig,
+        topology: Topology,
+        lora: LoraSettings,
+        quant: QuantSettings | None,
+        config: TransformerConfig,
     ) -> None:
         self.hf_config, self.topology, self.lora = hf_config, topology, lora
         self.true_vocab_size = hf_config.vocab_size
@@ -214,7 +250,7 @@ class Qwen3Moe(GPTModel):
         first = topology.groups.pp.rank() * layers_here
         super().__init__(
             config,
-            _layer_specs(hf_config, lora, range(first, first + layers_here)),
+            _layer_specs(hf_config, lora, quant, range(first, first + layers_here)),
             vocab_size=-(-hf_config.vocab_size // tp) * tp,
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=topology.is_first_stage,
@@ -342,17 +378,19 @@ class Qwen3Moe(GPTModel):
         return Shard(name, (self.true_vocab_size, h), (kept, slice(0, h)), weight.data[: kept.stop - kept.start])
 
 
-def _layer_specs(config: Qwen3MoeConfig, lora: LoraSettings, layers: range) -> TransformerBlockSubmodules:
+def _layer_specs(
+    config: Qwen3MoeConfig, lora: LoraSettings, quant: QuantSettings | None, layers: range
+) -> TransformerBlockSubmodules:
     sparse = sparse_layers(config)
     specs = [
         ModuleSpec(
             TransformerLayer,
             submodules=TransformerLayerSubmodules(
                 input_layernorm=RMSNorm,
-                self_attention=ModuleSpec(SelfAttention, params={"lora": lora}),
+                self_attention=ModuleSpec(SelfAttention, params={"lora": lora, "quant": quant}),
                 self_attn_bda=_residual_add,
                 pre_mlp_layernorm=RMSNorm,
-                mlp=partial(SparseMLP if sparse[i] else DenseMLP, lora=lora),
+                mlp=partial(SparseMLP if sparse[i] else DenseMLP, lora=lora, quant=quant),
                 mlp_bda=_residual_add,
                 cross_attention=IdentityOp,
             ),

@@ -9,27 +9,45 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from megasft.errors import UserError
 from megasft.model.qwen3_moe import Qwen3Moe, read_config
+from megasft.quant.checkpoint import QuantizedCheckpoint
+from megasft.quant.weight import Slot
 from megasft.shards import Index, Shard
+from megasft.tensorfile import TensorFile
+
+RELEASE_BYTES = 64 * 2**20  # of file pages that were read and are no longer needed
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
-def load_base(model: Qwen3Moe, folder: str | Path) -> None:
-    """Fill this rank's base weights from the checkpoint in `folder`, converting to the model's dtype.
+def load_base(model: Qwen3Moe, folder: str | Path, quantized: QuantizedCheckpoint | None = None) -> None:
+    """Fill this rank's base weights from the checkpoint in `folder`, converting to the model's dtype; those that the
+    model keeps in 4 bits from `quantized`. Memory holds no more than the model and what of a file was touched last.
 
     Raises UserError naming any tensor that is missing, surplus or of another shape, before a weight is read.
     """
     checkpoint = Checkpoint(folder)
     plan = [(shard, *checkpoint.locate(shard)) for shard in model.base_shards()]
     checkpoint.refuse_surplus(model)
+    touched = 0
     for shard, name, index in plan:
-        shard.local.copy_(checkpoint.read(name, index))
+        if isinstance(shard.local, Slot):
+            assert quantized is not None, "the model is in 4 bits: quant.checkpoint.prepare first"
+            matrix = quantized.matrix(shard.name)
+            shard.local.fill(matrix)
+            touched += sum(tensor.nbytes for tensor in matrix.values())
+        else:
+            shard.local.copy_(checkpoint.read(name, index))
+            touched += shard.local.nbytes
+        if touched >= RELEASE_BYTES:
+            checkpoint.release()
+            if quantized:
+                quantized.release()
+            touched = 0
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -58,13 +76,12 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, TensorFile] = {}
         self.files = self._files()
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in sorted(set(self.files.values())):
-            handle = self._handle(path)
-            for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+            for name, spec in self._file(path).specs.items():
+                self.shapes[name] = spec.shape
                 self.files.setdefault(name, path)
         for name, path in self.files.items():
             if name not in self.shapes:
@@ -87,18 +104,15 @@ class Checkpoint:
                 )
             return files
         if single.is_file():
-            return dict.fromkeys(self._handle(single).keys(), single)
+            return dict.fromkeys(self._file(single).specs, single)
         pickled = next(self.folder.glob("pytorch_model*.bin"), None)
         if pickled:
             raise UserError(f"{pickled}: pickled weights are never read; convert them to safetensors")
         raise UserError(f"{self.folder}: no model.safetensors and no model.safetensors.index.json")
 
-    def _handle(self, path: Path) -> Any:
+    def _file(self, path: Path) -> TensorFile:
         if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
+            self._open[path] = TensorFile(path)
         return self._open[path]
 
     def locate(self, shard: Shard) -> tuple[str, Index]:
@@ -118,13 +132,15 @@ class Checkpoint:
                 return name, index
         raise UserError(f"{self.folder}: the checkpoint has no tensor {shard.name!r}, which config.json asks for")
 
-    def read(self, name: str, index: Index) -> Any:
-        """The slice of a tensor; only its bytes are read."""
-        try:
-            piece = self._handle(self.files[name]).get_slice(name)[index]
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.files[name]}: tensor {name!r} cannot be read ({error})") from None
+    def read(self, name: str, index: Index) -> Tensor:
+        """The slice of a tensor, a view of the file: only its bytes are read, when they are used."""
+        piece = self._file(self.files[name]).tensor(name)[index]
         return piece[0] if len(index) == 3 else piece
+
+    def release(self) -> None:
+        """Forget what was read."""
+        for file in self._open.values():
+            file.release()
 
     def refuse_surplus(self, model: Qwen3Moe) -> None:
         """Raise UserError for a tensor that the architecture in config.json has no place for."""

@@ -107,9 +107,12 @@ def identity(config: RunConfig, base: str | None, data_parallel: int) -> dict[st
     Args:
         base: `model.weights.fingerprint` of the base model, if it was read from files.
     """
-    hyper = config.hyperparameters
+    hyper, quant = config.hyperparameters, config.quant
+    format_ = {"[quant] double": quant.double, "[quant] block_size": quant.block_size}
     return {
         "base model": base,
+        "[training] use_qlora": config.training.use_qlora,
+        **(format_ if config.training.use_qlora else {}),
         "[lora] r": config.lora.r,
         "[lora] alpha": config.lora.alpha,
         "[lora] target_modules": sorted(config.lora.targets),

@@ -15,6 +15,8 @@ from megasft.model.hub import find_model
 from tests.faults.speech import without_progress
 from tests.parity.reference import random_adapter, write_adapter
 
+# what the tiny model takes on two ranks of tensor parallel
+QLORA = "--set training.use_qlora=true --set quant.block_size=32 --set data.topology.expert_tensor_parallel=1"
 TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj"})
 
 
@@ -118,7 +120,19 @@ BEFORE_THE_LAUNCH = {
         ["job.toml:16", "lora_rank = 8", "contradicts", "[lora] r = 4"],
     ),
     "unknown target module": (nothing, "--set lora.target_modules=q_prj", ["q_prj", "did you mean 'q_proj'"]),
-    "QLoRA": (nothing, "--set training.use_qlora=true", ["use_qlora", "training.use_qlora=false"]),
+    "blocks that do not divide a rank's inputs": (
+        nothing, "--set training.use_qlora=true --set quant.block_size=32",
+        ["block_size = 32", "the 16 inputs", "experts' down_proj", "moe_intermediate_size 32 / expert_tensor_parallel 2",
+         "set [data.topology] expert_tensor_parallel = 1"],
+    ),
+    "blocks that do not divide the model's inputs": (
+        nothing, "--set training.use_qlora=true --set quant.block_size=128",
+        ["block_size = 128", "the 64 inputs", "q_proj", "hidden_size 64", "set block_size = 64"],
+    ),
+    "experts that no block divides": (
+        in_model_config(moe_intermediate_size=24), "--set training.use_qlora=true --set data.topology.expert_tensor_parallel=1",
+        ["block_size = 64", "the 24 inputs", "moe_intermediate_size 24", "use_qlora = false"],
+    ),
     "fp16": (nothing, "--set hyperparameters.parallelism.fp16=true", ["fp16", "bf16 = true"]),
     "DeepSpeed stage 3": (
         nothing, "--set hyperparameters.parallelism.deepspeed_stage=3", ["deepspeed_stage", "stage 3", "[data.topology]"]
@@ -181,6 +195,13 @@ ON_THE_RANKS = {
     "weights have a tensor of another shape": (
         in_weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(65)})), "",
         ["model.safetensors", "'model.norm.weight'", "[65]", "[64]"],
+    ),
+    "weights that cannot be quantized": (
+        in_weights(lambda tensors: tensors["model.layers.2.mlp.experts.5.up_proj.weight"].__setitem__((3, 4), torch.nan)),
+        QLORA, ["model.layers.2.mlp.experts.5.up_proj.weight", "not finite", "use_qlora = false"],
+    ),
+    "a cache that cannot be written": (
+        with_text("cache", ""), f"{QLORA} --set quant.cache_dir={{}}/cache", ["[quant] cache_dir", "world/cache", "cannot be written"]
     ),
     "adapter of another rank": (
         with_adapter(r=8), "--set job.init_adapter={}/adapter", ["adapter_config.json", "r = 8", "[lora] r = 4"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megasft.config import LINEAR_LAYERS
 from tests import on_ranks
+from tests.parity.quantized import IN_BLOCKS
 from tests.parity.reference import linear_shapes, random_adapter, random_model, tiny_config, write_adapter
 from tests.ranks import RankPool
 
@@ -83,13 +84,18 @@ CASES = [
     Case(4, tensor=4, expert=2, expert_tensor=2, batch=2, dispatcher="allgather"), Case(4, tensor=2, expert=2, dispatcher="allgather"),
 ]  # fmt: skip
 
+QLORA_CASES = [
+    Case(1, batch=2), Case(2, tensor=2), Case(2, tensor=2, expert_tensor=2, batch=4), Case(2, expert=2), Case(2, pipeline=2),
+    Case(4, tensor=4, expert=2, expert_tensor=2), Case(4, tensor=2, pipeline=2, expert=2),
+]  # fmt: skip
+
 
 class Experiment:
-    """A tiny model with random adapters, and its numbers on one rank to compare with."""
+    """A tiny model with random adapters, and its numbers on one rank to compare with; with `qlora` over 4 bits."""
 
-    def __init__(self, folder: Path, pool: RankPool, bf16: bool = False, **changes: Any) -> None:
-        self.config = tiny_config(num_hidden_layers=4, **changes)
-        self.folder, self.pool, self.bf16 = folder, pool, bf16
+    def __init__(self, folder: Path, pool: RankPool, bf16: bool = False, qlora: bool = False, **changes: Any) -> None:
+        self.config = tiny_config(num_hidden_layers=4, **(IN_BLOCKS if qlora else {}) | changes)
+        self.folder, self.pool, self.bf16, self.qlora = folder, pool, bf16, qlora
         random_model(self.config).save_pretrained(folder / "base")
         write_adapter(random_adapter(self.config, R, frozenset(LINEAR_LAYERS)), folder / "adapter", R, 12.0)
         self.samples = on_ranks.random_samples(self.config.vocab_size, LENGTHS)
@@ -100,6 +106,8 @@ class Experiment:
         settings = {
             "job": {"model": str(self.folder / "base"), "init_adapter": str(self.folder / "adapter"), "output_dir": str(self.folder)},
             "lora": {"r": R, "alpha": 12.0, "dropout": 0.0},
+            "training": {"use_qlora": self.qlora},
+            "quant": {"cache_dir": str(self.folder / "cache")},
             "data": {"topology": {
                 "tensor_parallel": case.tensor, "expert_parallel": case.expert, "expert_tensor_parallel": case.expert_tensor,
                 "pipeline_parallel": case.pipeline,
@@ -145,10 +153,12 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     pool = RankPool()
     table = Table("topology", "loss", "gradients", "10-step curve", "gradient norms", "adapter", title="largest relative difference from one rank, fp32")  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        experiment = Experiment(Path(folder), pool)
-        for case in CASES:
-            table.add_row(str(case), *(f"{value:.1e}" for value in experiment.differences(case).values()))
+    for cases, qlora in ((CASES, False), (QLORA_CASES, True)):
+        with tempfile.TemporaryDirectory() as folder:
+            experiment = Experiment(Path(folder), pool, qlora=qlora)
+            for case in cases:
+                name = f"{case}, 4 bits" if qlora else str(case)
+                table.add_row(name, *(f"{value:.1e}" for value in experiment.differences(case).values()))
     Console().print(table)
 
 

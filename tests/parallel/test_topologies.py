@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.parallel.invariance import CASES, Case, Experiment
+from tests.parallel.invariance import CASES, QLORA_CASES, Case, Experiment
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +14,18 @@ def experiment(ranks, tmp_path_factory):
 def test_numbers_do_not_depend_on_topology(experiment, case):
     for what, difference in experiment.differences(case).items():
         # fp32 sums in another order, through four layers and ten steps of Adam: 3e-6 at most was seen.
+        assert difference <= 1e-5, what
+
+
+@pytest.fixture(scope="module")
+def over_4_bits(ranks, tmp_path_factory):
+    return Experiment(tmp_path_factory.mktemp("invariance"), ranks, qlora=True)
+
+
+@pytest.mark.parametrize("case", QLORA_CASES, ids=str)
+def test_numbers_over_a_4_bit_base_do_not_depend_on_topology(over_4_bits, case):
+    for what, difference in over_4_bits.differences(case).items():
+        # As above: the base is the same bits under every topology, so nothing is added to it.
         assert difference <= 1e-5, what
 
 

@@ -190,8 +190,9 @@ def test_validation_on_nothing_is_refused(write):
 # The run files that people bring
 
 
-def test_the_small_run_file_loads_once_qlora_is_off(write):
-    config = load_config(write(SMALL_FILE), ["training.use_qlora=false"], dataset="traces.jsonl")
+def test_the_small_run_file_loads_as_it_is(write):
+    config = load_config(write(SMALL_FILE), dataset="traces.jsonl")
+    assert config.training.use_qlora
     assert config.training_data() == (MixSettings(path="traces.jsonl"),)
     assert config.world_size() == 4
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32.0, 0.05)
@@ -199,8 +200,9 @@ def test_the_small_run_file_loads_once_qlora_is_off(write):
     assert resolve_topology(config.data.topology, 4) == TopologySizes(2, 1, 2, 1, 2)
 
 
-def test_the_large_run_file_loads_once_qlora_is_off(write):
-    config = load_config(write(LARGE_FILE), ["training.use_qlora=false"])
+def test_the_large_run_file_loads_as_it_is(write):
+    config = load_config(write(LARGE_FILE))
+    assert config.training.use_qlora
     assert config.training_data() == (MixSettings(path="traces/crafter_sft_converted.jsonl"),)
     assert config.world_size() == 2
     assert resolve_topology(config.data.topology, 2) == TopologySizes(1, 1, 2, 1, 1)
@@ -212,14 +214,6 @@ def test_the_large_run_file_loads_once_qlora_is_off(write):
     assert config.data.validation_fraction == 0.02
     assert config.dtype == "bf16"
     assert config.tags == {"experiment": "crafter_sft_lora_qwen_coder_30b"}
-
-
-@pytest.mark.parametrize(("text", "line"), [(SMALL_FILE, 13), (LARGE_FILE, 16)])
-def test_qlora_is_refused_in_a_plain_sentence_that_names_the_way_round(write, text, line):
-    assert load_refusal(write, text) == (
-        f"job.toml:{line}: [training] use_qlora = true: 4-bit base weights are not built yet; "
-        "`--set training.use_qlora=false` trains over the bf16 base"
-    )
 
 
 @pytest.mark.parametrize("name", ["qwen3_coder_30b", "demo"])
@@ -294,8 +288,13 @@ def test_the_demo_runs_in_fp32():
         ("data.topology", "expert_tensor_parallel", "true", "must be a valid integer"),
         ("data.topology", "pipeline_parallel", "2.0", "must be a valid integer"),
         ("training", "mode", '"full"', "is not what megasft does; it does 'lora'"),
-        ("training", "use_qlora", "true", "4-bit base weights are not built yet"),
         ("training", "use_qlora", "1", "must be true or false"),
+        ("quant", "type", '"fp4"', "is not what megasft does; it does 'nf4'"),
+        ("quant", "double", '"yes"', "must be true or false"),
+        ("quant", "block_size", "48", "bitsandbytes has blocks of 32, 64, 128"),
+        ("quant", "experts_at_once", "0", "must be greater than or equal to 1"),
+        ("quant", "cache_dir", '""', "must have at least 1 character"),
+        ("quant", "bnb_4bit_use_double_quant", "true", "did you mean double?"),
         ("training.validation", "enabled", '"yes"', "must be true or false"),
         ("training.validation", "evaluation_strategy", '"never"', "must be 'steps', 'epoch' or 'no'"),
         ("training.validation", "eval_steps", "0", "must be greater than or equal to 1"),
@@ -868,5 +867,5 @@ def test_resolved_settings_written_as_toml_load_as_equal_settings(tmp_path_facto
 
 @pytest.mark.parametrize("text", [SMALL_FILE, LARGE_FILE])
 def test_the_run_files_survive_being_written_and_read_again(write, text):
-    config = load_config(write(text), ["training.use_qlora=false"])
+    config = load_config(write(text))
     assert load_config(write(config.to_toml(), "config.toml")) == config

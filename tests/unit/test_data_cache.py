@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from megasft import diskcache
 from megasft.data import cache, tokenize
 from megasft.data.cache import prepare
 from megasft.data.conversations import read_conversations
@@ -135,7 +136,7 @@ def test_another_template_or_tokenizer_is_other_samples(load, built, with_templa
 def test_a_changed_file_is_tokenized_again_though_size_and_time_stay(
     load, built, tokenizer, tmp_path, monkeypatch, settled
 ):
-    monkeypatch.setattr(cache, "UNSETTLED_SECONDS", -1.0 if settled else 1e9)
+    monkeypatch.setattr(diskcache, "UNSETTLED_SECONDS", -1.0 if settled else 1e9)
     file = write(tmp_path / "data.jsonl", 5)
     load(file)
     assert len(list((tmp_path / "cache").glob("digests/*"))) == settled
@@ -148,10 +149,10 @@ def test_a_changed_file_is_tokenized_again_though_size_and_time_stay(
 
 
 def test_a_file_at_rest_is_not_read_again(load, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "UNSETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(diskcache, "UNSETTLED_SECONDS", -1.0)
     file = write(tmp_path / "data.jsonl", 5)
     load(file)
-    monkeypatch.setattr(cache.hashlib, "file_digest", None)  # calling it would fail
+    monkeypatch.setattr(diskcache.hashlib, "file_digest", None)  # calling it would fail
     with pytest.raises(TypeError):
         load(write(tmp_path / "other.jsonl", 5))
     monkeypatch.undo()
@@ -265,9 +266,9 @@ def test_an_unwritable_cache_is_named(tokenizer, tmp_path):
 def test_the_default_cache_is_the_users(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.default_cache_dir() == tmp_path / ".cache" / "megasft"
+    assert diskcache.default_cache_dir() == tmp_path / ".cache" / "megasft"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert cache.default_cache_dir() == tmp_path / "x" / "megasft"
+    assert diskcache.default_cache_dir() == tmp_path / "x" / "megasft"
 
 
 # Runs that build at once, and runs that are killed

@@ -1,0 +1,125 @@
+"""Folders on disk that are made once for a key and used by every run after, and by which key: the content of files.
+
+A folder gets its name when all that is in it is on the disk, so one that is there is whole. Whoever makes one holds the
+lock beside it; the kernel takes that from a process that ends, however it ends.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+UNSETTLED_SECONDS = 3.0  # a file written to so recently may change again without its times showing it
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/megasft`, or `~/.cache/megasft`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megasft"
+
+
+def make_once[T](
+    folder: Path, usable: Callable[[Path], T | None], make: Callable[[Path], None], waiting: str
+) -> T:  # fmt: skip
+    """What `usable(folder)` finds there; if that is None, after `make` has filled a folder that takes its name.
+
+    A folder that is there and not usable is replaced. `waiting` is said where another process is at it already. Raises
+    OSError.
+    """
+    found = usable(folder)
+    if found is not None:
+        return found
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder.with_suffix(".lock"), waiting):
+        found = usable(folder)  # another may have made it meanwhile
+        if found is None:
+            _make(folder, usable, make)
+            found = usable(folder)
+    assert found is not None
+    return found
+
+
+def file_digest(file: Path, root: Path) -> str:
+    """SHA-256 of a file; remembered under `root` for as long as no time, size or number of the file changes."""
+    notes = root / "digests"
+    note = notes / hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:32]
+    before = _stat(file)
+    with contextlib.suppress(OSError, ValueError):
+        *remembered, digest = note.read_text().split()
+        if remembered == before:
+            return digest
+    started = time.time()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    status = file.stat()
+    if _stat(file) == before and max(status.st_mtime, status.st_ctime) < started - UNSETTLED_SECONDS:
+        part = note.with_name(f"{note.name}.{socket.gethostname()}.{os.getpid()}")
+        with contextlib.suppress(OSError):  # then it is read again next time
+            notes.mkdir(parents=True, exist_ok=True)
+            part.write_text(" ".join([*before, digest]))
+            part.replace(note)
+    return digest
+
+
+def say(line: str) -> None:
+    """Tell the user on standard error, once a job."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
+def _stat(file: Path) -> list[str]:
+    status = file.stat()
+    return [
+        str(value) for value in (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+    ]
+
+
+@contextlib.contextmanager
+def _lock(file: Path, waiting: str) -> Iterator[None]:
+    with file.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(waiting)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: whoever is done first gives the folder its name
+        yield
+
+
+def _make[T](folder: Path, usable: Callable[[Path], T | None], make: Callable[[Path], None]) -> None:
+    """Fill a folder beside where it belongs, and move it there."""
+    _remove_leftovers(folder.parent)
+    part = folder.with_name(f"{folder.name}.{socket.gethostname()}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of one who was killed: we hold the lock
+    part.mkdir()
+    try:
+        make(part)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    for path in part.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if usable(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+    try:
+        part.rename(folder)
+    except OSError:
+        if usable(folder) is None:
+            raise
+        shutil.rmtree(part)  # on another host, without a lock between us, somebody was faster
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Delete what runs on this host have left that were killed while they wrote."""
+    for part in root.glob(f"*.{socket.gethostname()}.part"):
+        with contextlib.suppress(OSError), (root / f"{part.name.partition('.')[0]}.lock").open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(part)

@@ -1,0 +1,185 @@
+"""A rank's part of frozen matrices, kept in 4 bits: a stack over experts of matrices fused along their outputs.
+
+Nothing but the codes and scales stays in memory. `dequantize` writes into a workspace that all layers share, so at most
+one of them is ever there in full precision, and what it returns is good until the next call.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megasft import host
+from megasft.config import QuantSettings
+from megasft.quant import kernels
+from megasft.quant.kernels import GROUP
+from megasft.quant.nf4 import DYNAMIC, Quantized
+
+
+class QuantizedWeight(nn.Module):
+    """The weights [E, N_local, K_local] of E matrices, each fused of several parts along its outputs.
+
+    Args:
+        experts: E; 1 for a linear layer.
+        parts: name of each part, its N in the checkpoint, and the rows of it that this rank holds.
+        in_features: K in the checkpoint.
+        inputs: which of them this rank holds: whole blocks.
+        dtype: of what `dequantize` gives, bf16 or fp32.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        parts: Mapping[str, tuple[int, slice]],
+        in_features: int,
+        inputs: slice,
+        dtype: torch.dtype,
+        settings: QuantSettings,
+    ) -> None:
+        super().__init__()
+        size = settings.block_size
+        assert inputs.start % size == inputs.stop % size == in_features % size == 0
+        self.settings, self.dtype, self.experts = settings, dtype, experts
+        self.blocks, self.whole_blocks = slice(inputs.start // size, inputs.stop // size), in_features // size
+        self.parts = {}
+        row = group = 0
+        for number, (name, (_, rows)) in enumerate(parts.items()):
+            groups = slice(rows.start * self.whole_blocks // GROUP, -(-rows.stop * self.whole_blocks // GROUP))
+            height, length = rows.stop - rows.start, groups.stop - groups.start
+            place = _Place(number, rows, slice(row, row + height), groups, slice(group, group + length))
+            self.parts[name] = place
+            row, group = row + height, group + length
+        self.shape = (experts, row, inputs.stop - inputs.start)
+
+        def storage(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=host.device())
+
+        blocks = self.blocks.stop - self.blocks.start
+        self.packed = nn.Buffer(storage(experts, row, self.shape[2] // 2, dtype=torch.uint8))
+        self.scales = nn.Buffer(storage(experts, row, blocks, dtype=torch.uint8 if settings.double else torch.float32))
+        if settings.double:
+            self.groups = nn.Buffer(storage(experts, group, dtype=torch.float32))
+            self.means = nn.Buffer(storage(experts, len(parts), dtype=torch.float32))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that stay in memory."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def slot(self, expert: int, part: str) -> "Slot":
+        """Where a quantized matrix of the checkpoint goes."""
+        return Slot(self, expert, part)
+
+    def dequantize(self, first: int = 0, last: int = 1) -> Tensor:
+        """The matrices `first` to `last`, [last - first, N_local, K_local], in the workspace."""
+        _, n, k = self.shape
+        out = workspace(self.dtype, (last - first) * n * k).view(last - first, n, k)
+        scales = self._scales(first, last) if self.settings.double else self.scales[first:last]
+        kernels.dequantize_nf4(self.packed[first:last], scales, out, self.settings.block_size)
+        return out
+
+    def runs(self, ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Runs of consecutive matrices with rows of their own, `experts_at_once` at most; rows end at `ends`."""
+        most = self.settings.experts_at_once or host.experts_at_once()
+        first = None
+        for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            if first is not None and (start == end or e - first == most):
+                yield first, e
+                first = None
+            if start < end and first is None:
+                first = e
+        if first is not None:
+            yield first, len(ends)
+
+    def _scales(self, first: int, last: int) -> Tensor:
+        """fp32 [last - first, N_local, blocks]."""
+        codes = self.scales[first:last]
+        found = torch.index_select(_dynamic(codes.device), 0, codes.flatten().int())
+        at = self._group_of_each
+        if at is None:
+            found = found.view(-1, GROUP).mul_(self.groups[first:last].view(-1, 1)).view(codes.shape)
+        else:
+            found = found.view(codes.shape).mul_(self.groups[first:last].index_select(1, at).view(codes.shape))
+        for place in self.parts.values():
+            found[:, place.to_rows] += self.means[first:last, place.number, None, None]
+        return found
+
+    @functools.cached_property
+    def _group_of_each(self) -> Tensor | None:
+        """Number of the group of each scale of a matrix, int32 [N_local * blocks]; None if they simply follow."""
+        return _group_of_each(tuple(self.parts.values()), self.blocks.start, self.blocks.stop, self.whole_blocks,
+                              self.packed.device)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Rows and groups of a matrix of the checkpoint, and where they go."""
+
+    number: int
+    rows: slice
+    to_rows: slice
+    groups: slice
+    to_groups: slice
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one matrix of the checkpoint in a QuantizedWeight."""
+
+    weight: QuantizedWeight
+    expert: int
+    part: str
+
+    def fill(self, whole: Quantized) -> None:
+        """Take this rank's part of a quantized matrix."""
+        weight, e, place = self.weight, self.expert, self.weight.parts[self.part]
+        size = weight.settings.block_size // 2
+        columns = slice(weight.blocks.start * size, weight.blocks.stop * size)
+        weight.packed[e, place.to_rows] = whole["packed"][place.rows, columns]
+        weight.scales[e, place.to_rows] = whole["scales"][place.rows, weight.blocks]
+        if weight.settings.double:
+            weight.groups[e, place.to_groups] = whole["groups"][place.groups]
+            weight.means[e, place.number] = whole["mean"]
+
+
+# All layers of a kind share this table: it depends on how their matrices are cut, not on what is in them.
+@functools.lru_cache(maxsize=64)
+def _group_of_each(
+    parts: tuple[_Place, ...], first: int, last: int, whole_blocks: int, device: torch.device
+) -> Tensor | None:
+    rows = torch.cat(
+        [
+            torch.arange(p.rows.start, p.rows.stop)[:, None] * whole_blocks
+            + torch.arange(first, last)
+            - (p.groups.start - p.to_groups.start) * GROUP
+            for p in parts
+        ]
+    )
+    found = rows.flatten() // GROUP
+    if found.numel() % GROUP == 0 and torch.equal(found, torch.arange(found.numel()) // GROUP):
+        return None
+    return found.to(device=device, dtype=torch.int32)
+
+
+@functools.cache
+def _dynamic(device: torch.device) -> Tensor:
+    return DYNAMIC.to(device)
+
+
+_workspaces: dict[torch.dtype, Tensor] = {}
+
+
+def workspace(dtype: torch.dtype, numel: int) -> Tensor:
+    """The first `numel` elements of the one buffer of this dtype, which grows as it has to."""
+    held = _workspaces.get(dtype)
+    if held is None or held.numel() < numel or held.device != host.device():
+        _workspaces.pop(dtype, None)
+        _workspaces[dtype] = held = torch.empty(numel, dtype=dtype, device=host.device())
+    return held[:numel]
+
+
+def workspace_bytes() -> int:
+    """What the workspace takes now."""
+    return sum(held.nbytes for held in _workspaces.values())

@@ -1,0 +1,178 @@
+"""Over a 4-bit base: the weights are bitsandbytes' bits under every topology, and the products are right."""
+
+import pytest
+import torch
+
+from megasft.config import QuantSettings
+from megasft.lora.functional import frozen_linear, grouped_linear, grouped_lora_linear, lora_linear
+from megasft.quant import nf4
+from megasft.quant.weight import QuantizedWeight, workspace_bytes
+from megasft.shards import consecutive, part
+from tests import on_ranks
+from tests.parity.quantized import ALPHA, R, linears, make
+from tests.parity.reference import Reference
+
+LENGTHS = [19, 7, 30, 11, 4, 23, 16, 9]
+TOPOLOGIES = {
+    "one rank": (1, {}, {}),
+    "one rank, three experts at once": (1, {}, {"experts_at_once": 3}),
+    "tp2": (2, {"tensor_parallel": 2}, {}),
+    "tp2-etp1": (2, {"tensor_parallel": 2, "expert_tensor_parallel": 1}, {"experts_at_once": 8}),
+    "ep2": (2, {"expert_parallel": 2}, {}),
+    "tp2-ep2": (2, {"tensor_parallel": 2, "expert_parallel": 2}, {"experts_at_once": 2}),
+    "tp4-ep2-etp2": (4, {"tensor_parallel": 4, "expert_parallel": 2, "expert_tensor_parallel": 2}, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("quantized"))
+
+
+def cut(settings: dict, name: str) -> tuple[int, dict]:
+    ranks, topology, quant = TOPOLOGIES[name]
+    data = ranks // topology.get("tensor_parallel", 1)
+    return ranks, settings | {
+        "data": {"topology": topology},
+        "quant": settings["quant"] | quant,
+        "hyperparameters": settings["hyperparameters"] | {"per_device_batch": 8 // data},
+    }
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_weights_are_the_same_bits_under_every_topology_and_those_of_bitsandbytes(ranks, world, name):
+    settings, model, _ = world
+    size, settings = cut(settings, name)
+    want = linears(model)
+    missing = {key: torch.ones(matrix.shape, dtype=torch.bool) for key, matrix in want.items()}
+    for answer in ranks(size, on_ranks.dequantized, settings):
+        for key, (index, matrix) in answer.items():
+            assert torch.equal(matrix, want[key][index]), key
+            missing[key][index] = False
+    assert not any(left.any() for left in missing.values())
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_loss_and_every_lora_gradient_equal_those_over_the_dequantized_weights(ranks, world, name):
+    settings, model, adapter = world
+    size, settings = cut(settings, name)
+    reference = Reference(model, adapter, ALPHA / R)
+    samples = on_ranks.random_samples(203, LENGTHS)
+    want = reference.loss(samples)
+    grads = dict(zip(reference.adapter, torch.autograd.grad(want, list(reference.adapter.values())), strict=True))
+    answers = ranks(size, on_ranks.gradients, settings, samples)
+    for loss, _, _ in answers:
+        assert loss == pytest.approx(want.item(), rel=1e-5)
+    got = on_ranks.assemble([parts for *_, parts in answers], {k: v.shape for k, v in adapter.items()})
+    for key, grad in grads.items():
+        # As over a dense base: the weights are the same bits, so only the order of fp32 sums differs.
+        assert (got[key] - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-9, key
+
+
+# --- one layer ---------------------------------------------------------------------------------------------------------
+
+N, K, EXPERTS, RANK = 96, 256, 6, 8
+COUNTS = [0, 5, 32, 0, 0, 7]
+
+
+def random(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def quantized(
+    experts: int, dtype: torch.dtype, settings: QuantSettings, rank: int = 0, size: int = 1, row: bool = False
+):
+    """(a QuantizedWeight of two fused parts, what it holds as a dense [E, 2 N, K] in `dtype`)."""
+    rows, inputs = slice(0, N) if row else part(N, rank, size), part(K, rank, size) if row else slice(0, K)
+    weight = QuantizedWeight(experts, {"a": (N, rows), "b": (N, rows)}, K, inputs, dtype, settings)
+    dense = torch.empty(weight.shape, dtype=dtype)
+    for e in range(experts):
+        for i, (name, at) in enumerate(zip("ab", consecutive([rows.stop - rows.start] * 2), strict=True)):
+            whole = nf4.quantize(random(N, K, scale=K**-0.5, seed=2 * e + i), settings, name)
+            weight.slot(e, name).fill(whole)
+            dense[e, at] = nf4.dequantize(whole, settings, dtype)[rows, inputs]
+    return weight, dense
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(
+    ("rank", "size", "row"), [(0, 1, False), (1, 2, False), (1, 2, True), (3, 4, True), (2, 3, False)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_slice_dequantizes_to_the_slice_of_the_whole(dtype, rank, size, row, double):
+    weight, dense = quantized(3, dtype, QuantSettings(double=double), rank, size, row)
+    assert torch.equal(weight.dequantize(0, 3), dense)
+    assert torch.equal(weight.dequantize(1, 2)[0], dense[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_linear_layer_over_4_bits_is_the_one_over_the_dequantized_weight(dtype, adapted):
+    weight, dense = quantized(1, dtype, QuantSettings())
+
+    def run(w):
+        x = random(40, K).to(dtype).requires_grad_()
+        A, B = (
+            random(2 * RANK, K, seed=1).to(dtype).requires_grad_(),
+            random(N, RANK, seed=2).to(dtype).requires_grad_(),
+        )
+        columns = list(consecutive([N, N]))
+        y = lora_linear(x, w, A, [B, B], columns, 0.5) if adapted else frozen_linear(x, w)
+        y.backward(random(*y.shape, seed=3).to(dtype))
+        return [y, x.grad, *([A.grad, B.grad] if adapted else [])]
+
+    for got, want in zip(run(weight), run(dense[0]), strict=True):
+        assert torch.equal(got, want)  # the same products of the same numbers
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("adapted", [True, False])
+def test_experts_over_4_bits_are_those_over_the_dequantized_weights(dtype, adapted, at_once):
+    weight, dense = quantized(EXPERTS, dtype, QuantSettings(experts_at_once=at_once))
+    offsets = torch.tensor(COUNTS).cumsum(0).int()
+
+    def run(w):
+        x = random(int(offsets[-1]), K).to(dtype).requires_grad_()
+        A = random(EXPERTS, 2 * RANK, K, scale=0.1, seed=1).to(dtype).requires_grad_()
+        B = random(EXPERTS, N, RANK, seed=2).to(dtype).requires_grad_()
+        columns = list(consecutive([N, N]))
+        y = grouped_lora_linear(x, w, A, [B, B], columns, 0.5, offsets) if adapted else grouped_linear(x, w, offsets)
+        y.backward(random(*y.shape, seed=3).to(dtype))
+        return [y, x.grad, *([A.grad, B.grad] if adapted else [])]
+
+    for got, want in zip(run(weight), run(dense), strict=True):
+        # One GEMM an expert or one for all: sums of 256 and 192 products in another order, then one rounding.
+        bound = 2**-8 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(got, want, rtol=bound, atol=bound * want.detach().abs().max().item())
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("rank", "size", "row"), [(0, 1, False), (1, 2, False), (1, 2, True)])
+def test_a_rank_holds_the_bytes_of_the_formula(double, rank, size, row):
+    settings = QuantSettings(double=double)
+    n, k = 768, 2048
+    rows, inputs = slice(0, n) if row else part(n, rank, size), part(k, rank, size) if row else slice(0, k)
+    weight = QuantizedWeight(4, {"gate": (n, rows), "up": (n, rows)}, k, inputs, torch.bfloat16, settings)
+    numel = weight.shape[0] * weight.shape[1] * weight.shape[2]
+    # Split along its inputs, a matrix takes whole groups on every rank: 4 bytes for 256 blocks, not for half of them.
+    assert abs(weight.nbytes / numel / nf4.bytes_per_weight(settings) - 1) <= 1e-3
+    assert weight.nbytes / numel <= (0.53 if double else 0.57)
+
+
+def test_only_experts_with_rows_are_dequantized_and_no_more_at_once_than_asked(monkeypatch):
+    weight, _ = quantized(EXPERTS, torch.float32, QuantSettings(experts_at_once=2))
+    seen = []
+    dequantize = weight.dequantize
+    monkeypatch.setattr(weight, "dequantize", lambda first, last: seen.append((first, last)) or dequantize(first, last))
+    offsets = torch.tensor([4, 4, 6, 9, 11, 11]).int()
+    grouped_linear(random(11, K), weight, offsets)
+    assert seen == [(0, 1), (2, 4), (4, 5)]
+
+
+def test_the_workspace_is_as_large_as_the_largest_product_and_stays(monkeypatch):
+    weight, _ = quantized(EXPERTS, torch.float32, QuantSettings(experts_at_once=3))
+    monkeypatch.setattr("megasft.quant.weight._workspaces", {})
+    for _ in range(3):
+        grouped_linear(random(60, K), weight, torch.arange(10, 70, 10).int())
+    assert workspace_bytes() == 3 * 2 * N * K * 4

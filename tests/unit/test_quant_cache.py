@@ -1,0 +1,240 @@
+"""The cache of quantized checkpoints: made once, the same for every layout and place, and never trusted blindly."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megasft.config import QuantSettings
+from megasft.errors import UserError
+from megasft.model.qwen3_moe import read_config
+from megasft.quant import checkpoint, nf4
+from megasft.quant.checkpoint import QuantizedCheckpoint, prepare
+from tests.parity.quantized import config_in_blocks, linears
+from tests.parity.reference import random_model
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """A bf16 checkpoint of three layers, the middle one dense, and its matrices."""
+    folder = tmp_path_factory.mktemp("pristine")
+    model = random_model(config_in_blocks()).bfloat16()
+    model.save_pretrained(folder)
+    return folder, linears(model)
+
+
+@pytest.fixture
+def model(pristine, tmp_path) -> Path:
+    return shutil.copytree(pristine[0], tmp_path / "model")
+
+
+@pytest.fixture
+def quantize(model, tmp_path):
+    """`quantize(**settings)`: the folder in the cache with the checkpoint of `model`."""
+
+    def run(folder: Path = model, workers: int = 2, **settings) -> Path:
+        return prepare(folder, read_config(folder), QuantSettings(cache_dir=tmp_path / "cache", **settings), workers)
+
+    return run
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """The names of the matrices that are quantized from now on."""
+    names = []
+    quantize = nf4.quantize
+    monkeypatch.setattr(nf4, "quantize", lambda *args: names.append(args[-1]) or quantize(*args))
+    return names
+
+
+def _processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    return context
+
+
+def spoil(model: Path, change, name: str = "model.safetensors") -> None:
+    tensors = load_file(model / name)
+    change(tensors)
+    save_file(tensors, model / name, {"format": "pt"})
+
+
+def flip_a_bit(file: Path, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 16
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_every_matrix_is_there_as_it_was_quantized(pristine, quantize, double):
+    cached = QuantizedCheckpoint(quantize(double=double))
+    for name, matrix in pristine[1].items():
+        want = nf4.quantize(matrix.detach(), QuantSettings(double=double), name)
+        got = cached.matrix(name)
+        assert got.keys() == want.keys()
+        for field, value in want.items():
+            assert torch.equal(got[field], value), (name, field)
+
+
+def test_fused_experts_give_the_same(pristine, quantize, model, tmp_path):
+    def fuse(tensors):
+        for layer in (0, 2):
+            path = f"model.layers.{layer}.mlp.experts"
+            parts = {
+                kind: [tensors.pop(f"{path}.{e}.{kind}_proj.weight") for e in range(8)]
+                for kind in ("gate", "up", "down")
+            }
+            tensors[f"{path}.gate_up_proj"] = torch.stack(
+                [torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)]
+            )
+            tensors[f"{path}.down_proj"] = torch.stack(parts["down"])
+
+    per_expert = quantize()
+    spoil(model, fuse)
+    fused = quantize()
+    assert fused != per_expert
+    for file in sorted(per_expert.glob("*.safetensors")):
+        assert file.read_bytes() == (fused / file.name).read_bytes()
+
+
+def test_a_second_start_quantizes_nothing_wherever_the_checkpoint_lies(quantize, model, tmp_path, made):
+    first = quantize()
+    assert len(made) == len(set(made)) == 3 * 4 + 3 + 2 * 8 * 3
+    copy = shutil.copytree(model, tmp_path / "copy")
+    assert quantize() == quantize(copy) == first
+    assert len(made) == 63
+
+
+def test_another_checkpoint_or_format_is_quantized_anew(quantize, model):
+    folders = [quantize(), quantize(double=False), quantize(block_size=32)]
+    spoil(model, lambda tensors: tensors["model.layers.0.self_attn.q_proj.weight"].neg_())
+    assert len({*folders, quantize()}) == 4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a file short", "no manifest", "half a manifest", "empty"])
+def test_a_cache_that_is_not_whole_is_named_and_made_again(quantize, damage, capsys, made):
+    folder = quantize()
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    layer, manifest = folder / "layer-00001.safetensors", folder / checkpoint.MANIFEST
+    if damage == "truncated":
+        os.truncate(layer, layer.stat().st_size - 100)
+    elif damage == "a file short":
+        layer.unlink()
+    elif damage == "no manifest":
+        manifest.unlink()
+    elif damage == "half a manifest":
+        manifest.write_text(manifest.read_text()[:50])
+    else:
+        for file in folder.iterdir():
+            file.unlink()
+    made.clear()
+    assert quantize() == folder
+    assert made
+    assert str(folder) in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_cache_of_another_checkpoint_is_named_and_made_again(quantize, model, capsys, made):
+    folder = quantize()
+    spoil(model, lambda tensors: tensors["model.layers.0.self_attn.q_proj.weight"].neg_())
+    other = quantize()
+    shutil.rmtree(folder)
+    other.rename(folder)
+    spoil(model, lambda tensors: tensors["model.layers.0.self_attn.q_proj.weight"].neg_())
+    made.clear()
+    capsys.readouterr()
+    assert quantize() == folder
+    assert made
+    assert f"{folder}: is of another checkpoint ({model})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["packed", "scales", "groups", "mean", "sums"])
+def test_a_flipped_bit_is_refused_by_name_and_a_deleted_folder_made_again(quantize, field):
+    folder = quantize()
+    file = checkpoint.TensorFile(folder / "layer-00002.safetensors")
+    stack, name = "model.layers.2.mlp.experts.up_proj", "model.layers.2.mlp.experts.6.up_proj.weight"
+    entry = file.tensor(f"{stack}.{field}")
+    flip_a_bit(file.path, file.offsets[f"{stack}.{field}"] + 6 * entry[0].nbytes + entry[0].nbytes // 2)
+    cached = QuantizedCheckpoint(folder)
+    cached.matrix("model.layers.2.mlp.experts.5.up_proj.weight")
+    with pytest.raises(UserError) as error:
+        cached.matrix(name)
+    for word in (str(file.path), name, "damaged", f"delete {folder}"):
+        assert word in str(error.value)
+    shutil.rmtree(folder)
+    QuantizedCheckpoint(quantize()).matrix(name)
+
+
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "values not finite"), (1e5, "beyond fp16's 65504")])
+def test_what_cannot_be_quantized_is_refused_by_name_and_leaves_nothing_to_trust(
+    quantize, model, tmp_path, value, said
+):
+    name = "model.layers.2.mlp.experts.7.down_proj.weight"
+    spoil(model, lambda tensors: tensors[name].__setitem__((1, 2), value))
+    with pytest.raises(UserError, match=f"tensor '{name}' holds .*{said}"):
+        quantize()
+    assert not [folder for folder in (tmp_path / "cache" / "nf4").glob("*") if folder.is_dir()]
+    assert torch.get_num_threads() == 1
+
+
+def test_a_missing_tensor_is_refused_before_anything_is_quantized(quantize, model, made):
+    spoil(model, lambda tensors: tensors.pop("model.layers.2.mlp.experts.7.down_proj.weight"))
+    with pytest.raises(UserError, match=r"has no tensor 'model\.layers\.2\.mlp\.experts\.7\.down_proj\.weight'"):
+        quantize()
+    assert not made
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_is_refused(quantize, model, monkeypatch):
+    sums = checkpoint._sums
+    config = (model / "config.json").read_text()
+    monkeypatch.setattr(checkpoint, "_sums", lambda q: (model / "config.json").write_text(config + " ") and sums(q))
+    with pytest.raises(UserError, match="changed while it was read"):
+        quantize()
+
+
+def test_one_killed_halfway_leaves_nothing_that_is_taken_for_whole(quantize, model, tmp_path):
+    process = _processes().Process(target=_slowly, args=(model, tmp_path / "cache"))
+    process.start()
+    root = tmp_path / "cache" / "nf4"
+    deadline = time.monotonic() + 120  # importing everything may take long
+    while not list(root.glob(f"*.{socket.gethostname()}.part/layer-00001.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    folder = quantize()
+    assert {path.name for path in root.iterdir()} == {folder.name, f"{folder.name}.lock"}
+    assert json.loads((folder / checkpoint.MANIFEST).read_text())["key"] == folder.name
+
+
+def _slowly(model: Path, cache: Path) -> None:
+    quantize = nf4.quantize
+    nf4.quantize = lambda *args: time.sleep(0.1) or quantize(*args)
+    prepare(model, read_config(model), QuantSettings(cache_dir=cache), 1)
+
+
+def test_two_at_once_make_it_once(model, tmp_path, quantize):
+    queue = _processes().Queue()
+    processes = [_processes().Process(target=_count, args=(model, tmp_path / "cache", queue)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    counts = sorted(queue.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    assert counts == [0, 63]
+
+
+def _count(model: Path, cache: Path, queue) -> None:
+    names = []
+    quantize = nf4.quantize
+    nf4.quantize = lambda *args: names.append(args[-1]) or quantize(*args)
+    prepare(model, read_config(model), QuantSettings(cache_dir=cache), 1)
+    queue.put(len(names))
