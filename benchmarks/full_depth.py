@@ -9,7 +9,9 @@ kept, the seconds of each phase and the tokens a second.
 """
 
 import os
+import sys
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
@@ -20,6 +22,9 @@ from machine import describe
 from rich.console import Console
 from rich.table import Table
 from workload import Shape
+
+if not sys.warnoptions:  # `python -W default` shows what other libraries warn of
+    warnings.simplefilter("ignore")
 
 from megasft import host
 from megasft import topology as topologies

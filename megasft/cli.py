@@ -184,6 +184,15 @@ def merge(
     model: Annotated[str, typer.Option(help="The base, a folder or hub id, if not what the adapter names.")] = "",
     dtype: Annotated[Literal["keep", "bf16", "fp32"], typer.Option(help="Of the result; keep: the base's.")] = "keep",
     max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",
+    onto: Annotated[
+        Literal["original", "quantized-base"],
+        typer.Option(
+            help="original: the weights of the base. quantized-base: those that QLoRA trained over, in 4 bits."
+        ),
+    ] = "original",
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Take [quant] for quantized-base from a run file.")
+    ] = None,
 ) -> None:
     """Merge an adapter into its base: a model folder that needs no adapter."""
     from rich.console import Console
@@ -192,13 +201,14 @@ def merge(
     from megasft.lora.merge import find_base, merge_adapter, parse_size
     from megasft.model.hub import find_model
 
+    quant = (load_config(config) if config else RunConfig.from_dict({})).quant if onto == "quantized-base" else None
     limit, base = parse_size(max_shard_size), find_model(model or find_base(adapter))
     console = Console(stderr=True)
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("merging", total=None)
         report = merge_adapter(
-            base, adapter, out, dtype, limit, lambda done, total: bar.update(task, completed=done, total=total)
+            base, adapter, out, dtype, limit, lambda done, total: bar.update(task, completed=done, total=total), quant
         )
     print(
         f"{out}: {report.tensors} tensors, {report.adapted} adapted, {report.nbytes / 1e9:.2f} GB, "

@@ -15,10 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megasft.config import QuantSettings
 from megasft.errors import UserError
 from megasft.lora.adapter_file import AdapterFile, Pair
 from megasft.lora.peft_format import Shape
 from megasft.model.weights import Checkpoint
+from megasft.quant.checkpoint import through_4_bits
 from megasft.tensorfile import NewFolder, TensorFile, TensorFileWriter, TensorSpec
 
 MergeDtype = Literal["keep", "bf16", "fp32"]
@@ -59,11 +61,14 @@ def merge_adapter(
     dtype: MergeDtype = "keep",
     max_shard_bytes: int = 5 * 10**9,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    onto: QuantSettings | None = None,
 ) -> MergeReport:
     """Write the model folder `out`: the checkpoint in `model` with `adapter` in its weights, and the files around it.
 
     Experts stay in the layout of the base, in `dtype` or the base's own. Sums are computed in fp32 and rounded once.
-    `progress` is called with the bytes written and their total. `out` appears whole or not at all.
+    `progress` is called with the bytes written and their total. With `onto` the adapter is added to what a training
+    over 4 bits of these settings computed with, in place of the weights of the checkpoint. `out` appears whole or not
+    at all.
 
     Raises UserError for an adapter that is not this model's or not finite, a damaged file, a base that is quantized,
     an `out` that holds files, and a disk without enough room; all of that before the first tensor is written.
@@ -83,7 +88,9 @@ def merge_adapter(
         for file, names in shards.items():
             writer = TensorFileWriter(folder.path / file, {name: specs[name] for name in names})
             for name in names:
-                for piece, value in _merged(base.tensor(name), deltas.get(name, []), lora, specs[name].dtype):
+                for piece, value in _merged(
+                    name, base.tensor(name), deltas.get(name, []), lora, specs[name].dtype, onto
+                ):
                     writer.write(name, piece, value)
                     touched += value.nbytes
                     if touched >= RELEASE_BYTES:
@@ -178,16 +185,18 @@ def _output_spec(base: _Base, name: str, adapted: bool, dtype: MergeDtype) -> Te
 
 
 def _merged(
-    weight: Tensor, deltas: list[_Delta], lora: AdapterFile, dtype: torch.dtype
+    name: str, weight: Tensor, deltas: list[_Delta], lora: AdapterFile, dtype: torch.dtype, onto: QuantSettings | None
 ) -> Iterator[tuple[tuple, Tensor]]:
     """The pieces of a tensor of the output, with the index of each."""
     if weight.dim() == 0:
         yield (), weight.to(dtype)
-    elif not deltas or deltas[0].e is None:
+    elif weight.dim() < 3:
+        weight = through_4_bits(name, weight, onto) if onto else weight
         for rows in _row_pieces(weight):
             yield (rows,), _add(weight[rows], deltas, lora, rows).to(dtype)
     else:
         for e, matrix in enumerate(weight):
+            matrix = through_4_bits(name, matrix, onto) if onto else matrix
             of_expert = [delta for delta in deltas if delta.e == e]
             for rows in _row_pieces(matrix):
                 yield (e, rows), _add(matrix[rows], of_expert, lora, rows).to(dtype)

@@ -36,6 +36,10 @@ if TYPE_CHECKING:  # model.weights fills models from here
 
 MANIFEST = "manifest.json"
 REPORT_SECONDS = 10.0
+_QUANTIZED = re.compile(
+    r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj\.weight|mlp\.(experts\.\d+\.)?(gate|up|down)_proj\.weight"
+    r"|mlp\.experts\.(gate_up|down)_proj)"
+)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
@@ -119,6 +123,17 @@ def quantized_layers(config: Qwen3MoeConfig) -> Iterator[list[tuple[str, tuple[i
         for name, shape in (("gate_proj", (f, h)), ("up_proj", (f, h)), ("down_proj", (h, f))):
             found.append((f"{path}.{name}", (experts, *shape)))
         yield found
+
+
+def through_4_bits(name: str, matrix: Tensor, settings: QuantSettings) -> Tensor:
+    """What a model over 4 bits computes with in the place of a tensor of the checkpoint, or of one expert of a fused
+    tensor: in bf16 where that is bf16, else in fp32. Tensors that are not quantized are given back as they are.
+    """
+    if not _QUANTIZED.fullmatch(name):
+        return matrix
+    dtype = torch.bfloat16 if matrix.dtype == torch.bfloat16 else torch.float32
+    halves = matrix.chunk(2) if name.endswith("gate_up_proj") else (matrix,)
+    return torch.cat([nf4.dequantize(nf4.quantize(half, settings, name), settings, dtype) for half in halves])
 
 
 def _quantize(

@@ -59,12 +59,16 @@ def bytes_per_weight(settings: QuantSettings) -> float:
 
 
 def quantize(weight: Tensor, settings: QuantSettings, name: str) -> Quantized:
-    """Quantize a matrix [N, K] of bf16, fp16 or fp32 on the CPU, whose K divides by the block.
+    """Quantize a matrix [N, K] of bf16, fp16 or fp32 on the CPU.
 
-    Raises UserError naming the tensor if it holds a value that is not finite, or beyond what fp16 can hold: in 4 bits
-    such a weight leaves nothing of those that share its scale.
+    Raises UserError naming the tensor if K is not a number of blocks, or if it holds a value that is not finite or
+    beyond what fp16 can hold: in 4 bits such a weight leaves nothing of those that share its scale.
     """
     n, k = weight.shape
+    if k % settings.block_size:
+        raise UserError(
+            f"tensor {name!r} has {k} inputs, which [quant] block_size = {settings.block_size} does not divide"
+        )
     blocks = weight.contiguous().view(-1, settings.block_size)
     codes, scales = _quantize_bf16(blocks) if weight.dtype == torch.bfloat16 else _quantize_by_rule(blocks)
     largest = float(scales.max())

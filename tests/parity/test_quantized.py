@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeForCausalLM
 
+from megasft import cli
 from megasft.config import QuantSettings
 from megasft.lora.functional import frozen_linear, grouped_linear, grouped_lora_linear, lora_linear
+from megasft.lora.merge import merge_adapter
 from megasft.quant import nf4
 from megasft.quant.weight import QuantizedWeight, workspace_bytes
 from megasft.shards import consecutive, part
 from tests import on_ranks
-from tests.parity.quantized import ALPHA, R, linears, make
-from tests.parity.reference import Reference
+from tests.parity.quantized import ALPHA, R, config_in_blocks, linears, make
+from tests.parity.reference import Reference, random_model
 
 LENGTHS = [19, 7, 30, 11, 4, 23, 16, 9]
 TOPOLOGIES = {
@@ -176,3 +180,44 @@ def test_the_workspace_is_as_large_as_the_largest_product_and_stays(monkeypatch)
     for _ in range(3):
         grouped_linear(random(60, K), weight, torch.arange(10, 70, 10).int())
     assert workspace_bytes() == 3 * 2 * N * K * 4
+
+
+# --- merging -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experts", ["per-expert", "fused"])
+def test_merging_onto_the_quantized_base_gives_the_model_that_was_trained(tmp_path, experts):
+    _, model, adapter = make(tmp_path, num_hidden_layers=2)
+    base, out = tmp_path / "base", tmp_path / "merged"
+    if experts == "fused":
+        original = random_model(config_in_blocks(num_hidden_layers=2))
+        for file in base.glob("model*.safetensors*"):
+            file.unlink()
+        save_file(
+            {name: value.contiguous() for name, value in original.state_dict().items()}, base / "model.safetensors"
+        )
+    run_file = tmp_path / "config.toml"
+    run_file.write_text("[training]\nuse_qlora = true\n[quant]\ndouble = true\n")
+    command = ["merge", "--model", str(base), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]
+    cli.app([*command, "--onto", "quantized-base", "--config", str(run_file)], standalone_mode=False)
+    merged = Qwen3MoeForCausalLM.from_pretrained(out, dtype=torch.float32)
+    reference = Reference(model, adapter, ALPHA / R)
+    ids = torch.arange(40) * 5 % 203
+    with torch.no_grad():
+        # fp32, the sums in another order.
+        torch.testing.assert_close(merged(ids[None]).logits[0], reference.logits(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_merging_onto_the_quantized_base_leaves_what_is_not_quantized(tmp_path):
+    make(tmp_path, num_hidden_layers=1, mlp_only_layers=[])
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", onto=QuantSettings(double=False))
+    before, after = (
+        {k: v for file in (tmp_path / name).glob("*.safetensors") for k, v in load_file(file).items()}
+        for name in ("base", "merged")
+    )
+    same = {name for name, value in before.items() if torch.equal(value, after[name])}
+    assert same == {
+        "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight",
+        "model.layers.0.post_attention_layernorm.weight", "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.0.self_attn.k_norm.weight",
+    }  # fmt: skip
