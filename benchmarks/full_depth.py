@@ -16,15 +16,15 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
+if not sys.warnoptions:  # `python -W default` shows what other libraries warn of
+    warnings.simplefilter("ignore")
+
 import torch
 import typer
 from machine import describe
 from rich.console import Console
 from rich.table import Table
 from workload import Shape
-
-if not sys.warnoptions:  # `python -W default` shows what other libraries warn of
-    warnings.simplefilter("ignore")
 
 from megasft import host
 from megasft import topology as topologies

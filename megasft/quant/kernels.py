@@ -10,6 +10,7 @@ package costs every rank 6 s. On CUDA the package's own operators are called; th
 import ctypes
 import functools
 import importlib.util
+import logging
 from pathlib import Path
 
 import torch
@@ -70,6 +71,8 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def operators() -> "torch._ops._OpNamespace":
     """bitsandbytes' operators for CUDA."""
+    # that there is no fused kernel for CPUs, which nobody asked for
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes  # noqa: F401 (registers them)
 
     return torch.ops.bitsandbytes
