@@ -28,6 +28,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+RELEASE_BYTES = 64 * 2**20  # of pages touched, after which a reader of many tensors gives them back
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -17,9 +17,7 @@ from megasft.model.qwen3_moe import Qwen3Moe, read_config
 from megasft.quant.checkpoint import QuantizedCheckpoint
 from megasft.quant.weight import Slot
 from megasft.shards import Index, Shard
-from megasft.tensorfile import TensorFile
-
-RELEASE_BYTES = 64 * 2**20  # of file pages that were read and are no longer needed
+from megasft.tensorfile import RELEASE_BYTES, TensorFile
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 

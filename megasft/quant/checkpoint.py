@@ -29,7 +29,7 @@ from megasft.errors import UserError
 from megasft.quant import kernels, nf4
 from megasft.quant.nf4 import Quantized
 from megasft.shards import Shard, whole
-from megasft.tensorfile import TensorFile, TensorFileWriter, TensorSpec
+from megasft.tensorfile import RELEASE_BYTES, TensorFile, TensorFileWriter, TensorSpec
 
 if TYPE_CHECKING:  # model.weights fills models from here
     from megasft.model.weights import Checkpoint
@@ -152,15 +152,22 @@ def _quantize(
             for i, stacks in enumerate(layers):
                 writer = TensorFileWriter(folder / _file_name(i), _file_specs(stacks, settings))
 
-                def put(one: tuple[str, int], writer: TensorFileWriter = writer) -> None:
+                def put(one: tuple[str, int], writer: TensorFileWriter = writer) -> int:
                     stack, e = one
                     name = _matrix_name(stack, e)
-                    quantized = nf4.quantize(checkpoint.read(*places[name]), settings, name)
+                    matrix = checkpoint.read(*places[name])
+                    quantized = nf4.quantize(matrix, settings, name)
                     for field, value in quantized.items():
                         writer.write(f"{stack}.{field}", (slice(e, e + 1),), value[None])
                     writer.write(f"{stack}.sums", (slice(e, e + 1),), _sums(quantized)[None])
+                    return matrix.nbytes
 
-                list(pool.map(put, [(stack, e) for stack, shape in stacks for e in range(shape[0])]))
+                touched = 0
+                for size in pool.map(put, [(stack, e) for stack, shape in stacks for e in range(shape[0])]):
+                    touched += size
+                    if touched >= RELEASE_BYTES:
+                        checkpoint.release()
+                        touched = 0
                 writer.close()
                 checkpoint.release()
                 if time.monotonic() - last > REPORT_SECONDS:
