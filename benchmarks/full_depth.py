@@ -62,7 +62,7 @@ def main(
 
     config = _settings(tokens, steps)
     topology = topologies.start(resolve_topology(config.data.topology, 1), config.job.seed)
-    model = build_model(shape.hf_config(), topology, config.lora, torch.bfloat16, True, config.quant)
+    model = build_model(shape.hf_config(), topology, config.lora, torch.bfloat16, quant=config.quant)
     lap("build")
     draw(model, threads)
     initialize_adapter(model, config.job.seed)

@@ -188,7 +188,7 @@ def load_once(model: Path, cache: Path) -> None:
         cache_seconds = time.perf_counter() - started
     with peak_of_body() as filled:
         started = time.perf_counter()
-        built = build_model(hf_config, topology, None, torch.bfloat16, True, settings)
+        built = build_model(hf_config, topology, quant=settings)
         load_base(built, model, QuantizedCheckpoint(where))
         fill_seconds = time.perf_counter() - started
     size = sum(tensor.nbytes for tensor in (*built.parameters(), *built.buffers()))
@@ -251,7 +251,7 @@ def kl(
     topology = job.initialize(RunConfig.from_dict({}))
 
     def logits(quant: QuantSettings | None) -> Tensor:
-        built = build_model(hf_config, topology, None, torch.bfloat16, True, quant).eval()
+        built = build_model(hf_config, topology, quant=quant).eval()
         load_base(built, model, QuantizedCheckpoint(prepare(model, hf_config, quant)) if quant else None)
         with torch.no_grad():
             parts = [MicroBatch(p, torch.full_like(p, IGNORED), Segments.of([len(p)], host.device())) for p in pieces]

@@ -88,6 +88,9 @@ def generate(
     expert_parallel: Annotated[int | None, typer.Option(min=1)] = None,
     expert_tensor_parallel: Annotated[int | None, typer.Option(min=1)] = None,
     pipeline_parallel: Annotated[int | None, typer.Option(min=1, help="Sizes are the run file's, or 1.")] = None,
+    qlora: Annotated[
+        bool | None, typer.Option(help="Over the base in 4 bits or not; by default what the run file says.")
+    ] = None,
 ) -> None:
     """Look at what a model answers, with its adapter: to --prompt, to standard input, or in a chat on the terminal.
 
@@ -104,6 +107,7 @@ def generate(
     if prompt is not None and jsonl is not None:
         raise UserError("--prompt and --jsonl both say what to answer; keep one of the two")
     topology = config.data.topology if config else TopologySettings()
+    in_4_bits = bool(config and config.training.use_qlora) if qlora is None else qlora
     request = Request(
         name,
         folder,
@@ -116,6 +120,7 @@ def generate(
         jsonl,
         max_new_tokens,
         {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
+        (config or RunConfig.from_dict({})).quant if in_4_bits else None,
     )
     if "RANK" in os.environ:
         from megasft.generation.run import run

@@ -7,7 +7,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any, Literal
 
-from megasft.config import RunConfig, load_config
+from megasft.config import QuantSettings, RunConfig, load_config
 from megasft.data.records import conversation_files
 from megasft.errors import UserError
 from megasft.topology_sizes import TopologySettings, TopologySizes, resolve_topology
@@ -42,6 +42,7 @@ class Request:
     jsonl: Path | None = None
     max_new_tokens: int = 512
     sampling: dict[str, Any] = field(default_factory=dict)  # arguments of Sampler
+    quant: QuantSettings | None = None  # over a base in 4 bits
 
     def ranks(self) -> int:
         """The fewest ranks that hold the model once: experts may be spread over tensor-parallel ranks."""
@@ -78,7 +79,7 @@ class Request:
         Sampler(**self.sampling)
         folder = find_model(self.model)
         config = read_config(folder)
-        check_fits(config, sizes)
+        check_fits(config, sizes, self.quant)
         load_tokenizer(folder).check_vocabulary(config.vocab_size)
         Checkpoint(folder)
         if self.adapter is not None:

@@ -51,7 +51,7 @@ def run(request: Request) -> None:
     chat = _from_first(topology, lambda: is_chat(request))
     # Where nobody has to wait for it, the first prompt comes before the weights: what is wrong with it is soon told.
     asked = None if chat else _from_first(topology, ask)
-    model = load_model(request.model, topology, qwen3_moe.DTYPES[dtype], lora, request.adapter)
+    model = load_model(request.model, topology, qwen3_moe.DTYPES[dtype], lora, request.adapter, quant=request.quant)
     stop = _from_first(topology, lambda: conversation and stop_tokens(folder, config, conversation.tokenizer))
     sampler, cache = Sampler(**request.sampling), KVCache()
     while (asked := asked or _from_first(topology, ask)) is not None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3MoeForCausalLM
+from transformers import BitsAndBytesConfig, Qwen3MoeForCausalLM
 
 from megasft import cli
 from megasft.config import QuantSettings
@@ -71,6 +71,30 @@ def test_loss_and_every_lora_gradient_equal_those_over_the_dequantized_weights(r
     for key, grad in grads.items():
         # As over a dense base: the weights are the same bits, so only the order of fp32 sums differs.
         assert (got[key] - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-9, key
+
+
+def test_logits_of_dense_layers_equal_those_of_transformers_with_bitsandbytes(ranks, tmp_path):
+    settings, *_ = make(tmp_path, mlp_only_layers=[0, 1, 2])
+    samples = on_ranks.random_samples(203, LENGTHS)
+    settings |= {
+        "lora": {"r": R, "alpha": ALPHA, "target_modules": ["q_proj"]},
+        "job": {"model": settings["job"]["model"]},
+    }
+    (got,) = ranks(1, on_ranks.logits, settings, samples)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = Qwen3MoeForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32, quantization_config=quantization, device_map="cpu"
+    )
+    theirs.train()  # else bitsandbytes multiplies in bf16 on CPUs that can, whatever it is asked for
+    with torch.no_grad():
+        want = torch.cat([theirs(ids[None]).logits[0] for ids, _ in samples])
+    # fp32 rounding over three layers, as over a dense base; a fresh adapter adds nothing.
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 # --- one layer ---------------------------------------------------------------------------------------------------------
