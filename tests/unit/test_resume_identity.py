@@ -1,0 +1,26 @@
+"""A run does not go on over another precision of its base without being told."""
+
+from pathlib import Path
+
+import pytest
+
+from megasft.config import RunConfig
+from megasft.errors import UserError
+from megasft.train.resume import identity, refuse_changes
+
+
+@pytest.mark.parametrize(("then", "now", "said"), [
+    ({}, {"training": {"use_qlora": True}}, "[training] use_qlora = True: .* was trained with False"),
+    ({"training": {"use_qlora": True}}, {}, "[training] use_qlora = False: .* was trained with True"),
+    ({"training": {"use_qlora": True}}, {"training": {"use_qlora": True}, "quant": {"block_size": 128}},
+     "[quant] block_size = 128: .* was trained with 64"),
+])  # fmt: skip
+def test_another_precision_of_the_base_is_refused(then, now, said):
+    old, new = RunConfig.from_dict(then), RunConfig.from_dict(now)
+    with pytest.raises(UserError, match=said.replace("[", r"\[")):
+        refuse_changes(identity(old, "b", 1), identity(new, "b", 1), new, Path("checkpoint"))
+
+
+def test_the_same_base_goes_on_whatever_quant_says_that_is_not_used():
+    old, new = RunConfig.from_dict({}), RunConfig.from_dict({"quant": {"block_size": 128}})
+    refuse_changes(identity(old, "b", 1), identity(new, "b", 1), new, Path("checkpoint"))
