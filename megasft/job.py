@@ -75,7 +75,8 @@ def load_model(
     **settings: Any,
 ) -> qwen3_moe.Qwen3Moe:
     """The base model `name`, a folder or hub id, with the adapter in the folder `adapter`, or fresh ones if `lora` asks
-    for any and there is none, with `quant` over 4 bits. `settings` are those of `qwen3_moe.build_model`. Raises UserError on every rank.
+    for any and there is none; with `quant` over 4 bits. `settings` are the others of `qwen3_moe.build_model`. Raises
+    UserError on every rank.
     """
     with topology.together():
         folder = find_model(name)
