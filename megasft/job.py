@@ -21,7 +21,8 @@ from megasft.model.hub import find_model
 from megasft.model.weights import load_base
 from megasft.quant import checkpoint as quantized
 from megasft.topology import Topology
-from megasft.train.trainer import Summary, Trainer
+from megasft.train import resume
+from megasft.train.trainer import Summary, Trainer, global_batches
 
 
 def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None) -> Summary:
@@ -30,8 +31,11 @@ def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None)
     with topology.together():
         if topology.is_first:
             preflight.check(config, topology.sizes)
-    # The data before the weights: a bad line is found in seconds.
+    # The data before the weights: a bad line, or data other than a checkpoint's, are found in seconds.
     train, validation = load_data(config, topology)
+    with topology.together():
+        if topology.is_first:
+            resume.check_data(config, train, global_batches(config, topology, train))
     model = build_model(config, topology)
     trainer = Trainer(config, topology, model, train, validation)
     return trainer.fit(lambda: on_start(trainer))

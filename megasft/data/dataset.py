@@ -181,6 +181,8 @@ class Batches:
     def place(self, step: int) -> tuple[int, int]:
         """(epoch, first row) of the step-th global batch, counted from 0 over all epochs."""
         epoch = 0
+        if self.row_length is None:
+            epoch, step = divmod(step, self.steps_in(0))
         while step and step >= self.steps_in(epoch):
             step -= self.steps_in(epoch)
             epoch += 1

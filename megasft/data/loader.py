@@ -70,34 +70,42 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """From which a loader of the same data goes on with the next batch, on any topology. JSON can hold it."""
         epoch, row = self._place
-        return {"epoch": epoch, "row": row, "data": self._data()}
+        return {"epoch": epoch, "row": row, "data": data_identity(self._samples, self._batches)}
 
     def load_state_dict(self, state: dict[str, Any], allow_changed: bool = False) -> None:
         """Go on where `state_dict` was called; with other data, if they are allowed, from the start of that epoch.
 
         Raises UserError if the data, or what orders them, have changed.
         """
-        place = (state["epoch"], state["row"])
-        for key, here in self._data().items():
-            if (then := state["data"].get(key)) != here:
-                if not allow_changed:
-                    raise UserError(
-                        f"the data are not those that the checkpoint was written with ({key}: {then} then, {here} "
-                        "now); resume with the same files, [job] seed, sequence_length and [data] settings, or allow "
-                        'other data with [checkpoint] allow_changed = ["data"]'
-                    )
-                place = (state["epoch"], 0)
+        changed = refuse_other_data(state["data"], self._samples, self._batches, allow_changed)
+        place = (state["epoch"], 0 if changed else state["row"])
+        if place[1] >= len(self._batches.epoch(place[0])):
+            raise UserError(f"the checkpoint was written before row {place[1]} of an epoch that has not so many")
         self._thread.shutdown(cancel_futures=True)
         self._start(place)
 
-    def _data(self) -> dict[str, Any]:
-        """All that decides the rows of an epoch and their order."""
-        batches = self._batches
-        return {
-            "samples": batches.samples,
-            "lengths": zlib.crc32(self._samples.lengths.tobytes()),
-            "seed": batches.seed,
-            "row_length": batches.row_length,
-            "sources": [list(source) for source in batches.sources],
-            "content": [source.digest for source in self._samples.sources],
-        }
+
+def data_identity(samples: Mix, batches: Batches) -> dict[str, Any]:
+    """All that decides the rows of an epoch and their order. JSON can hold it."""
+    return {
+        "samples": batches.samples,
+        "lengths": zlib.crc32(samples.lengths.tobytes()),
+        "seed": batches.seed,
+        "row_length": batches.row_length,
+        "sources": [list(source) for source in batches.sources],
+        "content": [source.digest for source in samples.sources],
+    }
+
+
+def refuse_other_data(then: dict[str, Any], samples: Mix, batches: Batches, allow_changed: bool) -> bool:
+    """Whether the data are other than those whose `data_identity` was `then`. Raises UserError if they may not be."""
+    for key, here in data_identity(samples, batches).items():
+        if (was := then.get(key)) != here:
+            if not allow_changed:
+                raise UserError(
+                    f"the data are not those that the checkpoint was written with ({key}: {was} then, {here} "
+                    "now); resume with the same files, [job] seed, sequence_length and [data] settings, or allow "
+                    'other data with [checkpoint] allow_changed = ["data"]'
+                )
+            return True
+    return False

@@ -15,7 +15,9 @@ Of random states there is nothing to save: those of a step derive from the seed 
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,6 +28,7 @@ from megasft.errors import UserError
 
 FORMAT = 1
 MANIFEST, STATE, RUN_FILE, LATEST = "manifest.json", "state.json", "config.toml", "latest"
+_FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # in the checkpoint's own folder, whatever the manifest says
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,16 @@ class Checkpoints:
             self._retire(folder)
         work.rename(folder)
         _sync(self.folder)
+        self.point_latest_at(folder)
+        return folder
+
+    def point_latest_at(self, folder: Path) -> None:
+        """Have `latest` lead to a checkpoint of this folder. Raises OSError."""
         link = self.folder / f".{LATEST}"
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
         link.rename(self.folder / LATEST)
         _sync(self.folder)
-        return folder
 
     def prune(self, keep: int, best_step: int) -> None:
         """Remove all but the newest `keep` and that of the best validation loss."""
@@ -123,6 +130,8 @@ class Checkpoints:
         """Remove what killed runs left unfinished."""
         for path in self.folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.folder / f".{LATEST}").unlink()
 
     def _retire(self, folder: Path) -> None:
         """Remove a checkpoint; half removed, it has not its name any more."""
@@ -138,34 +147,62 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     With `parts` 0 of no file.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {Path(name).name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        if manifest["format"] != FORMAT:
-            return f"{MANIFEST} is of format {manifest['format']!r}, this megasft reads {FORMAT}"
-        if STATE not in files:
-            return f"{MANIFEST} does not name {STATE}"
-    except OSError as error:
-        return f"{MANIFEST} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    for i, (name, (size, digest)) in enumerate(sorted(files.items())):
-        try:
-            if (folder / name).stat().st_size != size:
-                return f"{name} has {(folder / name).stat().st_size:,} bytes instead of {size:,}"
-            if parts and i % parts == part and file_digest(folder / name) != digest:
-                return f"{name} is damaged: its checksum is not that of {MANIFEST}"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+        for i, (name, (size, digest)) in enumerate(sorted(manifest(folder).items())):
+            try:
+                if (folder / name).stat().st_size != size:
+                    return f"{name} has {(folder / name).stat().st_size:,} bytes instead of {size:,}"
+                if parts and i % parts == part and file_digest(folder / name) != digest:
+                    return f"{name} is damaged: its checksum is not that of {MANIFEST}"
+            except OSError as error:
+                return f"{name} cannot be read ({error.strerror})"
+        read_state(folder)
+    except UserError as error:
+        return str(error)
     return None
+
+
+def manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and SHA-256 of each file of a checkpoint, by name. Raises UserError."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, entries = found["format"], found["files"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        whole = all(
+            _FILE_NAME.fullmatch(name) and _is_count(size) and isinstance(digest, str)
+            for name, (size, digest) in files.items()
+        )
+    except OSError as error:
+        raise UserError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{MANIFEST} is damaged") from None
+    if version != FORMAT:
+        raise UserError(f"{MANIFEST} is of format {str(version)[:20]}, this megasft reads {FORMAT}")
+    if not whole or not {STATE, RUN_FILE} <= files.keys():
+        raise UserError(f"{MANIFEST} is damaged")
+    return files
 
 
 def read_state(folder: Path) -> RunState:
     """The state in a checkpoint. Raises UserError."""
     try:
         found = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return RunState(**{field.name: found[field.name] for field in fields(RunState)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / STATE}: not the state of a run ({error})") from None
+        state = RunState(**{field.name: found[field.name] for field in fields(RunState)})
+        counts = [getattr(state, field.name) for field in fields(RunState) if field.type is int]
+        wrong = not all(map(_is_count, [*counts, state.loader["epoch"], state.loader["row"]]))
+        wrong |= max(state.updates, state.skipped, state.validated, state.best_step, state.saved) > state.step
+        wrong |= not (isinstance(state.loader["data"], dict) and isinstance(state.identity, dict))
+        wrong |= not (state.best is None or math.isfinite(state.best))
+    except OSError as error:
+        raise UserError(f"{STATE} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        wrong = True
+    if wrong:
+        raise UserError(f"{STATE} is not the state of a run")
+    return state
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def optimizer_file(rank: int, world: int) -> str:

@@ -29,7 +29,7 @@ from megasft.train.optimizer import STATES, Owned, make_moments, owned
 Span = tuple[int, int]  # of rows or columns: first, end
 Rectangle = tuple[Span, Span]
 
-_KEY = re.compile(r"(?P<state>\w+)/(?P<name>.+)\[(?P<r0>\d+):(?P<r1>\d+),(?P<c0>\d+):(?P<c1>\d+)\]")
+_KEY = re.compile(r"(?P<state>\w+)/(?P<name>.+)\[(?P<r0>\d{1,9}):(?P<r1>\d{1,9}),(?P<c0>\d{1,9}):(?P<c1>\d{1,9})\]")
 
 
 @dataclass(frozen=True)
@@ -191,11 +191,11 @@ class Saved:
         self._found: dict[tuple[str, str], list[tuple[Rectangle, TensorFile, str]]] = {}
         for path in files:
             file = TensorFile(path)
-            for key in file.specs:
+            for key, spec in file.specs.items():
                 match = _KEY.fullmatch(key)
-                if match is None:
-                    raise UserError(f"{path}: tensor {key!r} is not one of an optimizer")
-                r0, r1, c0, c1 = (int(match[group]) for group in ("r0", "r1", "c0", "c1"))
+                r0, r1, c0, c1 = (int(match[group]) for group in ("r0", "r1", "c0", "c1")) if match else (0,) * 4
+                if match is None or spec != TensorSpec(torch.float32, (r1 - r0, c1 - c0)):
+                    raise UserError(f"{path}: tensor {key[:200]!r} is not one of an optimizer")
                 self._found.setdefault((match["state"], match["name"]), []).append((((r0, r1), (c0, c1)), file, key))
 
     def shapes(self, state: str) -> dict[str, tuple[int, int]]:
@@ -219,6 +219,8 @@ class Saved:
             r, c = _common(rows, wanted[0]), _common(columns, wanted[1])
             if r[0] < r[1] and c[0] < c[1]:
                 source = file.tensor(key)[_within(r, rows), _within(c, columns)]
+                if not source.isfinite().all():
+                    raise UserError(f"{file.path}: {key} holds values that are not finite")
                 out[_within(r, wanted[0]), _within(c, wanted[1])] = source.to(out.device, out.dtype)
                 left -= source.numel()
         if left:

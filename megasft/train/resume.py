@@ -1,5 +1,6 @@
 """Whether and from where a run goes on, and what may not have changed since."""
 
+import contextlib
 import os
 import shutil
 import tomllib
@@ -10,7 +11,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megasft.config import RunConfig
-from megasft.ending import say
+from megasft.data.dataset import Batches, Mix
+from megasft.data.loader import refuse_other_data
+from megasft.ending import launchers_store, say
 from megasft.errors import UserError
 from megasft.topology import Topology
 from megasft.train.checkpoint import RUN_FILE, Checkpoints, RunState, damage, read_state
@@ -20,42 +23,61 @@ def find(config: RunConfig, topology: Topology) -> tuple[Path, RunState] | None:
     """The checkpoint to go on from and its state, None for a run from the start; every rank calls it.
 
     The ranks share the work of its checksums. One that is damaged is passed over for the one before it, which is said.
-    What is left in `output_dir` of another run, or of a later part of this one, is moved to a folder `earlier-<n>`.
     Raises UserError where the one asked for is damaged, or all are.
     """
-    setting, output = _setting(config), Path(config.job.output_dir)
+    output = Path(config.job.output_dir)
     own = Checkpoints(output / "checkpoints")
+    shared: list[Any] = ["", []]
     with topology.together():
-        candidates = _candidates(config)
-    shared = [candidates]
+        if topology.is_first:
+            shared = [_setting(config), _candidates(config)]
     dist.broadcast_object_list(shared)
-    for folder in shared[0]:
+    setting, candidates = shared
+    found: tuple[Path, RunState] | None = None
+    for folder in candidates:
         said: list[str | None] = [None] * topology.world
         dist.all_gather_object(said, damage(folder, topology.rank, topology.world))
         wrong = next((words for words in said if words), None)
         if wrong is None:
-            state = read_state(folder)
-            if topology.is_first:
-                own.clear_leftovers()
-                if folder.parent != own.folder.resolve():
-                    _set_aside(output, (output / name for name in RUN_FILES))
-                else:  # they are damaged, or given up by going back to this one
-                    _set_aside(output, own.after(state.step))
-            return folder, state
+            with topology.together():
+                found = folder, read_state(folder)
+            break
         if setting != "auto":
             raise UserError(f'[checkpoint] resume = {setting!r}: {folder}: {wrong}; name another checkpoint, or "auto"')
         if topology.is_first:
             say(f"{folder}: {wrong}; going back to the checkpoint before it")
-    if shared[0]:
+    if candidates and found is None:
         raise UserError(
             f'{own.folder}: no checkpoint in it is undamaged; start again with [checkpoint] resume = "never", or in '
             "another [job] output_dir"
         )
-    if topology.is_first:
-        own.clear_leftovers()
-        if setting == "never":
+    return found
+
+
+def tidy(config: RunConfig, found: tuple[Path, RunState] | None) -> None:
+    """Make of `output_dir` what it was when the checkpoint was written from which the run goes on; rank 0 calls it.
+
+    What is there of another run, or of a later part of this one, is moved to a folder `earlier-<n>`; what killed runs
+    left unfinished is removed. Raises UserError.
+    """
+    output = Path(config.job.output_dir)
+    own = Checkpoints(output / "checkpoints")
+    own.clear_leftovers()
+    for name in ("best", "adapter"):
+        for path in output.glob(f".{name}.*"):
+            shutil.rmtree(path, ignore_errors=True)
+    try:
+        if found and found[0].parent == own.folder.resolve():
+            if later := own.after(found[1].step):  # they are damaged, or given up by going back to this one
+                own.point_latest_at(found[0])
+                _set_aside(output, later)
+        elif found or _setting(config) == "never":
             _set_aside(output, (output / name for name in RUN_FILES))
-    return None
+    except OSError as error:
+        raise UserError(f"[job] output_dir: {output} cannot be written ({error.strerror})") from None
+    with contextlib.suppress(RuntimeError):  # torch.distributed's: the launcher is gone
+        if store := launchers_store():
+            store.set(_BEGUN, "1")
 
 
 RUN_FILES = ("checkpoints", "metrics.jsonl", "tensorboard", "best", "adapter")
@@ -63,9 +85,21 @@ RUN_FILES = ("checkpoints", "metrics.jsonl", "tensorboard", "best", "adapter")
 
 def check(config: RunConfig, base: str, data_parallel: int) -> None:
     """Raise UserError if the run could not go on from the checkpoint it would go on from; reads a small file of it."""
-    folder = next((folder for folder in _candidates(config) if damage(folder, parts=0) is None), None)
+    folder = _expected(config)
     if folder is not None:
         refuse_changes(read_state(folder).identity, identity(config, base, data_parallel), config, folder)
+
+
+def check_data(config: RunConfig, samples: Mix, batches: Batches) -> None:
+    """The same of the data."""
+    folder = _expected(config)
+    if folder is not None:
+        then = read_state(folder).loader["data"]
+        refuse_other_data(then, samples, batches, "data" in config.checkpoint.allow_changed)
+
+
+def _expected(config: RunConfig) -> Path | None:
+    return next((folder for folder in _candidates(config) if damage(folder, parts=0) is None), None)
 
 
 def _candidates(config: RunConfig) -> list[Path]:
@@ -75,16 +109,23 @@ def _candidates(config: RunConfig) -> list[Path]:
     if setting == "auto":
         return [folder.resolve() for folder in Checkpoints(Path(config.job.output_dir) / "checkpoints").all()]
     folder = Path(setting)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f'[checkpoint] resume = {setting!r}: no such folder; name a checkpoint, "auto" or "never"')
     return [folder.resolve()]
 
 
 def _setting(config: RunConfig) -> str:
     """`[checkpoint] resume`; a run that its launcher begins again has one way to go on, whatever it began from."""
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    own = Checkpoints(Path(config.job.output_dir) / "checkpoints")
-    return "auto" if restarted and own.all() else config.checkpoint.resume
+    if config.checkpoint.resume != "auto" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        # Not if the attempt before did not come to `tidy`: then what is there is of another run.
+        with contextlib.suppress(RuntimeError):  # torch.distributed's: the launcher is gone
+            store = launchers_store()
+            if store and store.check([_BEGUN]) and Checkpoints(Path(config.job.output_dir) / "checkpoints").all():
+                return "auto"
+    return config.checkpoint.resume
+
+
+_BEGUN = "megasft/begun"  # in the launcher's store, which all attempts share
 
 
 def _set_aside(output: Path, paths: Iterable[Path]) -> None:
@@ -113,6 +154,7 @@ def identity(config: RunConfig, base: str | None, data_parallel: int) -> dict[st
         "base model": base,
         "[training] use_qlora": config.training.use_qlora,
         **(format_ if config.training.use_qlora else {}),
+        "[job] seed": config.job.seed,
         "[lora] r": config.lora.r,
         "[lora] alpha": config.lora.alpha,
         "[lora] target_modules": sorted(config.lora.targets),
@@ -126,6 +168,8 @@ def refuse_changes(then: dict[str, Any], now: dict[str, Any], config: RunConfig,
         old = then.get(name)
         if old == value:
             continue
+        if name == "[job] seed" and "data" in config.checkpoint.allow_changed:
+            continue  # it decides their order
         if name == "base model":
             if old is None or value is None or "base" in config.checkpoint.allow_changed:
                 continue
@@ -147,14 +191,19 @@ def refuse_changes(then: dict[str, Any], now: dict[str, Any], config: RunConfig,
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     """`key now (was then)` for each setting that bears on the numbers and differs from the checkpoint's run file."""
-    then, now = tomllib.loads((folder / RUN_FILE).read_text(encoding="utf-8")), tomllib.loads(config.to_toml())
-    for settings in (then, now):
-        for section in ("checkpoint", "logging", "compute", "tags", "job"):
-            settings.pop(section, None)
-        settings.get("data", {}).pop("topology", None)
-    old, new = dict(_flat(then)), dict(_flat(now))
+    try:
+        then = tomllib.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / RUN_FILE}: not a run file ({error})") from None
+    old, new = (
+        {key: value for key, value in _flat(settings) if not key.startswith(_NO_NUMBERS)}
+        for settings in (then, tomllib.loads(config.to_toml()))
+    )
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [f"{key} {_words(new.get(key))} (was {_words(old.get(key))})" for key in keys]
+
+
+_NO_NUMBERS = ("checkpoint.", "logging.", "compute.", "tags.", "job.", "data.topology.")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, Any]]:

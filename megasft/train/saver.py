@@ -20,7 +20,7 @@ from megasft.errors import UserError
 from megasft.lora.adapter_file import AdapterWriter
 from megasft.lora.peft_format import CONFIG, WEIGHTS
 from megasft.model.qwen3_moe import Qwen3Moe
-from megasft.train.checkpoint import Checkpoints, RunState, file_digest, optimizer_file
+from megasft.train.checkpoint import Checkpoints, RunState, file_digest, manifest, optimizer_file
 from megasft.train.pieces import Saved, States
 
 
@@ -58,9 +58,12 @@ class Saver:
         if self._pending is not None:
             self._pending.result()
 
-    def load(self, folder: Path, updates: int) -> None:
+    def load(self, folder: Path, step: int, updates: int) -> None:
         """Fill weights and optimizer from a checkpoint. Raises UserError."""
-        self._states.load(sorted(folder.glob("optimizer-*.safetensors")), updates)
+        files = [folder / name for name in sorted(manifest(folder)) if name.startswith("optimizer-")]
+        self._states.load(files, updates)
+        if folder == self.checkpoints.of(step).resolve():
+            self._saved_step = step
 
     def _write(self, state: RunState) -> None:
         self.failure = None

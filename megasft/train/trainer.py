@@ -72,9 +72,7 @@ class Trainer:
         self.train, self.validation = Mix.of(train), validation
         self.base_model = base_model or config.job.model
         hyper = config.hyperparameters
-        global_batch = hyper.per_device_batch * hyper.gradient_accumulation_steps * topology.sizes.data
-        row_length = hyper.sequence_length if config.data.packing else None
-        self.batches = Batches.over(self.train, global_batch, config.job.seed, row_length)
+        self.batches = global_batches(config, topology, self.train)
         self.device = host.device()  # asked here: the loader's thread has a current device of its own
         self.loader = Loader(self.train, self.batches, lambda rows: list(self._cut(self.train, rows)))
         self.total_steps = hyper.max_steps or self.batches.steps(hyper.n_epochs)
@@ -125,9 +123,13 @@ class Trainer:
                 if record["loss"] is not None:
                     losses.append(record["loss"])
                 due = self._time_is_up(saved_at)
-            self.save(self.output_dir / "adapter")
+                self._heed_failed_save()
             self.saver.wait()
             self._heed_failed_save()
+            self.save(self.output_dir / "adapter")
+        except UserError:
+            self.saver.wait()  # every rank comes here, and what is half written can still be whole
+            raise
         finally:
             if self.metrics:
                 self.metrics.close()
@@ -268,9 +270,9 @@ class Trainer:
     def _validate(self) -> float:
         assert self.validation is not None
         loss, tokens = self.evaluate(self.validation)
-        best = self.best is None or loss < self.best
+        best = math.isfinite(loss) and (self.best is None or loss < self.best)
         if best and self.config.training.validation.save_best_model_at_end:
-            self.save(self.output_dir / "best")
+            best = self._save_best()
         self._enter(self.step)
         self._record("validation", loss=loss if math.isfinite(loss) else None, tokens=tokens)
         self.validated = self.step
@@ -279,9 +281,17 @@ class Trainer:
         self._leave()
         return loss
 
+    def _save_best(self) -> bool:
+        """Write `best/`; where that fails, it stays as it was."""
+        try:
+            self.save(self.output_dir / "best")
+        except UserError as error:
+            self._heed_failure("best", str(error))
+            return False
+        return True
+
     def _checkpoint(self) -> None:
         """Begin to save, after a line that says so and that the checkpoint already counts as written."""
-        self._heed_failed_save()
         self._enter(self.step)
         self._record("checkpoint", path=str(self.saver.checkpoints.of(self.step)))
         self.saved = self.step
@@ -319,14 +329,16 @@ class Trainer:
     def _heed_failed_save(self) -> None:
         """Make known that the last checkpoint could not be written."""
         failure, self.saver.failure = self.saver.failure, None
-        if failure is None:
-            return
-        words = f"[checkpoint] the last one could not be written ({failure}); those before it are as they were"
+        if failure is not None:
+            self._heed_failure("checkpoint", f"the last checkpoint could not be written ({failure})")
+
+    def _heed_failure(self, what: str, failure: str) -> None:
+        words = f"{failure}; what was written before is as it was"
         if self.config.checkpoint.on_failure == "stop":
-            raise UserError(words)
-        self._record("event", event="checkpoint failed", reason=failure)
+            raise UserError(f"stopped: {words}")
+        self._record("event", event=f"{what} failed", reason=failure)
         if self.topology.is_first:
-            say(words)
+            say(f"{words}, and training goes on")
 
     def _record(self, kind: str, **values: Any) -> None:
         if self.metrics:
@@ -350,13 +362,19 @@ class Trainer:
     def _resume(self) -> int:
         """Go on from the checkpoint that the settings name, if there is one: how long metrics.jsonl was then."""
         found = resume.find(self.config, self.topology)
+        changes: list[str] = []
+        with self.topology.together():
+            if found is not None:
+                folder, state = found
+                resume.refuse_changes(state.identity, self._identity, self.config, folder)
+                changes = resume.changed_settings(folder, self.config)
+                self.loader.load_state_dict(state.loader, "data" in self.config.checkpoint.allow_changed)
+                self.saver.load(folder, state.step, state.updates)
+        with self.topology.together():
+            if self.topology.is_first:
+                resume.tidy(self.config, found)
         if found is None:
             return 0
-        folder, state = found
-        with self.topology.together():
-            resume.refuse_changes(state.identity, self._identity, self.config, folder)
-            self.loader.load_state_dict(state.loader, "data" in self.config.checkpoint.allow_changed)
-            self.saver.load(folder, state.updates)
         self.step, self.updates, self.skipped, self.tokens = state.step, state.updates, state.skipped, state.tokens
         self.validated, self.saved, self.best, self.best_step = (
             state.validated,
@@ -366,7 +384,7 @@ class Trainer:
         )
         self._rest = state
         if self.topology.is_first:
-            for change in resume.changed_settings(folder, self.config):
+            for change in changes:
                 say(f"resuming with another {change}")
             say(f"resuming from {folder}: {self.step} of {self.total_steps} steps are done")
             if self.step >= self.total_steps:
@@ -379,13 +397,21 @@ class Trainer:
             if self.topology.is_first:
                 try:
                     self.output_dir.mkdir(parents=True, exist_ok=True)
-                    (self.output_dir / "config.toml").write_text(self.config.to_toml())
+                    (self.output_dir / ".config.toml").write_text(self.config.to_toml())
+                    (self.output_dir / ".config.toml").rename(self.output_dir / "config.toml")
                     metrics = Metrics(self.output_dir, self.total_steps, self.step, length)
                 except OSError as error:
                     raise UserError(
                         f"[job] output_dir: {self.output_dir} cannot be written ({error.strerror})"
                     ) from None
         return metrics
+
+
+def global_batches(config: RunConfig, topology: Topology, samples: Mix) -> Batches:
+    """Which of the samples each step of a run has."""
+    hyper = config.hyperparameters
+    size = hyper.per_device_batch * hyper.gradient_accumulation_steps * topology.sizes.data
+    return Batches.over(samples, size, config.job.seed, hyper.sequence_length if config.data.packing else None)
 
 
 def _fingerprint(config: RunConfig) -> str | None:
