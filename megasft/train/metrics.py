@@ -19,7 +19,7 @@ from megasft.ending import say
 class Metrics:
     """Writes each record as one line of `metrics.jsonl` (flushed, so that a killed run keeps it) and to TensorBoard.
 
-    A disk that takes no more lines does not end the run: it is said once, and again when lines are written again.
+    A disk that takes no more lines does not end the run: they are kept for when it does. Both are said once.
 
     Args:
         step, length: of a run that goes on: what `metrics.jsonl` holds beyond `length` bytes came after `step`.
@@ -29,7 +29,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self._file = open(folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed by close)
-        self._lost = 0
+        self._unwritten: list[bytes] = []
         self._length = min(length, self._file.tell())  # of whole lines
         self._file.truncate(self._length)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -61,19 +61,19 @@ class Metrics:
             os.fsync(self._file.fileno())
 
     def _write(self, line: str) -> None:
-        data = line.encode()
+        self._unwritten.append(line.encode())
+        data = b"".join(self._unwritten)
         try:
             if self._file.write(data) != len(data):
                 self._file.truncate(self._length)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._length += len(data)
-            if self._lost:
-                say(f"metrics.jsonl: written again; {self._lost} lines are missing")
-                self._lost = 0
+            if len(self._unwritten) > 1:
+                say("metrics.jsonl: written again, with the lines that were kept meanwhile")
+            self._unwritten.clear()
         except OSError as error:
-            if not self._lost:
-                say(f"metrics.jsonl: cannot be written ({error.strerror}); training goes on without it")
-            self._lost += 1
+            if len(self._unwritten) == 1:
+                say(f"metrics.jsonl: cannot be written ({error.strerror}); its lines are kept, and training goes on")
 
     def close(self) -> None:
         """Flush and close everything."""

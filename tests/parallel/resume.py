@@ -42,6 +42,11 @@ class Runs:
 
     def run(self, case: Case, name: str, **settings: dict[str, Any]) -> Path:
         """Train under a topology; `settings` are sections that replace or extend those of the job. The run's folder."""
+        self.pool(case.ranks, fit, self.settings(case, name, **settings), self.samples, self.held_out)
+        return self.folder / name
+
+    def settings(self, case: Case, name: str, **settings: dict[str, Any]) -> dict[str, Any]:
+        """Its run file."""
         output = self.folder / name
         own = {
             "job": {"model": str(self.folder / "base"), "output_dir": str(output)},
@@ -60,8 +65,7 @@ class Runs:
         }  # fmt: skip
         for section, values in settings.items():
             own[section] = own.get(section, {}) | values
-        self.pool(case.ranks, fit, own, self.samples, self.held_out)
-        return output
+        return own
 
     def go_on(self, run: Path, step: int, case: Case, name: str, **settings: dict[str, Any]) -> Path:
         """Go on from a checkpoint of another run, as if that run had been killed right after it was written."""

@@ -1,0 +1,8 @@
+"""A run that is killed loses nothing, whatever moment it is: a handful; `python -m tests.faults.kills` for more."""
+
+from tests.faults.kills import ANY_TIME, MOMENTS, survive
+
+
+def test_killed_runs_end_in_what_a_run_left_in_peace_ends_in(tmp_path):
+    survived = survive(tmp_path, 6, seed=7, topologies=["TP=2"], moments=[*MOMENTS, ANY_TIME], say=print)
+    assert survived.total() == 6
