@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megasft.config import RunConfig
 from megasft.data.dataset import Batches, Mix
 from megasft.data.loader import refuse_other_data
-from megasft.ending import launchers_store, say
+from megasft.ending import say
 from megasft.errors import UserError
 from megasft.topology import Topology
 from megasft.train.checkpoint import RUN_FILE, Checkpoints, RunState, damage, read_state
@@ -75,9 +75,9 @@ def tidy(config: RunConfig, found: tuple[Path, RunState] | None) -> None:
             _set_aside(output, (output / name for name in RUN_FILES))
     except OSError as error:
         raise UserError(f"[job] output_dir: {output} cannot be written ({error.strerror})") from None
-    with contextlib.suppress(RuntimeError):  # torch.distributed's: the launcher is gone
-        if store := launchers_store():
-            store.set(_BEGUN, "1")
+    if _setting(config) != "auto":
+        with contextlib.suppress(OSError):
+            (output / _LAUNCH).write_text(_launch())
 
 
 RUN_FILES = ("checkpoints", "metrics.jsonl", "tensorboard", "best", "adapter")
@@ -117,15 +117,24 @@ def _candidates(config: RunConfig) -> list[Path]:
 def _setting(config: RunConfig) -> str:
     """`[checkpoint] resume`; a run that its launcher begins again has one way to go on, whatever it began from."""
     if config.checkpoint.resume != "auto" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        # Not if the attempt before did not come to `tidy`: then what is there is of another run.
-        with contextlib.suppress(RuntimeError):  # torch.distributed's: the launcher is gone
-            store = launchers_store()
-            if store and store.check([_BEGUN]) and Checkpoints(Path(config.job.output_dir) / "checkpoints").all():
+        # Not if no attempt before came to `tidy`: then what is there is of another run.
+        with contextlib.suppress(OSError):
+            output = Path(config.job.output_dir)
+            if (output / _LAUNCH).read_text() == _launch() and Checkpoints(output / "checkpoints").all():
                 return "auto"
     return config.checkpoint.resume
 
 
-_BEGUN = "megasft/begun"  # in the launcher's store, which all attempts share
+_LAUNCH = ".launch"  # in output_dir: which launch the files there are of, where it was not to go on with what was there
+
+
+def _launch() -> str:
+    """What all attempts of one launch have in common and no other launch has."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if run != "none":  # torchrun's default
+        return run
+    parent = os.getppid()
+    return f"{parent} {Path(f'/proc/{parent}/stat').read_text().rpartition(')')[2].split()[19]}"  # when it was started
 
 
 def _set_aside(output: Path, paths: Iterable[Path]) -> None:

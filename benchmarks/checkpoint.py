@@ -1,0 +1,115 @@
+"""What saving costs, for an adapter of 500 MB: steps that save beside those that do not, and the seconds to the disk.
+
+    python benchmarks/checkpoint.py --out result.json
+
+One rank, fp32: the adapter's states are three times its size (weights, two moments). A round is some steps without a
+save and one with, followed by steps until the checkpoint is on the disk.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import megasft
+from benchmarks import machine
+from benchmarks.workload import PRESETS, Workload
+from megasft.config import RunConfig
+from megasft.data.dataset import Samples
+
+SHAPE = replace(PRESETS["small"], length=512)
+RANK = 464  # 128 M trained weights
+
+
+def trainer(folder: Path, r: int, accumulation: int) -> megasft.Trainer:
+    """A trainer of random conversations on a random model."""
+    from transformers import Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(SHAPE.hf_config()).save_pretrained(folder / "base")
+    settings = Workload(SHAPE, "fp32", 1, 0).settings(str(folder / "base"))
+    settings["job"]["output_dir"] = str(folder / "run")
+    settings["lora"] |= {"r": r, "alpha": float(r)}
+    settings["hyperparameters"] |= {"gradient_accumulation_steps": accumulation, "max_steps": 10**6}
+    settings["checkpoint"] = {"keep": 1}
+    config = RunConfig.from_dict(settings)
+    topology = megasft.initialize(config)
+    length = SHAPE.length + 1
+    ids = torch.randint(0, SHAPE.vocabulary, (64 * length,), dtype=torch.int32)
+    data = Samples(ids, torch.ones(64 * length, dtype=torch.bool), torch.arange(1, 65) * length)
+    return megasft.Trainer(config, topology, megasft.build_model(config, topology), data)
+
+
+def measure(run: megasft.Trainer, rounds: int, plain: int) -> dict[str, Any]:
+    """Seconds of steps without a save, of those that save, of those during which is written; and to the disk."""
+    without, saving, during, written = [], [], [], []
+    run.train_step()
+    for i in range(rounds + 1):
+        for _ in range(plain):
+            started = time.perf_counter()
+            run.train_step()
+            without.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        run.train_step()
+        begun = time.perf_counter()
+        run._checkpoint()
+        saving.append(time.perf_counter() - started)
+        assert run.saver._pending is not None
+        while not run.saver._pending.done():
+            step = time.perf_counter()
+            run.train_step()
+            during.append(time.perf_counter() - step)
+        run.saver.wait()
+        assert run.saver.failure is None, run.saver.failure
+        written.append(time.perf_counter() - begun)
+        if not i:  # the first one takes the memory of the copy
+            first = saving[0]
+            without, saving, during, written = [], [], [], []
+    folder = run.saver.checkpoints.of(run.step - len(during) if rounds == 0 else run.checkpointed)
+    usual = statistics.median(without)
+    return {
+        "step_without_seconds": usual,
+        "step_that_saves_seconds": statistics.median(saving),
+        "step_that_saves_more": statistics.median(saving) / usual - 1,
+        "first_step_that_saves_more": first / usual - 1,
+        "step_while_writing_seconds": statistics.median(during),
+        "step_while_writing_more": statistics.median(during) / usual - 1,
+        "until_on_disk_seconds": statistics.median(written),
+        "bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+    }
+
+
+def main() -> None:
+    """Print the figures, and write them where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=RANK, help="LoRA r; 464 makes an adapter of 500 MB")
+    parser.add_argument("--accumulation", type=int, default=16, help="micro batches of 512 tokens in a step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plain", type=int, default=3, help="steps without a save in a round")
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir="."))  # on the disk of the working directory; /tmp may be memory
+    torch.set_num_threads(1)
+    try:
+        figures = machine.describe("fp32", 1) | measure(
+            trainer(folder, chosen.rank, chosen.accumulation), chosen.rounds, chosen.plain
+        )
+    finally:
+        shutil.rmtree(folder)
+    print(json.dumps(figures, indent=1))
+    if chosen.out:
+        chosen.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What a command that finds an earlier run goes on from, moves aside or refuses."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from megasft.data import cache
+from megasft.train.checkpoint import damage
+from tests.faults.forked import Command
+from tests.faults.speech import spoken
+from tests.parallel.resume import lines
+from tests.world import make_world
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """A job whose run of four steps is finished, with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("done")
+    make_world(folder, tensor=2)
+    assert start(folder).wait() == 0
+    return folder
+
+
+@pytest.fixture
+def world(done, tmp_path) -> Path:
+    """A copy of it to change."""
+    folder = shutil.copytree(done, tmp_path / "world", symlinks=True)
+    run_file = folder / "job.toml"
+    run_file.write_text(run_file.read_text().replace(str(done), str(folder)))
+    return folder
+
+
+def launched(path: str) -> None:
+    Path(path).touch()
+
+
+def killed_once_in_data_preparation(path: str) -> None:
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        cache._make = die  # type: ignore[assignment]
+
+
+def start(world: Path, *settings: str, options=(), ranks=2, in_rank=launched) -> Command:
+    own = [f"data.cache_dir='{world}/cache'", "checkpoint.keep=9", *settings]
+    overrides = [argument for setting in own for argument in ("--set", setting)]
+    arguments = ["train", "--config", str(world / "job.toml"), *overrides, *options]
+    return Command(arguments, world / "err", ranks, in_rank, (str(world / "launched"),))
+
+
+def change_weights(world: Path) -> None:
+    path = world / "model" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100:] = bytes(100)
+    path.write_bytes(content)
+
+
+def change_model_config(world: Path) -> None:
+    path = world / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 5e5, "rms_norm_eps": 1e-5}))
+
+
+def change_data(world: Path) -> None:
+    path = world / "train.jsonl"
+    path.write_text(path.read_text().replace("what comes", "What comes"))
+
+
+MORE = "hyperparameters.max_steps=6"
+REFUSED = {
+    "seed": ("job.seed=7", "[job] seed = 7:", "was trained with 42"),
+    "r": ("lora.r=8", "[lora] r = 8:", "was trained with 4"),
+    "alpha": ("lora.alpha=16", "[lora] alpha = 16.0:", "was trained with 8.0"),
+    "targets": (
+        "lora.target_modules=['q_proj']",
+        "[lora] target_modules = q_proj:",
+        "was trained with down_proj, gate",
+    ),
+    "global batch": (
+        "hyperparameters.per_device_batch=4",
+        "a global batch of 2, and this run has 4",
+        "per_device_batch",
+    ),
+    "accumulation": (
+        "hyperparameters.gradient_accumulation_steps=2",
+        "a global batch of 2",
+        "gradient_accumulation_steps = 1",
+    ),
+    "no such checkpoint": ("checkpoint.resume='nowhere'", "[checkpoint] resume = 'nowhere': no such folder", ""),
+}
+
+
+@pytest.mark.parametrize(("setting", "what", "remedy"), REFUSED.values(), ids=REFUSED)
+def test_a_change_that_makes_another_run_of_it_is_refused_before_a_launch(world, setting, what, remedy):
+    (world / "launched").unlink()
+    command = start(world, MORE, setting)
+    assert command.wait() == 2
+    assert len(command.said().splitlines()) == 1
+    assert what in command.said()
+    assert remedy in command.said()
+    assert not (world / "launched").exists()
+
+
+@pytest.mark.parametrize("change", [change_weights, change_model_config])
+def test_another_base_is_refused_before_a_launch_unless_allowed(world, change):
+    (world / "launched").unlink()
+    change(world)
+    command = start(world, MORE)
+    assert command.wait() == 2
+    assert len(command.said().splitlines()) == 1
+    assert "[job] model = " in command.said()
+    assert "is not the base model" in command.said()
+    assert not (world / "launched").exists()
+    if change is change_weights:
+        assert start(world, MORE, "checkpoint.allow_changed=['base']").wait() == 0
+        assert [line["step"] for line in lines(world / "run") if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_data_are_refused_before_weights_are_read_unless_allowed(world):
+    change_data(world)
+    weights = world / "model" / "model.safetensors"
+    weights.rename(world / "hidden")
+    (world / "model" / "model.safetensors").symlink_to(world / "hidden")
+    command = start(world, MORE)
+    assert command.wait() == 2
+    assert [
+        line for line in spoken(command.said()) if "the data are not those that the checkpoint was written with" in line
+    ]
+    command = start(world, MORE, "checkpoint.allow_changed=['data']")
+    assert command.wait() == 0, command.said()
+
+
+def test_another_topology_goes_on(world):
+    topology = (
+        "data.topology.tensor_parallel=1",
+        "data.topology.data_parallel=2",
+        "hyperparameters.per_device_batch=1",
+    )
+    command = start(world, MORE, *topology)
+    assert command.wait() == 0, command.said()
+    assert [line["step"] for line in lines(world / "run") if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert f"megasft: resuming from {world}/run/checkpoints/step-000004: 4 of 6 steps are done" in command.said()
+    assert "resuming with another hyperparameters.max_steps 6 (was 4)" in command.said()
+
+
+def test_a_finished_run_has_nothing_left_to_train(world):
+    before = (world / "run" / "metrics.jsonl").read_bytes()
+    command = start(world)
+    assert command.wait() == 0
+    assert (
+        "megasft: nothing is left to train; for a new run name another [job] output_dir, or pass --resume never"
+        in command.said()
+    )
+    assert (world / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_never_begins_anew_and_moves_what_is_there_aside(world):
+    before = lines(world / "run")
+    for number in (1, 2):
+        command = start(world, options=("--resume", "never"))
+        assert command.wait() == 0
+        earlier = world / "run" / f"earlier-{number}"
+        assert f"moved checkpoints, metrics.jsonl, tensorboard, best, adapter to earlier-{number}" in command.said()
+        assert lines(earlier) == lines(world / "run") == before
+        assert damage(earlier / "checkpoints" / "step-000004") is None
+
+
+def test_never_means_it_also_where_the_first_attempt_is_killed_before_it_began(world):
+    fresh = f"data.cache_dir='{world}/fresh'"
+    options = ("--resume", "never", "--max-restarts", "1")
+    command = start(world, fresh, options=options, ranks=4, in_rank=killed_once_in_data_preparation)
+    assert command.wait() == 0, command.said()
+    assert "megasft: restart 1 of 1, from the last checkpoint" in command.said()
+    assert "nothing is left to train" not in command.said()
+    assert (world / "run" / "earlier-1" / "adapter").is_dir()
+
+
+def test_an_older_checkpoint_of_the_run_gives_up_those_after_it(world):
+    before = lines(world / "run")
+    command = start(world, options=("--resume", f"{world}/run/checkpoints/step-000002"))
+    assert command.wait() == 0
+    assert "moved step-000004 to earlier-1" in command.said()
+    assert lines(world / "run") == before
+    assert (world / "run" / "checkpoints" / "latest").readlink().name == "step-000004"
+
+
+def test_a_checkpoint_of_another_run_goes_on_in_this_ones_folder(world):
+    source = world / "run" / "checkpoints" / "step-000002"
+    before = lines(world / "run")
+    command = start(world, f"job.output_dir='{world}/other'", options=("--resume", str(source)))
+    assert command.wait() == 0
+    assert lines(world / "other") == [line for line in before if line["step"] > 2]
+    assert lines(world / "run") == before
+    adapters = [(world / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("run", "other")]
+    assert adapters[0] == adapters[1]
