@@ -13,17 +13,21 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+if not sys.warnoptions:
+    warnings.simplefilter("ignore")
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import machine
+import torch
+from transformers import Qwen3MoeForCausalLM
+from transformers.utils import logging
+from workload import PRESETS, Workload
 
 import megasft
-from benchmarks import machine
-from benchmarks.workload import PRESETS, Workload
 from megasft.config import RunConfig
 from megasft.data.dataset import Samples
 
@@ -33,8 +37,6 @@ RANK = 464  # 128 M trained weights
 
 def trainer(folder: Path, r: int, accumulation: int) -> megasft.Trainer:
     """A trainer of random conversations on a random model."""
-    from transformers import Qwen3MoeForCausalLM
-
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(SHAPE.hf_config()).save_pretrained(folder / "base")
     settings = Workload(SHAPE, "fp32", 1, 0).settings(str(folder / "base"))
@@ -72,10 +74,14 @@ def measure(run: megasft.Trainer, rounds: int, plain: int) -> dict[str, Any]:
         run.saver.wait()
         assert run.saver.failure is None, run.saver.failure
         written.append(time.perf_counter() - begun)
+        print(
+            f"without {without[-1]:.2f} s, saving {saving[-1]:.2f} s, on disk after {written[-1]:.2f} s",
+            file=sys.stderr,
+        )
         if not i:  # the first one takes the memory of the copy
             first = saving[0]
             without, saving, during, written = [], [], [], []
-    folder = run.saver.checkpoints.of(run.step - len(during) if rounds == 0 else run.checkpointed)
+    folder = run.saver.checkpoints.of(run.saved)
     usual = statistics.median(without)
     return {
         "step_without_seconds": usual,
@@ -93,13 +99,15 @@ def main() -> None:
     """Print the figures, and write them where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=RANK, help="LoRA r; 464 makes an adapter of 500 MB")
-    parser.add_argument("--accumulation", type=int, default=16, help="micro batches of 512 tokens in a step")
+    parser.add_argument("--accumulation", type=int, default=8, help="micro batches of 512 tokens in a step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plain", type=int, default=3, help="steps without a save in a round")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir="."))  # on the disk of the working directory; /tmp may be memory
     torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         figures = machine.describe("fp32", 1) | measure(
             trainer(folder, chosen.rank, chosen.accumulation), chosen.rounds, chosen.plain

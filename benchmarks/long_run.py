@@ -13,14 +13,18 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
-import torch
+if not sys.warnoptions:
+    warnings.simplefilter("ignore")
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+from transformers import Qwen3MoeForCausalLM
+from transformers.utils import logging
+from workload import PRESETS, Workload
 
 import megasft
-from benchmarks.workload import PRESETS, Workload
 from megasft.config import RunConfig
 from megasft.data.dataset import Samples
 
@@ -30,8 +34,6 @@ LIMIT = 2**20  # bytes in 100 steps
 
 def trainer(folder: Path, steps: int, every: int) -> megasft.Trainer:
     """A trainer with all that a run has: dropout, validation, checkpoints, metrics, TensorBoard."""
-    from transformers import Qwen3MoeForCausalLM
-
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(SHAPE.hf_config()).save_pretrained(folder / "base")
     settings = Workload(SHAPE, "fp32", 1, 0).settings(str(folder / "base"))
@@ -73,6 +75,8 @@ def main() -> None:
     chosen = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     memory: list[int] = []
     seconds: list[float] = []
     counts: list[tuple[int, int]] = []
@@ -92,7 +96,7 @@ def main() -> None:
                   f"{counts[-1][1]} threads, {1e3 * typical:.1f} ms a step", flush=True)  # fmt: skip
         return record
 
-    megasft.Trainer.train_step = look  # type: ignore[method-assign]
+    megasft.Trainer.train_step = look  # type: ignore[method-assign,assignment]
     devnull, errors = open(os.devnull, "w"), sys.stderr  # noqa: SIM115
     try:
         run = trainer(folder, chosen.steps, chosen.every)

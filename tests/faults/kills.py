@@ -106,6 +106,8 @@ MOMENTS: dict[str, list[Point]] = {
     ],
 }  # fmt: skip
 ANY_TIME = "any time"
+# How often these come up in an attempt, about; others some three times.
+OFTEN = {"step": 7, "metrics": 10, "data preparation": 1, "loading": 1, "writing the final adapter": 1}
 
 
 def arm(moment: str, place: int, nth: int, victim: int, everyone: bool) -> None:
@@ -201,7 +203,7 @@ class Killed:
                 time.sleep(0.01)
             command.kill(victim)
             return command, f"after {seconds:.2f} s, rank {victim}"
-        place, nth = chance.randrange(len(MOMENTS[moment])), chance.choice([1, 1, 2, 3])
+        place, nth = chance.randrange(len(MOMENTS[moment])), chance.randint(1, OFTEN.get(moment, 3))
         point = MOMENTS[moment][place]
         rank = 0 if point.first_rank_only else victim or 0
         words = f"({point.when} call {nth} of {point.owner}{point.name}, rank {rank}{' and all' * (victim is None)})"
@@ -256,10 +258,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--moment", choices=[*MOMENTS, ANY_TIME], help="only this one")
     chosen = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        moments = [*MOMENTS, ANY_TIME]
+        moments = [chosen.moment] if chosen.moment else [*MOMENTS, ANY_TIME]
         survived = survive(
             Path(folder), chosen.kills, chosen.seed, list(TOPOLOGIES), moments, lambda line: print(line, flush=True)
         )

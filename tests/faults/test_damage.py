@@ -210,7 +210,7 @@ MANIFESTS: dict[str, Callable[[Path], Any]] = {
        for name in ("../../x", "/etc/passwd", "..", "", "a\0b", "a/b", "x" * 5000, "a\nb")},
     **{f"bytes {size!r:.30}": changing("manifest.json", "files", "state.json", "bytes", to=size) for size in NOT_COUNTS},
 }  # fmt: skip
-COUNTS = ["step", "updates", "skipped", "tokens", "validated", "best_step", "checkpointed", "metrics_bytes"]
+COUNTS = ["step", "updates", "skipped", "tokens", "validated", "best_step", "saved", "metrics_bytes"]
 STATES: dict[str, Callable[[Path], Any]] = {
     "no JSON": writing("state.json", "{"), "no text": writing("state.json", b"\xff\xfe{}"), "deep": writing("state.json", DEEP),
     "a list": writing("state.json", "[]"), "empty": writing("state.json", "{}"),
