@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from megasft.data import cache
 from megasft.train.checkpoint import damage
+from megasft.train.trainer import Trainer
 from tests.faults.forked import Command
 from tests.faults.speech import spoken
 from tests.parallel.resume import lines
@@ -46,6 +48,32 @@ def killed_once_in_data_preparation(path: str) -> None:
         cache._make = die  # type: ignore[assignment]
 
 
+def killed_once_in_step_four(path: str) -> None:
+    train_step = Trainer.train_step
+
+    def step(trainer: Trainer) -> dict:
+        if trainer.step == 3:
+            trainer.saver.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(trainer)
+
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        Trainer.train_step = step  # type: ignore[method-assign]
+
+
+def told_to_stop_in_validation(path: str) -> None:
+    evaluate = Trainer.evaluate
+
+    def stopping(trainer: Trainer, samples: object) -> tuple[float, int]:
+        if trainer.step == 2 and trainer.topology.is_first and not Path(path).exists():
+            Path(path).touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return evaluate(trainer, samples)
+
+    Trainer.evaluate = stopping  # type: ignore[method-assign]
+
+
 def start(world: Path, *settings: str, options=(), ranks=2, in_rank=launched) -> Command:
     own = [f"data.cache_dir='{world}/cache'", "checkpoint.keep=9", *settings]
     overrides = [argument for setting in own for argument in ("--set", setting)]
@@ -62,7 +90,7 @@ def change_weights(world: Path) -> None:
 
 def change_model_config(world: Path) -> None:
     path = world / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 5e5, "rms_norm_eps": 1e-5}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-5}))
 
 
 def change_data(world: Path) -> None:
@@ -120,11 +148,8 @@ def test_another_base_is_refused_before_a_launch_unless_allowed(world, change):
         assert [line["step"] for line in lines(world / "run") if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
-def test_other_data_are_refused_before_weights_are_read_unless_allowed(world):
+def test_other_data_are_refused_unless_allowed(world):
     change_data(world)
-    weights = world / "model" / "model.safetensors"
-    weights.rename(world / "hidden")
-    (world / "model" / "model.safetensors").symlink_to(world / "hidden")
     command = start(world, MORE)
     assert command.wait() == 2
     assert [
@@ -177,6 +202,25 @@ def test_never_means_it_also_where_the_first_attempt_is_killed_before_it_began(w
     assert "megasft: restart 1 of 1, from the last checkpoint" in command.said()
     assert "nothing is left to train" not in command.said()
     assert (world / "run" / "earlier-1" / "adapter").is_dir()
+
+
+def test_never_is_heeded_once_where_a_later_attempt_finds_a_checkpoint_of_the_first(world):
+    options = ("--resume", "never", "--max-restarts", "1")
+    command = start(world, options=options, ranks=4, in_rank=killed_once_in_step_four)
+    assert command.wait() == 0, command.said()
+    assert "step-000002: 2 of 4 steps are done" in command.said()
+    assert not (world / "run" / "earlier-2").exists()
+
+
+def test_a_run_told_to_stop_before_a_checkpoint_was_due_speaks_of_it_later(world):
+    whole = lines(world / "run")
+    (world / "launched").unlink()
+    own = f"job.output_dir='{world}/other'"
+    command = start(world, own, in_rank=told_to_stop_in_validation)
+    assert command.wait() == 130
+    assert f"megasft: interrupted; {world}/other/checkpoints/step-000002 holds the run" in command.said()
+    assert start(world, own).wait() == 0
+    assert lines(world / "other") == whole
 
 
 def test_an_older_checkpoint_of_the_run_gives_up_those_after_it(world):
