@@ -104,7 +104,8 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=3, help="steps without a save in a round")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir="."))  # on the disk of the working directory; /tmp may be memory
+    Path("runs").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir="runs"))  # on the disk of the working directory; /tmp may be memory
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
