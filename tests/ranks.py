@@ -63,8 +63,10 @@ class RankPool:
 
 
 def _work(rank: int, ranks: int, port: int, module: str, name: str, args: tuple, pipe: Connection) -> None:
+    import torch
     import torch.distributed as dist
 
+    torch.set_num_threads(1)  # while there is one thread: torch makes its pool anew after a fork, and not safely
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     try:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)

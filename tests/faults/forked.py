@@ -137,6 +137,9 @@ class _Rank:
             words = pipe.readline()  # nothing, if the launcher ends without launching
         if not words:
             os._exit(0)
+        import torch
+
+        torch.set_num_threads(1)  # while there is one thread: torch makes its pool anew after a fork, and not safely
         os.environ.update(json.loads(words))
         if in_rank:
             in_rank(*args)

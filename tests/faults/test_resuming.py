@@ -217,7 +217,7 @@ def test_a_run_told_to_stop_before_a_checkpoint_was_due_speaks_of_it_later(world
     (world / "launched").unlink()
     own = f"job.output_dir='{world}/other'"
     command = start(world, own, in_rank=told_to_stop_in_validation)
-    assert command.wait() == 130
+    assert command.wait() == 130, command.said()
     assert f"megasft: interrupted; {world}/other/checkpoints/step-000002 holds the run" in command.said()
     assert start(world, own).wait() == 0
     assert lines(world / "other") == whole
