@@ -227,6 +227,7 @@ def _megatron_config(
         calculate_per_token_loss=True,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         bias_dropout_fusion=False,
         **(full_recompute if recompute else {}),
     )
