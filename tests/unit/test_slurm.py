@@ -1,0 +1,70 @@
+"""The script for Slurm with stand-ins for Slurm's commands: a cluster is not at hand; bash and its signals are real."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "slurm" / "train.sbatch"
+TORCHRUN = """#!/usr/bin/env bash
+echo "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE $*" > arguments
+trap 'echo saved > saved; exit 1' TERM
+echo $$ > agent
+for _ in $(seq 300); do sleep 0.02; [[ -e end ]] && exit 0; done
+"""
+COMMANDS = {
+    "srun": '#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=0 exec "$@"\n',
+    "scancel": '#!/usr/bin/env bash\necho "$*" > scancel\nkill -TERM "$(cat agent)"\n',
+    "scontrol": '#!/usr/bin/env bash\n[[ $1 == show ]] && echo "node7" || echo "$*" > requeued\n',
+}
+
+
+@pytest.fixture
+def job(tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for path, text in {".venv/bin/torchrun": TORCHRUN, **COMMANDS}.items():
+        (tmp_path / path).write_text(text)
+        (tmp_path / path).chmod(0o755)
+    world = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "12",
+        "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "32", "DATASET": "my data",
+    }  # fmt: skip
+    process = subprocess.Popen(["bash", str(SCRIPT)], env=world)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "agent").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield process, tmp_path
+    process.kill()
+
+
+def test_the_time_limit_saves_the_run_and_puts_it_back_into_the_queue(job):
+    process, folder = job
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 1
+    assert (folder / "scancel").read_text() == "--signal=TERM 12.0\n"
+    assert (folder / "saved").exists()
+    assert (folder / "requeued").read_text() == "requeue 12\n"
+
+
+def test_preemption_waits_for_the_agents_and_leaves_the_queue_to_slurm(job):
+    process, folder = job
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(int((folder / "agent").read_text()), signal.SIGTERM)  # as Slurm sends it to every task
+    assert process.wait(20) == 1
+    assert (folder / "saved").exists()
+    assert not (folder / "requeued").exists()
+
+
+def test_a_run_that_ends_is_not_begun_again(job):
+    process, folder = job
+    (folder / "end").touch()
+    assert process.wait(20) == 0
+    assert not (folder / "requeued").exists()
+    assert (folder / "arguments").read_text().split(" ", 3)[:3] == ["1", "--nnodes", "2"]
+    assert "--rdzv-endpoint node7:29400 --rdzv-conf is_host=1" in (folder / "arguments").read_text()
+    assert "--dataset my data" in (folder / "arguments").read_text()
