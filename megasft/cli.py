@@ -10,8 +10,9 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from megasft import attempt
 from megasft.config import RunConfig, TopologySettings, load_config, resolve_topology
-from megasft.ending import REFUSED, first_to_tell, launchers_store, say
+from megasft.ending import REFUSED, first_to_tell, say
 from megasft.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -237,7 +238,8 @@ def main() -> None:
 def _refuse(message: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     # Whichever rank comes first, for torchrun ends the others when it exits.
-    if first_to_tell(launchers_store(), rank, otherwise=rank == "0"):
+    store = attempt.connect() if attempt.launcher_hosts() else None
+    if first_to_tell(store, rank, otherwise=os.environ.get("LOCAL_RANK", "0") == "0"):
         say(message)
     sys.exit(REFUSED)
 

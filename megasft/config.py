@@ -162,6 +162,8 @@ class JobSettings(Section):
     output_dir: Text = "runs/run"  # the run directory; from a file, runs/<stem of the file>
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # of initialisation, order, dropout and held-out conversations
     init_adapter: Text | None = None  # a PEFT adapter to start from in place of a fresh one
+    timeout_minutes: Positive = 10.0  # without progress of any rank, after which those at fault are named and all end
+    deterministic: bool = False  # the same bits from the same topology, at a cost on GPUs
 
 
 class ComputeSettings(Section):

@@ -1,9 +1,9 @@
 """How a job ends: the exit codes, and one voice among launcher and ranks, so that a reason is given once."""
 
 import contextlib
-import os
 import sys
-from datetime import timedelta
+import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from megasft.config import RunConfig
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+_TOLD, _STOP = "megasft/told", "megasft/stop"
+_ANSWER_SECONDS = 5.0
 
 
 def say(message: str, details: str = "") -> None:
@@ -24,18 +26,6 @@ def interrupted(config: "RunConfig") -> str:
     return f"interrupted; checkpoints written before are under {config.job.output_dir}"
 
 
-def launchers_store() -> "Store | None":
-    """The rendezvous store that the launcher of this rank hosts, torchrun or `megasft train`; None without one."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    from torch.distributed import TCPStore
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=20))
-    store.set_timeout(timedelta(seconds=5))
-    return store
-
-
 def first_to_tell(store: "Store | None", who: str, otherwise: bool = True) -> bool:
     """Whether `who`, a rank or the launcher, is the first in this job to say why it ends: the store remembers it.
 
@@ -43,35 +33,34 @@ def first_to_tell(store: "Store | None", who: str, otherwise: bool = True) -> bo
     """
     if store is None:
         return otherwise
-    try:
-        return store.compare_set(_key("told"), "", who).decode() == who
-    except RuntimeError:  # torch.distributed's errors: the launcher is gone
-        return otherwise
+    return _within(_ANSWER_SECONDS, lambda: store.compare_set(_TOLD, "", who).decode() == who, otherwise)
 
 
 def has_been_told(store: "Store | None") -> bool:
     """Whether somebody has said why this job ends."""
-    return _is_set(store, "told")
+    return store is not None and _within(_ANSWER_SECONDS, lambda: store.check([_TOLD]), False)
 
 
 def ask_to_stop(store: "Store | None") -> None:
     """Have every rank save the run and end."""
     if store is not None:
-        with contextlib.suppress(RuntimeError):
-            store.set(_key("stop"), "1")
+        _within(_ANSWER_SECONDS, lambda: store.set(_STOP, "1"), None)
 
 
-def stop_asked(store: "Store | None") -> bool:
-    """Whether some rank has asked all to stop."""
-    return _is_set(store, "stop")
+def stop_asked(store: "Store") -> bool:
+    """Whether some rank has asked all to stop. Raises RuntimeError if the store does not answer."""
+    return store.check([_STOP])
 
 
-def _is_set(store: "Store | None", name: str) -> bool:
-    with contextlib.suppress(RuntimeError):
-        return store is not None and store.check([_key(name)])
-    return False
+def _within[T](seconds: float, call: Callable[[], T], otherwise: T) -> T:
+    """What `call` gives, `otherwise` if it fails or does not return in so long: a store that is cut off may hang."""
+    answers = []
 
+    def work() -> None:
+        with contextlib.suppress(RuntimeError):  # torch.distributed's errors: the launcher is gone
+            answers.append(call())
 
-def _key(name: str) -> str:
-    """Of this attempt: a job that was restarted has nothing to do with what ended the one before."""
-    return f"megasft/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else otherwise

@@ -7,6 +7,7 @@ torch itself is changed, so other libraries in the process behave as before; whe
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import sys
@@ -44,6 +45,22 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def collectives() -> list[list[dict[str, Any]]]:
+    """The last collectives that this process entered, as PyTorch's flight recorders of gloo and NCCL know them.
+
+    An entry says what (`profiling_name`), in which group (`process_group`: name, description), which one of that group
+    (`collective_seq_id`) and whether it is over (`retired`). torch 2.13 records by default, TORCH_FR_BUFFER_SIZE of
+    them; reading 2,000 takes 20 ms, from any thread.
+    """
+    import torch._C._distributed_c10d
+
+    c10d: Any = torch._C._distributed_c10d  # whose stubs leave these two out
+    dumps = [c10d._dump_fr_trace_json(True, False)]
+    if CUDA:
+        dumps.append(c10d._dump_nccl_trace_json(True, False))
+    return [json.loads(dump).get("entries", []) for dump in dumps]
+
+
 def grouped_rows(dtype: torch.dtype) -> int:
     """Multiple to which each expert's rows are padded in a grouped GEMM.
 
@@ -58,6 +75,20 @@ def experts_at_once() -> int:
     CPU one, which stays in its cache until it is multiplied.
     """
     return 2**31 if CUDA else 1
+
+
+def be_deterministic() -> None:
+    """Choose, wherever there is a choice, what gives the same bits again; call it before CUDA or NCCL is used.
+
+    torch raises where an operation has no such kernel. Of NCCL's algorithms the ones that add up in the switch (NVLS)
+    are left out, as Megatron-LM's `--deterministic-mode` asks; those of the environment are kept.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True)
+    vars(torch.utils.deterministic)["fill_uninitialized_memory"] = False
+    torch.backends.cudnn.benchmark = False
 
 
 def dot_product_attention() -> type | None:

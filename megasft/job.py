@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megasft import preflight
+from megasft import host, preflight
 from megasft import topology as topologies
 from megasft.config import LoraSettings, QuantSettings, RunConfig, resolve_topology
 from megasft.data.cache import prepare
@@ -21,7 +21,7 @@ from megasft.model.hub import find_model
 from megasft.model.weights import load_base
 from megasft.quant import checkpoint as quantized
 from megasft.topology import Topology
-from megasft.train import resume
+from megasft.train import lock, resume
 from megasft.train.trainer import Summary, Trainer, global_batches
 
 
@@ -31,6 +31,7 @@ def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None)
     with topology.together():
         if topology.is_first:
             preflight.check(config, topology.sizes)
+            lock.hold(config.job.output_dir)
     # The data before the weights: a bad line, or data other than a checkpoint's, are found in seconds.
     train, validation = load_data(config, topology)
     with topology.together():
@@ -47,7 +48,10 @@ def initialize(config: RunConfig) -> Topology:
     Raises UserError if it does not fit the number of ranks.
     """
     sizes = resolve_topology(config.data.topology, int(os.environ.get("WORLD_SIZE", 1)))
-    return topologies.start(sizes, config.job.seed)
+    if config.job.deterministic:
+        host.be_deterministic()
+    # What finds ranks that stand still (megasft.watch) comes first: it can say which.
+    return topologies.start(sizes, config.job.seed, max(30.0, 2 * config.job.timeout_minutes))
 
 
 def build_model(config: RunConfig, topology: Topology) -> qwen3_moe.Qwen3Moe:

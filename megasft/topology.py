@@ -6,16 +6,18 @@ megatron-core's `parallel_state` makes the groups; a `Topology` carries them to 
 import contextlib
 import datetime
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megasft import host
+from megasft import attempt, host
 from megasft.errors import UserError
 from megasft.topology_sizes import TopologySizes
 
@@ -84,17 +86,22 @@ class Topology:
 def start(sizes: TopologySizes, seed: int, timeout_minutes: float = 30.0) -> Topology:
     """Join the world, make the process groups of `sizes`, and seed every random state.
 
-    Under torchrun the rendezvous is in the environment; without it, one process is a world of its own.
+    The ranks meet in their launcher's store; without a launcher, one process is a world of its own. A collective fails
+    after `timeout_minutes`, in its backend's words.
     """
     host.prepare()
     if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
         if "RANK" not in os.environ:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        dist.init_process_group(host.backend(), timeout=datetime.timedelta(minutes=timeout_minutes))
-    return regroup(sizes, seed)
+        own: dict[str, Any] = {}
+        if (store := attempt.connection(timeout)) is not None:
+            own = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        dist.init_process_group(host.backend(), timeout=timeout, **own)
+    return regroup(sizes, seed, timeout_minutes)
 
 
-def regroup(sizes: TopologySizes, seed: int) -> Topology:
+def regroup(sizes: TopologySizes, seed: int, timeout_minutes: float = 30.0) -> Topology:
     """Make the process groups of `sizes` in a world already joined, in place of any made before."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -103,6 +110,7 @@ def regroup(sizes: TopologySizes, seed: int) -> Topology:
         pipeline_model_parallel_size=sizes.pipeline,
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
+        distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
     topology = Topology(sizes, ProcessGroupCollection.use_mpu_process_groups())
     seed_step(topology, seed, 0)

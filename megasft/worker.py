@@ -17,7 +17,7 @@ import torch.multiprocessing
 from rich.console import Console
 from rich.table import Table
 
-from megasft import job, topology
+from megasft import attempt, job, topology
 from megasft.config import RunConfig
 from megasft.ending import (
     FAILED,
@@ -27,12 +27,11 @@ from megasft.ending import (
     first_to_tell,
     has_been_told,
     interrupted,
-    launchers_store,
     say,
-    stop_asked,
 )
 from megasft.errors import UserError
 from megasft.train.trainer import Summary, Trainer
+from megasft.watch import Watch
 
 # What gloo and NCCL say when the process at the other end of a connection is gone.
 LOST_PEER = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
@@ -46,17 +45,18 @@ def work(config: RunConfig) -> None:
         if dist.get_rank() == 0:
             print_summary(summary, config)
 
-    run_rank(train, interrupted(config))
+    run_rank(train, interrupted(config), config.job.timeout_minutes)
 
 
-def run_rank(run: Callable[[Callable[[Trainer], None]], None], interrupted: str) -> None:
+def run_rank(run: Callable[[Callable[[Trainer], None]], None], interrupted: str, timeout_minutes: float = 10.0) -> None:
     """Run a job as one of its ranks; exits the process unless it succeeds.
 
     `run` is given a function to hand a trainer to, if there is one to save; `interrupted` is said of a job without.
+    Ranks that stand still for `timeout_minutes` end all.
     Exit codes: 0 done, 2 refused (a user's mistake), 130 interrupted, 1 failed. SIGINT, SIGTERM and SIGUSR1 to any rank
     interrupt all; in training the run is saved as it was after the last step, whatever the one under way waits for.
     """
-    ending = _Ending(interrupted)
+    ending = _Ending(interrupted, timeout_minutes)
     try:
         run(ending.attach)
     except UserError as error:
@@ -67,18 +67,20 @@ def run_rank(run: Callable[[Callable[[Trainer], None]], None], interrupted: str)
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
             ending.lose_peer()
         ending.end(FAILED, f"rank {ending.rank} failed, as traced above", traceback.format_exc())
+    ending.succeed()
     topology.stop()
 
 
 class _Ending:
     """How this rank ends before its time: heeds signals and the launcher's death; speaks if no other has."""
 
-    def __init__(self, interrupted: str) -> None:
+    def __init__(self, interrupted: str, timeout_minutes: float) -> None:
         self.rank, self._interrupted = os.environ["RANK"], interrupted
         self._lock = threading.Lock()
         self._trainer: Trainer | None = None
         self._saving = threading.Event()
-        self._store = launchers_store()
+        self._store = attempt.store()
+        self._watch = Watch(int(self.rank), int(os.environ["WORLD_SIZE"]), 60 * timeout_minutes)
         if self._store is not None:  # so there is a launcher: to end with it, if it is killed, is to be told to stop
             torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
         self._heed_signals()
@@ -86,6 +88,11 @@ class _Ending:
     def attach(self, trainer: Trainer) -> None:
         """From now on there is a run to save."""
         self._trainer = trainer
+        self._watch.attach(trainer.progress)
+
+    def succeed(self) -> None:
+        """This rank has done its part."""
+        self._watch.detach()
 
     def interrupt(self) -> NoReturn:
         """End as interrupted."""
@@ -108,6 +115,8 @@ class _Ending:
             if first_to_tell(self._store, self.rank, otherwise=self.rank == "0" or code == FAILED):
                 say(message, details)
             sys.stdout.flush()
+            if attempt.is_here():
+                time.sleep(2)  # so that the others hear that it has been told
         finally:  # whatever has become of the streams
             os._exit(code)
 
@@ -134,10 +143,12 @@ class _Ending:
 
     def _listen(self, heard: int) -> None:
         number = 0
-        while not number and not stop_asked(self._store):
+        while not number and not self._watch.stop_asked:
             if select.select([heard], [], [], 1.0)[0]:
                 number = os.read(heard, 1)[0]
                 number = 0 if number == signal.SIGUSR2 else number
+            elif verdict := self._watch.verdict():
+                self.end(FAILED, verdict)
         if self._trainer is not None and not has_been_told(self._store):
             self._save(self._trainer)
         if number != signal.SIGINT:

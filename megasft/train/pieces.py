@@ -59,9 +59,14 @@ class Piece:
 
 
 class States:
-    """This rank's optimizer states: a copy of them for a file, and back from the files of any topology."""
+    """This rank's optimizer states: a copy of them for a file, and back from the files of any topology.
+
+    Attributes:
+        written: how many parts of files `write` has written so far.
+    """
 
     def __init__(self, model: Qwen3Moe, optimizer: MegatronOptimizer) -> None:
+        self.written = 0
         self._model, self._optimizer = model, optimizer
         shards = sorted(model.adapter_shards(), key=_address)
         self._pieces = [(part, pieces(part, shards)) for part in owned(optimizer)]
@@ -93,7 +98,12 @@ class States:
         ]
         if not self._header:
             self._header = header({p.key(state): TensorSpec(torch.float32, p.shape) for state, p, _ in written})
-        return write_new(path, self._header, _runs((piece, source) for _, piece, source in written))
+        return write_new(path, self._header, self._counted(_runs((piece, source) for _, piece, source in written)))
+
+    def _counted(self, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+        for part in parts:
+            yield part
+            self.written += 1
 
     def load(self, files: Iterable[Path], adam_steps: int) -> None:
         """Fill weights, master weights and moments of this rank from a checkpoint's files.

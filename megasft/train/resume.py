@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megasft import attempt
 from megasft.config import RunConfig
 from megasft.data.dataset import Batches, Mix
 from megasft.data.loader import refuse_other_data
@@ -116,7 +117,7 @@ def _candidates(config: RunConfig) -> list[Path]:
 
 def _setting(config: RunConfig) -> str:
     """`[checkpoint] resume`; a run that its launcher begins again has one way to go on, whatever it began from."""
-    if config.checkpoint.resume != "auto" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if config.checkpoint.resume != "auto" and attempt.is_restart():
         # Not if no attempt before came to `tidy`: then what is there is of another run.
         with contextlib.suppress(OSError):
             output = Path(config.job.output_dir)

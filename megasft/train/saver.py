@@ -39,7 +39,7 @@ class Saver:
         self._config, self._model, self._base_model = config, model, base_model
         self._topology = model.topology
         self._states = States(model, optimizer)
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", group_desc="checkpoints")
         self._thread = ThreadPoolExecutor(1, "saver")
         self._pending: Future[None] | None = None
         self._saved_step: int | None = None
@@ -57,6 +57,11 @@ class Saver:
         """Return when nothing is being written any more."""
         if self._pending is not None:
             self._pending.result()
+
+    @property
+    def written(self) -> int:
+        """Grows while a checkpoint is written."""
+        return self._states.written
 
     def load(self, folder: Path, step: int, updates: int) -> None:
         """Fill weights and optimizer from a checkpoint. Raises UserError."""

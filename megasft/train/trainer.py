@@ -28,7 +28,7 @@ from megasft.model.hub import find_model
 from megasft.model.qwen3_moe import MicroBatch, Qwen3Moe
 from megasft.model.weights import fingerprint
 from megasft.topology import Topology
-from megasft.train import resume
+from megasft.train import lock, resume
 from megasft.train.checkpoint import RunState
 from megasft.train.expert_load import ExpertLoad
 from megasft.train.metrics import Metrics
@@ -92,7 +92,9 @@ class Trainer:
         self._gate = threading.Condition()
         self._committing = False  # weights, optimizer and counters are changing
         self._limit = math.inf  # the step after which `stop` lets nothing change
-        self._agreement = dist.new_group(backend="gloo", timeout=AGREEMENT)  # of `stop`, which runs in another thread
+        self._doing, self._micro_batches = "", 0  # for `progress`
+        # Of `stop`, which runs in another thread.
+        self._agreement = dist.new_group(backend="gloo", timeout=AGREEMENT, group_desc="stop")
         self._identity = resume.identity(config, _fingerprint(config), topology.sizes.data)
         self._rest = self._state()
 
@@ -103,6 +105,9 @@ class Trainer:
         Raises UserError where the checkpoint is of another run, and where too many steps in a row come to nothing.
         """
         started, losses, validation_loss = time.monotonic(), [], None
+        with self.topology.together():
+            if self.topology.is_first:
+                lock.hold(self.output_dir)
         self.metrics = self._open_metrics(self._resume())
         tokens, due = self.tokens, False
         saved_at = time.monotonic()
@@ -133,6 +138,7 @@ class Trainer:
         finally:
             if self.metrics:
                 self.metrics.close()
+        lock.release(self.output_dir)
         return Summary(
             steps=self.step,
             train_loss=sum(losses[-10:]) / max(1, len(losses[-10:])),
@@ -151,6 +157,7 @@ class Trainer:
         """
         host.synchronize()
         started = time.monotonic()
+        self._doing = f"step {self.step + 1}"
         topologies.seed_step(self.topology, self.config.job.seed, self.step)
         batch = next(self.loader)
         rate = self.schedule.rate(self.step)
@@ -194,6 +201,10 @@ class Trainer:
             )
         return record
 
+    def progress(self) -> tuple[int, str]:
+        """A number that grows with all that is done, and what is being done; for another thread."""
+        return self._micro_batches + self.saver.written, self._doing
+
     def stop(self) -> Path:
         """Save the run as it stands after the last step that all ranks took, for another thread than that of `fit`.
 
@@ -219,12 +230,14 @@ class Trainer:
 
     def evaluate(self, samples: Samples | Mix) -> tuple[float, int]:
         """(mean loss, supervised tokens) over all of `samples`, without dropout. Packed, whatever training does."""
+        self._doing = f"the validation after step {self.step}"
         mix = Mix.of(samples)
         length = self.config.hyperparameters.sequence_length
         return self._run(mix, evaluation_rows(mix, length, self.topology.sizes.data), training=False)
 
     def save(self, folder: str | Path) -> None:
         """Write the adapters as they are now, in PEFT's format."""
+        self._doing = f"writing {folder}"
         save_adapter(self.model, folder, self.base_model)
 
     def _cut(self, samples: Mix, rows: Sequence[Row]) -> MicroBatches:
@@ -239,7 +252,7 @@ class Trainer:
         self.ddp.train(training)
         self.load.start(batches, training)
         outcomes = get_forward_backward_func()(
-            forward_step_func=_forward,
+            forward_step_func=self._forward,
             data_iterator=iter(batches),
             model=[self.ddp],
             num_microbatches=len(batches),
@@ -256,6 +269,12 @@ class Trainer:
         self.load.settle(total[2:])
         loss_sum, tokens = total[:2].tolist()
         return loss_sum / max(1.0, tokens), int(tokens)
+
+    def _forward(self, batches: Any, ddp: Any) -> tuple[Tensor, Any]:
+        """megatron-core's forward step: the output, and what makes of it the loss, its tokens and the report."""
+        batch: MicroBatch = next(batches)
+        self._micro_batches += 1
+        return ddp(batch), partial(_loss, batch)
 
     def _validates_now(self) -> bool:
         """Every eval_steps or at each epoch's end, and at the end of the run."""
@@ -292,6 +311,7 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Begin to save, after a line that says so and that the checkpoint already counts as written."""
+        self._doing = f"the checkpoint after step {self.step}"
         self._enter(self.step)
         self._record("checkpoint", path=str(self.saver.checkpoints.of(self.step)))
         self.saved = self.step
@@ -420,12 +440,6 @@ def _fingerprint(config: RunConfig) -> str | None:
         return fingerprint(find_model(config.job.model))
     except UserError:
         return None
-
-
-def _forward(batches: Any, ddp: Any) -> tuple[Tensor, Any]:
-    """megatron-core's forward step: the model's output, and what makes of it the loss, its tokens and the report."""
-    batch: MicroBatch = next(batches)
-    return ddp(batch), partial(_loss, batch)
 
 
 def _loss(batch: MicroBatch, loss_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:

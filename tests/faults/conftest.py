@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -72,8 +74,10 @@ def megasft(tmp_path) -> Callable[..., Ended]:
             }  # fmt: skip
             processes.append(context.Process(target=_main, args=(arguments, world if ranks else {}, streams)))
             processes[-1].start()
+        wait([process.sentinel for process in processes], 90)
+        deadline = time.monotonic() + 20
         for process in processes:
-            process.join(90)
+            process.join(max(0.0, deadline - time.monotonic()))
             process.kill()  # if it hangs
             process.join()
         return Ended(
@@ -90,6 +94,8 @@ def _main(arguments: tuple[str, ...], environment: dict[str, str], streams: list
         os.dup2(os.open(stream, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdin = os.fdopen(0)
     sys.argv = ["megasft", *arguments]
+    if any("tags.fault" in argument for argument in arguments):
+        import tests.faults.misbehave  # noqa: F401
     from megasft import cli, launch
 
     launch.launch = lambda *_, **__: sys.exit("nothing was refused before the launch")

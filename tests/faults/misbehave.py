@@ -7,6 +7,7 @@ the launcher has begun the job again.
 import logging
 import os
 import signal
+import time
 import warnings
 
 warnings.filterwarnings("ignore")  # of megatron-core; the command would do so itself, but imports it later
@@ -28,16 +29,30 @@ def be_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def be_stopped() -> None:
+    """Not even its other threads run on."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def hang() -> None:
     """Wait for what rank 0 never sends, while it waits in a collective: no rank comes back to Python."""
     torch.distributed.recv(torch.zeros(1), 0)
 
 
+def sleep() -> None:
+    time.sleep(1000)
+
+
+FAULTS = {"fail": fail, "be killed": be_killed, "be stopped": be_stopped, "hang": hang, "sleep": sleep}
+
+
 def misbehaving(trainer: Trainer) -> dict:
     tags, again = trainer.config.tags, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     fault = tags.get("fault")
-    if fault and not again and trainer.topology.rank == 1 and trainer.step == tags.get("fault_after", 1):
-        {"fail": fail, "be killed": be_killed, "hang": hang}[fault]()
+    if fault == "dawdle":  # so that there is time for a fault from outside
+        time.sleep(0.2)
+    elif fault and not again and trainer.topology.rank == 1 and trainer.step == tags.get("fault_after", 1):
+        FAULTS[fault]()
     return train_step(trainer)
 
 
