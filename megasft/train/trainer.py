@@ -92,7 +92,7 @@ class Trainer:
         self._gate = threading.Condition()
         self._committing = False  # weights, optimizer and counters are changing
         self._limit = math.inf  # the step after which `stop` lets nothing change
-        self._doing, self._micro_batches = "", 0  # for `progress`
+        self._doing, self._micro_batches, self._done_before = "", 0, 0  # for `progress`
         # Of `stop`, which runs in another thread.
         self._agreement = dist.new_group(backend="gloo", timeout=AGREEMENT, group_desc="stop")
         self._identity = resume.identity(config, _fingerprint(config), topology.sizes.data)
@@ -157,7 +157,7 @@ class Trainer:
         """
         host.synchronize()
         started = time.monotonic()
-        self._doing = f"step {self.step + 1}"
+        self._begins(f"step {self.step + 1}")
         topologies.seed_step(self.topology, self.config.job.seed, self.step)
         batch = next(self.loader)
         rate = self.schedule.rate(self.step)
@@ -203,7 +203,11 @@ class Trainer:
 
     def progress(self) -> tuple[int, str]:
         """A number that grows with all that is done, and what is being done; for another thread."""
-        return self._micro_batches + self.saver.written, self._doing
+        number = self._micro_batches - self._done_before
+        return self._micro_batches + self.saver.written, self._doing + (f", micro batch {number}" if number else "")
+
+    def _begins(self, doing: str) -> None:
+        self._doing, self._done_before = doing, self._micro_batches
 
     def stop(self) -> Path:
         """Save the run as it stands after the last step that all ranks took, for another thread than that of `fit`.
@@ -230,14 +234,14 @@ class Trainer:
 
     def evaluate(self, samples: Samples | Mix) -> tuple[float, int]:
         """(mean loss, supervised tokens) over all of `samples`, without dropout. Packed, whatever training does."""
-        self._doing = f"the validation after step {self.step}"
+        self._begins(f"the validation after step {self.step}")
         mix = Mix.of(samples)
         length = self.config.hyperparameters.sequence_length
         return self._run(mix, evaluation_rows(mix, length, self.topology.sizes.data), training=False)
 
     def save(self, folder: str | Path) -> None:
         """Write the adapters as they are now, in PEFT's format."""
-        self._doing = f"writing {folder}"
+        self._begins(f"writing {folder}")
         save_adapter(self.model, folder, self.base_model)
 
     def _cut(self, samples: Mix, rows: Sequence[Row]) -> MicroBatches:
@@ -311,7 +315,7 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Begin to save, after a line that says so and that the checkpoint already counts as written."""
-        self._doing = f"the checkpoint after step {self.step}"
+        self._begins(f"the checkpoint after step {self.step}")
         self._enter(self.step)
         self._record("checkpoint", path=str(self.saver.checkpoints.of(self.step)))
         self.saved = self.step

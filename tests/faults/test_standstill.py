@@ -15,11 +15,15 @@ WAITING = r"; waiting: rank 0 in \w+ \d+ of \w+"
 @pytest.mark.parametrize(
     ("fault", "finding", "code"),
     [
-        ("sleep", r"stands still in sleep \(misbehave.py:\d+\), step 1, its last collective \w+ \d+ of \w+", 1),
+        (
+            "sleep",
+            r"stands still in sleep \(misbehave.py:\d+\), step 1, micro batch 1, its last collective \w+ \d+ of \w+",
+            1,
+        ),
         # It cannot speak for itself; its launcher kills it.
         (
             "be stopped",
-            r"gives no sign of life since (step 1|\w.*), its last collective \w+ \d+ of \w+",
+            r"gives no sign of life since (step 1(, micro batch 1)?|reading data and weights), its last collective \w+ \d+ of \w+",
             -signal.SIGKILL,
         ),
     ],

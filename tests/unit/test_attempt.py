@@ -11,7 +11,8 @@ from megasft.errors import UserError
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
+    monkeypatch.setattr(attempt, "PATIENCE", 10.0)
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "tools" / "slurm" / "train.sbatch"
 TORCHRUN = """#!/usr/bin/env bash
 echo "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE $*" > arguments
-trap 'echo saved > saved; exit 1' TERM
+trap 'echo saved > saved; [[ -e end ]]; exit' TERM
 echo $$ > agent
 for _ in $(seq 300); do sleep 0.02; [[ -e end ]] && exit 0; done
 """
@@ -48,6 +48,14 @@ def test_the_time_limit_saves_the_run_and_puts_it_back_into_the_queue(job):
     assert (folder / "scancel").read_text() == "--signal=TERM 12.0\n"
     assert (folder / "saved").exists()
     assert (folder / "requeued").read_text() == "requeue 12\n"
+
+
+def test_a_run_that_comes_to_its_end_at_the_time_limit_does_not_go_back(job):
+    process, folder = job
+    (folder / "end").touch()
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 0
+    assert not (folder / "requeued").exists()
 
 
 def test_preemption_waits_for_the_agents_and_leaves_the_queue_to_slurm(job):
