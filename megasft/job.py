@@ -31,7 +31,7 @@ def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None)
     with topology.together():
         if topology.is_first:
             preflight.check(config, topology.sizes)
-            lock.hold(config.job.output_dir)
+            lock.refuse_second(config.job.output_dir)
     # The data before the weights: a bad line, or data other than a checkpoint's, are found in seconds.
     train, validation = load_data(config, topology)
     with topology.together():

@@ -106,9 +106,7 @@ class _Ending:
     def end(self, code: int, message: str, details: str = "") -> NoReturn:
         """Say why, unless another has, and leave at once: peers may wait in a collective, so nothing is torn down."""
         while self._saving.is_set() and threading.current_thread() is threading.main_thread():
-            time.sleep(
-                1
-            )  # what fails here fails because ranks that have saved are gone; the other thread ends this one
+            time.sleep(1)  # it failed because ranks that have saved are gone; the thread that saves ends this one
         self._lock.acquire()  # for good: of two threads that come here, the second waits for the end
         try:
             # A mistake and an interruption are known to all ranks, a failure perhaps to this one alone.

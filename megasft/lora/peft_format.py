@@ -125,8 +125,6 @@ def peft_config(
     shapes: Mapping[str, Shape], r: int, alpha: float, layout: LayoutName, base_model: str
 ) -> dict[str, Any]:
     """What `adapter_config.json` must say for peft 0.21, and for vLLM, to apply every one of these tensors."""
-    from peft import LoraConfig
-
     layers = {stem(name) for name in shapes}
     names = {leaf(layer) for layer in layers}
     sparse = any(".mlp.experts." in layer for layer in layers)
@@ -143,15 +141,30 @@ def peft_config(
             patterns["rank_pattern"] = {"mlp.experts.gate_up_proj": 2 * r}
             patterns["alpha_pattern"] = {"mlp.experts.gate_up_proj": 2 * alpha}
         names -= {"gate", *MLP_TARGETS}
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-        r=r,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,  # peft refuses any other for experts; dropout is of training only
-        target_modules=sorted(names),
-        target_parameters=sorted(parameters) or None,
+    return _DEFAULTS | {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,  # peft refuses any other for experts; dropout is of training only
+        "target_modules": sorted(names),
+        "target_parameters": sorted(parameters) or None,
         **patterns,
-    ).to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    }
+
+
+# What peft 0.21.2 writes for `LoraConfig()`, held against it by a test. Importing peft for it would cost rank 0 some ten
+# seconds in the middle of training: it imports bitsandbytes, and what that imports, where that is installed.
+_DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
+    "base_model_name_or_path": None, "bias": "none", "corda_config": None, "ensure_weight_tying": False,
+    "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": False,
+    "init_lora_weights": True, "kasa_config": None, "layer_replication": None, "layers_pattern": None,
+    "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 8, "lora_bias": False, "lora_dropout": 0.0,
+    "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core", "modules_to_save": None,
+    "monteclora_config": None, "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 8,
+    "rank_pattern": {}, "revision": None, "target_modules": None, "target_parameters": None, "task_type": None,
+    "trainable_token_indices": None, "use_bdlora": None, "use_dora": False, "use_qalora": False, "use_rslora": False,
+    "velora_config": None,
+}  # fmt: skip

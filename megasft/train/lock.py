@@ -1,5 +1,6 @@
 """One job in an output folder at a time."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -33,9 +34,16 @@ def hold(output_dir: str | Path) -> None:
     except OSError as error:
         raise UserError(f"[job] output_dir: {output_dir} cannot be written ({error.strerror})") from None
     if _lock(file, folder):
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk; the name is for those who are refused
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     _held[folder] = file
+
+
+def refuse_second(output_dir: str | Path) -> None:
+    """`hold`, where a job has held the folder before; makes nothing where none has."""
+    if (Path(output_dir) / NAME).exists():
+        hold(output_dir)
 
 
 def release(output_dir: str | Path) -> None:

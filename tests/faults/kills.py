@@ -231,7 +231,7 @@ class Killed:
         for adapter in ("adapter", "best"):
             files = [one / adapter / "adapter_model.safetensors" for one in (self.whole, run)]
             assert files[0].read_bytes() == files[1].read_bytes(), f"{words}: {adapter} differs"
-        left = sorted({str(path.relative_to(run)) for path in run.rglob(".*")})
+        left = sorted({str(path.relative_to(run)) for path in run.rglob(".*")} - {".lock"})
         assert not left, f"{words}: left behind: {left}"
 
 

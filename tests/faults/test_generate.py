@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from megasft.config import LINEAR_LAYERS
 from megasft.data.conversations import Conversation, read_conversations
 from megasft.data.tokenizer import load_tokenizer
+from megasft.launch import ASK_AGAIN_SECONDS
 from megasft.lora.export import export_adapter
 from tests.faults.speech import spoken
 from tests.parity.peft_adapters import loaded_by_peft
@@ -272,6 +273,7 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(endless, adapter, environment
             terminal.wait_for("what comes after 3?\n")
             terminal.wait_until(lambda: len(terminal.seen) > 50)
             terminal.type("\x03")
+            time.sleep(ASK_AGAIN_SECONDS + 0.5)  # a second one sooner would end the chat
         terminal.wait_for("> ")
         terminal.type("\x04")
         said = terminal.rest()

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from megasft.config import LINEAR_LAYERS
 from megasft.lora.adapter import save_adapter
+from megasft.lora.peft_format import _DEFAULTS
 from tests import on_ranks
 from tests.parity.peft_adapters import DOWN, GATE_UP, ROUTER, base_model, loaded_by_peft, logits, save_trained_by_peft
 from tests.parity.reference import PREFIX, linear_shapes, random_adapter, random_model, tiny_config, write_adapter
@@ -217,3 +219,7 @@ def test_the_fused_layout_is_the_one_peft_makes_of_the_other(ranks, tmp_path):
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("fused", "by peft"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_configuration_begins_with_what_peft_writes_for_its_own_defaults():
+    assert _DEFAULTS == LoraConfig().to_dict()
