@@ -154,8 +154,8 @@ def peft_config(
     }
 
 
-# What peft 0.21.2 writes for `LoraConfig()`, held against it by a test. Importing peft for it would cost rank 0 some ten
-# seconds in the middle of training: it imports bitsandbytes, and what that imports, where that is installed.
+# What peft 0.21.2 writes for `LoraConfig()`, held against it by a test. Importing peft for it would cost rank 0 some
+# ten seconds in the middle of training: it imports bitsandbytes, and what that imports, where that is installed.
 _DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
     "base_model_name_or_path": None, "bias": "none", "corda_config": None, "ensure_weight_tying": False,

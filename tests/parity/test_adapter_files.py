@@ -222,4 +222,4 @@ def test_the_fused_layout_is_the_one_peft_makes_of_the_other(ranks, tmp_path):
 
 
 def test_a_configuration_begins_with_what_peft_writes_for_its_own_defaults():
-    assert _DEFAULTS == LoraConfig().to_dict()
+    assert LoraConfig().to_dict() == _DEFAULTS
