@@ -6,7 +6,7 @@ TORCHRUN := .venv/bin/torchrun
 # Ranks share the cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-slow lint clean
 
 install: .venv/installed
 
@@ -30,6 +30,9 @@ lint: install
 
 test: lint
 	$(PYTHON) -m pytest
+
+test-slow: install
+	$(PYTHON) -m pytest -m slow
 
 clean:
 	rm -rf .venv demo runs

@@ -149,6 +149,7 @@ def begun(pair: tuple[Node, Node], folder: Path, *settings: str) -> None:
     assert steps(folder) > 4, said(pair)
 
 
+@pytest.mark.slow
 def test_a_node_that_loses_its_power_and_comes_back_changes_nothing(one_node, nodes):
     begun(nodes, one_node)
     nodes[1].power_off()
@@ -158,6 +159,7 @@ def test_a_node_that_loses_its_power_and_comes_back_changes_nothing(one_node, no
     assert_as_on_one_node(one_node, nodes)
 
 
+@pytest.mark.slow
 def test_a_cable_that_is_cut_for_a_while_changes_nothing(one_node, nodes):
     begun(nodes, one_node)
     ip("-n", nodes[1].namespace, "link", "set", "cable", "down")
