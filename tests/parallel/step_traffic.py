@@ -141,15 +141,15 @@ class StepTraffic:
             self._add(group, ranks, "all-gather", self.b * elements, bool(matrices))
 
     def _sums(self) -> None:
-        """A few numbers: supervised tokens to divide by, the gradient norm, loss and counts of experts."""
+        """A few numbers: supervised tokens to divide by, the gradient norm, loss, counts of experts and of what they dropped."""
         s, experts = self.sizes, self.config.num_experts
         world = s.tensor * s.pipeline * s.data
         self._add("dp", s.data, "all-reduce", 4)
         self._add("pp", s.pipeline, "broadcast", 4)
         self._add("norm", world, "all-reduce", 4)
-        self._add("world", world, "all-reduce", 8 * (2 + (self.sparse_everywhere + 1) * experts))
+        self._add("world", world, "all-reduce", 8 * (3 + (self.sparse_everywhere + 1) * experts))
         if self.counts_first:
-            self._add("world", world, "all-reduce", 8 * (1 + (self.sparse_everywhere + 1) * experts))
+            self._add("world", world, "all-reduce", 8 * (2 + (self.sparse_everywhere + 1) * experts))
 
 
 def _buffer(matrices: list[int], ranks: int) -> int:
