@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from steps import Step
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeForCausalLM
 
 from megasft import host
+from megasft.train import trainer as training
 from megasft.train.optimizer import optimizer_state_bytes
 from megasft.train.trainer import Trainer
 
@@ -26,13 +28,13 @@ class Ours:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self._optimize = trainer.optimizer.step
-        trainer.optimizer.step = self._timed  # type: ignore[method-assign]
+        self._optimize = training.step
+        training.step = self._timed
 
-    def _timed(self) -> tuple:
+    def _timed(self, optimizer: MegatronOptimizer) -> tuple[float, bool]:
         host.synchronize()
         started = time.perf_counter()
-        outcome = self._optimize()
+        outcome = self._optimize(optimizer)
         host.synchronize()
         self._optimizer_seconds = time.perf_counter() - started
         return outcome
