@@ -93,6 +93,9 @@ def _main(arguments: tuple[str, ...], environment: dict[str, str], streams: list
     for number, stream in enumerate(streams):
         os.dup2(os.open(stream, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdin = os.fdopen(0)
+    import torch
+
+    torch.set_num_threads(1)  # while there is one thread: torch makes its pool anew after a fork, and not safely
     sys.argv = ["megasft", *arguments]
     if any("tags.fault" in argument for argument in arguments):
         import tests.faults.misbehave  # noqa: F401
