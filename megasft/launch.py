@@ -64,6 +64,8 @@ def _attempt(ranks: int, interrupted: str, signals: list[int], asks_rank_0: bool
             for process in processes:
                 process.terminate()
             _wait(processes, SAVE_SECONDS, signals)  # a rank says what has become of the run
+            for process in processes:
+                process.kill()  # those left after a second signal, or after so long
             if first_to_tell(store, "launcher"):
                 say(interrupted)
             return INTERRUPTED

@@ -192,6 +192,19 @@ def test_ranks_that_wait_for_each_other_end_when_the_launcher(world, start, numb
     assert code == (130 if number == signal.SIGTERM else -number)
 
 
+def test_a_second_ctrl_c_ends_ranks_that_cannot_save_at_once(world, start):
+    process = start([sys.executable, *MISBEHAVE], "hyperparameters.max_steps=100000")
+    wait_until(lambda: steps(world) > 1)
+    for rank in set(processes_of(world)) - {process.pid}:
+        os.kill(rank, signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None, "it waits for them to save"
+    process.send_signal(signal.SIGINT)
+    code, said = finish(process, world, 5)
+    assert (code, spoken(said)) == (130, [NOT_BEGUN.format(world)])
+
+
 # --- and go on ---
 
 

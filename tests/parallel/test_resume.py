@@ -30,9 +30,6 @@ def test_the_same_topology_goes_on_bit_for_bit(ranks, tmp_path, case, bf16):
     runs = Runs(tmp_path, ranks, dropout=0.3, bf16=bf16)
     whole = runs.run(case, "whole")
     assert_same_run(whole, runs.go_on(whole, EVERY, case, "from a scheduled one"))
-    assert_same_run(whole, runs.go_on(whole, 5, case, "from an odd one")) if (
-        whole / "checkpoints/step-000005"
-    ).exists() else None
 
 
 @pytest.mark.parametrize("place", range(len(CASES)), ids=lambda place: f"{CASES[place]} to the next")
@@ -45,3 +42,31 @@ def test_another_topology_goes_on_within_rounding(runs, place):
     assert [(line["kind"], line["step"]) for line in lines(whole)] == [
         (line["kind"], line["step"]) for line in lines(other)
     ]
+
+
+def saved(run):
+    """The steps whose checkpoints are there, and those that metrics.jsonl tells of."""
+    there = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    return there, [line["step"] for line in lines(run) if line["kind"] == "checkpoint"]
+
+
+def test_a_checkpoint_is_written_at_the_end_of_each_epoch_and_of_the_run(runs):
+    assert saved(runs.run(CASES[0], "epochs", checkpoint={"every_steps": 100})) == ([3, 6, STEPS], [3, 6, STEPS])
+
+
+def test_a_checkpoint_is_written_when_enough_time_has_passed(ranks, runs):
+    run = runs.run(Case(2, batch=2), "minutes", checkpoint={"every_steps": 100, "every_minutes": 1e-9})
+    assert saved(run)[0] == list(range(1, STEPS + 1))
+
+
+def test_the_newest_checkpoints_stay_and_that_of_the_best_validation(runs):
+    # The rate is far too high, so the validation after the second step, of those at 2, 4, 6 and 8, is the best.
+    run = runs.run(
+        CASES[0],
+        "keep",
+        checkpoint={"every_steps": 1, "keep": 2},
+        hyperparameters={"learning_rate": 1.0, "warmup_ratio": 0.0},
+    )
+    best = min((line for line in lines(run) if line["kind"] == "validation"), key=lambda line: line["loss"])["step"]
+    assert best < STEPS - 1
+    assert saved(run) == ([best, STEPS - 1, STEPS], list(range(1, STEPS + 1)))
