@@ -31,8 +31,8 @@ WAITING = r"; waiting: rank 0 in \w+ \d+ of \w+"
 )
 def test_one_line_names_the_rank_its_host_and_the_last_collective(megasft, world, fault, finding, code):
     # Stopped after some seconds, for what it told before is all that is known of it.
-    tags = f"tags={{fault='{fault}', fault_after={1 if fault == 'sleep' else 100}}}"
-    ended = megasft("train", "--config", str(world / "job.toml"), "--set", tags, *LIMIT, ranks=2)
+    faults = ["--set", f"tags.fault={fault}", "--set", f"tags.fault_after={1 if fault == 'sleep' else 100}"]
+    ended = megasft("train", "--config", str(world / "job.toml"), *faults, *LIMIT, ranks=2)
     (line,) = spoken(ended.said)
     assert re.fullmatch(f"{WHO} {finding}{WAITING}", line), line
     assert ended.codes == [1, code]
