@@ -1,7 +1,7 @@
 """The one place that calls bitsandbytes: NF4 to bf16 or fp32, and scales to 8 bits.
 
 On CPUs the compiled library is called without the Python package around it. The package's operator makes a new tensor
-for every result, whose pages the kernel then has to fault in: 1.8 GB/s of bf16 on one core of an AMD EPYC (Zen 5), and
+for every result, whose pages the kernel then has to fault in: 2.1 GB/s of bf16 on one core of an AMD EPYC (Zen 5), and
 16 GB/s, the speed of a plain copy, into a buffer that is used again. Look-ups through torch operators reach 4 GB/s at
 best, because they pass over fp32 three times (`benchmarks/quant.py speed` prints all of these). And importing the
 package costs every rank 6 s. On CUDA the package's own operators are called; they take a result to write to.

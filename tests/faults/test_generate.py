@@ -21,7 +21,7 @@ from megasft.data.conversations import Conversation, read_conversations
 from megasft.data.tokenizer import load_tokenizer
 from megasft.launch import ASK_AGAIN_SECONDS
 from megasft.lora.export import export_adapter
-from tests.faults.speech import spoken
+from tests.faults.speech import assert_one_line, spoken
 from tests.parity.peft_adapters import loaded_by_peft
 from tests.parity.reference import random_adapter, tiny_config, write_adapter
 
@@ -160,13 +160,6 @@ ON_THE_RANKS = {
     ),
     "a conversation that is none": (with_text("a.jsonl", '{"messages": 3}\n'), "{}/model --jsonl {}/a.jsonl", ["a.jsonl:1"]),
 }  # fmt: skip
-
-
-def assert_one_line(said: str, words: list[str]) -> None:
-    assert said.startswith("megasft: ")
-    assert said.count("\n") == 1, said
-    for word in words:
-        assert word in said
 
 
 @pytest.mark.parametrize("case", BEFORE_THE_LAUNCH)

@@ -12,7 +12,7 @@ from transformers import Qwen3MoeConfig
 
 from megasft.errors import UserError
 from megasft.model.hub import find_model
-from tests.faults.speech import without_progress
+from tests.faults.speech import assert_one_line, without_progress
 from tests.parity.reference import random_adapter, write_adapter
 
 # what the tiny model takes on two ranks of tensor parallel
@@ -228,20 +228,12 @@ def arguments(case: str, text: str, world: Path) -> list[str]:
     return ["train", *config, *text.format(*[world] * text.count("{}")).split()]
 
 
-def assert_one_line(said: str, words: list[str]) -> None:
-    said = without_progress(said)
-    assert said.startswith("megasft: ")
-    assert said.count("\n") == 1, said
-    for word in words:
-        assert word in said
-
-
 @pytest.mark.parametrize("case", BEFORE_THE_LAUNCH)
 def test_before_anything_is_launched(megasft, world, case):
     spoil, text, words = BEFORE_THE_LAUNCH[case]
     spoil(world)
     ended = megasft(*arguments(case, text, world))
-    assert_one_line(ended.said, words)
+    assert_one_line(without_progress(ended.said), words)
     assert ended.codes == [2]
     assert not (world / "run").is_dir()
 
@@ -251,7 +243,7 @@ def test_by_all_ranks_with_one_voice(megasft, world, case):
     spoil, text, words = ON_THE_RANKS[case]
     spoil(world)
     ended = megasft(*arguments(case, text, world), ranks=2)
-    assert_one_line(ended.said, words)
+    assert_one_line(without_progress(ended.said), words)
     assert ended.codes == [2, 2]
     assert not (world / "run").exists()
 
@@ -261,7 +253,7 @@ def test_torchruns_ranks_refuse_what_the_launcher_would(megasft, world, case):
     spoil, text, words = BEFORE_THE_LAUNCH[case]
     spoil(world)
     ended = megasft(*arguments(case, text, world), ranks=2)
-    assert_one_line(ended.said, words)
+    assert_one_line(without_progress(ended.said), words)
     assert ended.codes == [2, 2]
 
 
@@ -271,13 +263,13 @@ def test_the_rank_that_comes_first_speaks(megasft, world, case):
     spoil, text, words = BEFORE_THE_LAUNCH[case]
     spoil(world)
     ended = megasft(*arguments(case, text, world), ranks=3, only=1)
-    assert_one_line(ended.said, words)
+    assert_one_line(without_progress(ended.said), words)
     assert ended.codes == [2]
 
 
 def test_a_line_break_in_a_path_makes_no_second_line(megasft, world):
     ended = megasft("train", "--config", f"{world}/job.toml", "--dataset", "no\nsuch.jsonl")
-    assert_one_line(ended.said, ["[job] data", "no such.jsonl"])
+    assert_one_line(without_progress(ended.said), ["[job] data", "no such.jsonl"])
 
 
 def test_nothing_is_wrong_with_the_job_that_the_cases_spoil(megasft, world):
