@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -70,14 +71,18 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """From which a loader of the same data goes on with the next batch, on any topology. JSON can hold it."""
         epoch, row = self._place
-        return {"epoch": epoch, "row": row, "data": data_identity(self._samples, self._batches)}
+        return {"epoch": epoch, "row": row, "data": self._identity}
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return data_identity(self._samples, self._batches)  # once: it reads every sample's length
 
     def load_state_dict(self, state: dict[str, Any], allow_changed: bool = False) -> None:
         """Go on where `state_dict` was called; with other data, if they are allowed, from the start of that epoch.
 
         Raises UserError if the data, or what orders them, have changed.
         """
-        changed = refuse_other_data(state["data"], self._samples, self._batches, allow_changed)
+        changed = refuse_other_data(state["data"], self._identity, allow_changed)
         place = (state["epoch"], 0 if changed else state["row"])
         if place[1] >= len(self._batches.epoch(place[0])):
             raise UserError(f"the checkpoint was written before row {place[1]} of an epoch that has not so many")
@@ -97,9 +102,9 @@ def data_identity(samples: Mix, batches: Batches) -> dict[str, Any]:
     }
 
 
-def refuse_other_data(then: dict[str, Any], samples: Mix, batches: Batches, allow_changed: bool) -> bool:
-    """Whether the data are other than those whose `data_identity` was `then`. Raises UserError if they may not be."""
-    for key, here in data_identity(samples, batches).items():
+def refuse_other_data(then: dict[str, Any], now: dict[str, Any], allow_changed: bool) -> bool:
+    """Whether two `data_identity` are of other data. Raises UserError if they may not be."""
+    for key, here in now.items():
         if (was := then.get(key)) != here:
             if not allow_changed:
                 raise UserError(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megasft import attempt
 from megasft.config import RunConfig
 from megasft.data.dataset import Batches, Mix
-from megasft.data.loader import refuse_other_data
+from megasft.data.loader import data_identity, refuse_other_data
 from megasft.ending import say
 from megasft.errors import UserError
 from megasft.topology import Topology
@@ -96,7 +96,7 @@ def check_data(config: RunConfig, samples: Mix, batches: Batches) -> None:
     folder = _expected(config)
     if folder is not None:
         then = read_state(folder).loader["data"]
-        refuse_other_data(then, samples, batches, "data" in config.checkpoint.allow_changed)
+        refuse_other_data(then, data_identity(samples, batches), "data" in config.checkpoint.allow_changed)
 
 
 def _expected(config: RunConfig) -> Path | None:
