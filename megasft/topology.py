@@ -54,16 +54,6 @@ class Topology:
         """Whether this rank holds the head and so the loss."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 
-    @property
-    def holds_unique_attention(self) -> bool:
-        """Whether this rank is the one of its data-parallel replicas to write attention and router tensors."""
-        return self.groups.dp.rank() == 0
-
-    @property
-    def holds_unique_experts(self) -> bool:
-        """Whether this rank is the one of its expert-data-parallel replicas to write expert tensors."""
-        return self.groups.expt_dp.rank() == 0
-
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Run the body on every rank; if it raised `UserError` on any, raise the first such rank's on all.
