@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megasft import job
 from megasft.data import cache
 from megasft.train.checkpoint import damage
 from megasft.train.trainer import Trainer
@@ -59,6 +60,13 @@ def killed_once_in_step_four(path: str) -> None:
 
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         Trainer.train_step = step  # type: ignore[method-assign]
+
+
+def dying_before_weights_are_read(path: str) -> None:
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    job.build_model = die  # type: ignore[assignment]
 
 
 def told_to_stop_in_validation(path: str) -> None:
@@ -150,7 +158,7 @@ def test_another_base_is_refused_before_a_launch_unless_allowed(world, change):
 
 def test_other_data_are_refused_unless_allowed(world):
     change_data(world)
-    command = start(world, MORE)
+    command = start(world, MORE, in_rank=dying_before_weights_are_read)
     assert command.wait() == 2
     assert [
         line for line in spoken(command.said()) if "the data are not those that the checkpoint was written with" in line

@@ -1,8 +1,15 @@
 """A run that is interrupted and goes on: bit for bit under the same topology, and as under any other under another."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from megasft.train import lock
+from megasft.train.trainer import Trainer
+from tests import on_ranks
 from tests.parallel.invariance import Case
 from tests.parallel.resume import CASES, EVERY, STEPS, Runs, difference, lines, tensors
 
@@ -70,3 +77,25 @@ def test_the_newest_checkpoints_stay_and_that_of_the_best_validation(runs):
     best = min((line for line in lines(run) if line["kind"] == "validation"), key=lambda line: line["loss"])["step"]
     assert best < STEPS - 1
     assert saved(run) == ([best, STEPS - 1, STEPS], list(range(1, STEPS + 1)))
+
+
+def locked_elsewhere(settings, samples):
+    """Whether another process finds the folder locked: before the run, while it trains, afterwards."""
+    config, topology, model = on_ranks.start(settings)
+    file = Path(settings["job"]["output_dir"]) / lock.NAME
+    # Not in this process, to which its own locks are none, and which would give them back on closing the file.
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    look = lambda: file.exists() and subprocess.run([sys.executable, "-c", code, file], capture_output=True).returncode  # noqa: E731
+    seen = [look()]
+    trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
+    trainer.fit(lambda: seen.append(look()))
+    return [*seen, look()]
+
+
+def test_a_run_holds_its_folder_while_it_trains(ranks, runs, tmp_path):
+    settings = {
+        "job": {"model": str(runs.folder / "base"), "output_dir": str(tmp_path / "run")},
+        "lora": {"r": 4},
+        "hyperparameters": {"max_steps": 1, "parallelism": {"bf16": False}},
+    }
+    assert ranks(1, locked_elsewhere, settings, runs.samples) == [[False, 1, 0]]
