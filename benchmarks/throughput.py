@@ -65,6 +65,9 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="timed steps")] = 10,
     warmup: Annotated[int, typer.Option(min=0, help="steps before them")] = 3,
     recompute: Annotated[bool, typer.Option(help="activation checkpointing, on both sides")] = False,
+    deterministic: Annotated[
+        bool, typer.Option(help="ours with [job] deterministic; its cost, against a run without")
+    ] = False,
     supervised: Annotated[float, typer.Option(min=0, max=1, help="share of the targets that is supervised")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="per rank; by default the cores, shared out")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
@@ -80,7 +83,7 @@ def main(
     layout = {"tensor_parallel": tp, "expert_parallel": ep, "pipeline_parallel": pp}
     if etp:
         layout["expert_tensor_parallel"] = etp
-    workload = Workload(PRESETS[preset], dtype.value, steps, warmup, supervised, recompute, layout)
+    workload = Workload(PRESETS[preset], dtype.value, steps, warmup, supervised, recompute, deterministic, layout)
     figures: dict[str, Any] = {"preset": preset, "machine": describe(dtype.value, world), "workload": asdict(workload)}
     try:
         topology = initialize(RunConfig.from_dict(workload.settings(model=".")))

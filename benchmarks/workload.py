@@ -89,6 +89,7 @@ class Workload:
     warmup: int  # not timed, before them
     supervised: float = 1.0  # share of the targets
     recompute: bool = False  # activation checkpointing
+    deterministic: bool = False
     topology: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -99,7 +100,7 @@ class Workload:
     def settings(self, model: str) -> dict[str, Any]:
         """The run file, for a model folder."""
         return {
-            "job": {"model": model, "seed": 0},
+            "job": {"model": model, "seed": 0, "deterministic": self.deterministic},
             "data": {"topology": self.topology},
             "lora": {"r": RANK, "alpha": 2 * RANK, "dropout": 0.0, "target_modules": ["all-linear"]},
             "hyperparameters": {

@@ -11,6 +11,7 @@ tensor-parallel ranks hold is written by the first of them.
 """
 
 import bisect
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -224,7 +225,7 @@ class Saved:
 
     def fill(self, out: Tensor, state: str, name: str, wanted: Rectangle) -> None:
         """Copy the rectangle `wanted` of a factor's state to `out`."""
-        left = out.numel()
+        out.fill_(math.nan)  # to see what is missing, however the rectangles lie
         for (rows, columns), file, key in self._found.get((state, name), ()):
             r, c = _common(rows, wanted[0]), _common(columns, wanted[1])
             if r[0] < r[1] and c[0] < c[1]:
@@ -232,8 +233,7 @@ class Saved:
                 if not source.isfinite().all():
                     raise UserError(f"{file.path}: {key} holds values that are not finite")
                 out[_within(r, wanted[0]), _within(c, wanted[1])] = source.to(out.device, out.dtype)
-                left -= source.numel()
-        if left:
+        if out.isnan().any():
             raise UserError(f"the checkpoint has not all of {state} of {name!r}")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import struct
 import tempfile
@@ -270,6 +271,15 @@ def reshape(values: dict[str, torch.Tensor]) -> None:
     values[first(values)] = values[first(values)].flatten()
 
 
+def overlap(values: dict[str, torch.Tensor]) -> None:
+    """The first row of a rectangle twice and its last not at all: as many elements as before."""
+    key, value = next((key, value) for key, value in values.items() if len(value) > 1)
+    name, rows, columns = re.fullmatch(r"(.+)\[(\d+):\d+(,\d+:\d+\])", key).groups()
+    del values[key]
+    values[f"{name}[{rows}:{int(rows) + len(value) - 1}{columns}"] = value[:-1].clone()
+    values[f"{name}[{rows}:{int(rows) + 1}{columns}"] = value[:1].clone()
+
+
 LIES: dict[str, Callable[[Path], Any]] = {
     "no header": writing(OPTIMIZER, b"\1"), "endless header": writing(OPTIMIZER, struct.pack("<Q", 2**63) + b"{}"),
     "deep header": writing(OPTIMIZER, struct.pack("<Q", len(DEEP)) + DEEP.encode()),
@@ -283,6 +293,7 @@ LIES: dict[str, Callable[[Path], Any]] = {
     "a key that does not parse": rename("exp_avg"), "a key of another kind": rename("exp_avg/x[a:b,0:1]"),
     "a key that is too long": rename("exp_avg/x[0:" + "9" * 5000 + ",0:1]"), "a key with an end before": rename("exp_avg/x[4:0,0:4]"),
     "a name that the model has not": rename("exp_avg/model.nothing.lora_A.weight[0:4,0:32]"),
+    "a row twice, another missing": optimizer(overlap),
     "a tensor missing": optimizer(lambda values: values.pop(first(values))),
     "not a number": optimizer(lambda values: values[first(values)].fill_(torch.nan)),
     "infinite": optimizer(lambda values: values[first(values)].view(-1)[-1:].fill_(torch.inf)),
