@@ -81,7 +81,7 @@ def measure(run: megasft.Trainer, rounds: int, plain: int) -> dict[str, Any]:
         if not i:  # the first one takes the memory of the copy
             first = saving[0]
             without, saving, during, written = [], [], [], []
-    folder = run.saver.checkpoints.of(run.saved)
+    folder = run.saver.checkpoints.of(run.state.saved)
     usual = statistics.median(without)
     return {
         "step_without_seconds": usual,

@@ -31,7 +31,7 @@ MANIFEST, STATE, RUN_FILE, LATEST = "manifest.json", "state.json", "config.toml"
 _FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # in the checkpoint's own folder, whatever the manifest says
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunState:
     """Where a run stands between two steps.
 
@@ -47,16 +47,16 @@ class RunState:
         identity: what must not change in a run, by name (`resume.identity`).
     """
 
-    step: int
-    updates: int
-    skipped: int
-    tokens: int
-    validated: int
-    saved: int
-    best: float | None
-    best_step: int
+    step: int = 0
+    updates: int = 0
+    skipped: int = 0
+    tokens: int = 0
+    validated: int = 0
+    saved: int = 0
+    best: float | None = None
+    best_step: int = 0
     loader: dict[str, Any]
-    metrics_bytes: int
+    metrics_bytes: int = 0
     identity: dict[str, Any]
 
 

@@ -1,11 +1,9 @@
 """The training loop."""
 
-import datetime
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +29,11 @@ from megasft.topology import Topology
 from megasft.train import lock, resume
 from megasft.train.checkpoint import RunState
 from megasft.train.expert_load import ExpertLoad
+from megasft.train.gate import Gate
 from megasft.train.metrics import Metrics
 from megasft.train.optimizer import step, wrap
 from megasft.train.saver import Saver
 from megasft.train.schedule import Schedule
-
-AGREEMENT = datetime.timedelta(seconds=60)  # of the ranks, to stop
 
 
 @dataclass(frozen=True)
@@ -81,22 +78,16 @@ class Trainer:
         self.load = ExpertLoad(model, hyper.router_aux_loss_coef)
         self.output_dir = Path(config.job.output_dir)
         self.saver = Saver(config, model, self.optimizer, self.base_model, self.output_dir / "checkpoints")
-        self.step = 0
-        self.updates = 0  # steps that changed the weights
-        self.skipped = 0  # the last so many steps did not: their loss or gradient was not finite
-        self.tokens = 0
-        self.validated = self.saved = 0  # the step of the last validation, of the last checkpoint
-        self.best: float | None = None
-        self.best_step = 0
         self.metrics: Metrics | None = None  # of rank 0, in `fit`
-        self._gate = threading.Condition()
-        self._committing = False  # weights, optimizer and counters are changing
-        self._limit = math.inf  # the step after which `stop` lets nothing change
         self._doing, self._micro_batches, self._done_before = "", 0, 0  # for `progress`
-        # Of `stop`, which runs in another thread.
-        self._agreement = dist.new_group(backend="gloo", timeout=AGREEMENT, group_desc="stop")
-        self._identity = resume.identity(config, _fingerprint(config), topology.sizes.data)
-        self._rest = self._state()
+        identity = resume.identity(config, _fingerprint(config), topology.sizes.data)
+        self.state = RunState(loader=self.loader.state_dict(), identity=identity)  # changed within `gate.change` only
+        self.gate = Gate(self._described)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.state.step
 
     def fit(self, on_start: Callable[[], None] = lambda: None) -> Summary:
         """Train to the end, from the checkpoint that `[checkpoint] resume` names if there is one.
@@ -109,17 +100,17 @@ class Trainer:
             if self.topology.is_first:
                 lock.hold(self.output_dir)
         self.metrics = self._open_metrics(self._resume())
-        tokens, due = self.tokens, False
+        tokens, due = self.state.tokens, False
         saved_at = time.monotonic()
         on_start()
         try:
             while True:
-                if self.validated < self.step and self._validates_now():
+                if self.state.validated < self.step and self._validates_now():
                     validation_loss = self._validate()
                 ends_epoch = self.batches.place(self.step)[1] == 0
                 last = self.step >= self.total_steps
                 due = due or last or ends_epoch or self.step % self.config.checkpoint.every_steps == 0
-                if due and self.step > self.saved:
+                if due and self.step > self.state.saved:
                     self._checkpoint()
                     saved_at = time.monotonic()
                 if last:
@@ -143,9 +134,9 @@ class Trainer:
             steps=self.step,
             train_loss=sum(losses[-10:]) / max(1, len(losses[-10:])),
             validation_loss=validation_loss,
-            best_validation_loss=self.best,
+            best_validation_loss=self.state.best,
             seconds=time.monotonic() - started,
-            tokens=self.tokens - tokens,
+            tokens=self.state.tokens - tokens,
             peak_memory_bytes=host.device_memory(),
         )
 
@@ -166,36 +157,38 @@ class Trainer:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss, supervised = self._compute(batch.micro_batches, training=True)
-        self._enter(self.step + 1)
-        grad_norm, updated = step(self.optimizer) if math.isfinite(loss) else (math.nan, False)
-        host.synchronize()
-        seconds = time.monotonic() - started
-        self.step += 1
-        self.updates += updated
-        self.skipped = 0 if updated else self.skipped + 1
-        self.tokens += batch.tokens
-        record = {
-            "loss": loss if updated else None,
-            "lr": rate,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "tokens": batch.tokens,
-            "supervised_tokens": supervised,
-            "seconds": seconds,
-            "data_wait": batch.waited,
-            "tokens_per_second": batch.tokens / seconds,
-            **self.load.report(),
-        }
-        if not updated:
-            self._record("event", event="skipped", reason=f"loss {loss}, gradient norm {grad_norm}",
-                         samples=batch.samples.tolist())  # fmt: skip
-        if self.step % self.config.logging.every_steps == 0 or self.step == self.total_steps:
-            self._record("train", **record)
-        if self.step % self.config.logging.experts_every_steps == 0:
-            self._record("experts", tokens=self.load.tokens.tolist())
-        self._leave()
-        if self.skipped >= self.config.training.max_nonfinite_steps:
+        with self.gate.change(self.step + 1):
+            grad_norm, updated = step(self.optimizer) if math.isfinite(loss) else (math.nan, False)
+            host.synchronize()
+            seconds = time.monotonic() - started
+            state = self.state = replace(
+                self.state,
+                step=self.state.step + 1,
+                updates=self.state.updates + updated,
+                skipped=0 if updated else self.state.skipped + 1,
+                tokens=self.state.tokens + batch.tokens,
+            )
+            record = {
+                "loss": loss if updated else None,
+                "lr": rate,
+                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                "tokens": batch.tokens,
+                "supervised_tokens": supervised,
+                "seconds": seconds,
+                "data_wait": batch.waited,
+                "tokens_per_second": batch.tokens / seconds,
+                **self.load.report(),
+            }
+            if not updated:
+                self._record("event", event="skipped", reason=f"loss {loss}, gradient norm {grad_norm}",
+                             samples=batch.samples.tolist())  # fmt: skip
+            if state.step % self.config.logging.every_steps == 0 or state.step == self.total_steps:
+                self._record("train", **record)
+            if state.step % self.config.logging.experts_every_steps == 0:
+                self._record("experts", tokens=self.load.tokens.tolist())
+        if state.skipped >= self.config.training.max_nonfinite_steps:
             raise UserError(
-                f"stopped: loss or gradient of {self.skipped} steps in a row, the last of them step {self.step}, "
+                f"stopped: loss or gradient of {state.skipped} steps in a row, the last of them step {state.step}, "
                 f"was not finite; the samples of each are in {self.output_dir}/metrics.jsonl; lower [hyperparameters] "
                 "learning_rate, look at the samples, and go on from a checkpoint before them"
             )
@@ -216,16 +209,7 @@ class Trainer:
         Raises UserError where it cannot be written, RuntimeError where the ranks do not come to stand
         after the same step within a minute.
         """
-        with self._gate:
-            self._limit = self._rest.step + self._committing
-        limits: list[Any] = [None] * self.topology.world
-        dist.all_gather_object(limits, self._limit, group=self._agreement)
-        with self._gate:
-            # Where one rank is changing its weights all are about to, for it waits for them: they may.
-            self._limit = max(limits)
-            self._gate.notify_all()
-            if not self._gate.wait_for(lambda: self._rest.step == self._limit, AGREEMENT.total_seconds()):
-                raise RuntimeError("the ranks stand after different steps")
+        self.gate.hold()
         folder = self._save()
         self.saver.wait()
         if self.saver.failure:
@@ -293,15 +277,14 @@ class Trainer:
     def _validate(self) -> float:
         assert self.validation is not None
         loss, tokens = self.evaluate(self.validation)
-        best = math.isfinite(loss) and (self.best is None or loss < self.best)
+        best = math.isfinite(loss) and (self.state.best is None or loss < self.state.best)
         if best and self.config.training.validation.save_best_model_at_end:
             best = self._save_best()
-        self._enter(self.step)
-        self._record("validation", loss=loss if math.isfinite(loss) else None, tokens=tokens)
-        self.validated = self.step
-        if best:
-            self.best, self.best_step = loss, self.step
-        self._leave()
+        with self.gate.change(self.step):
+            self._record("validation", loss=loss if math.isfinite(loss) else None, tokens=tokens)
+            self.state = replace(self.state, validated=self.step)
+            if best:
+                self.state = replace(self.state, best=loss, best_step=self.step)
         return loss
 
     def _save_best(self) -> bool:
@@ -316,30 +299,15 @@ class Trainer:
     def _checkpoint(self) -> None:
         """Begin to save, after a line that says so and that the checkpoint already counts as written."""
         self._begins(f"the checkpoint after step {self.step}")
-        self._enter(self.step)
-        self._record("checkpoint", path=str(self.saver.checkpoints.of(self.step)))
-        self.saved = self.step
-        self._leave()
-        with self._gate:
-            if self._limit == math.inf:
-                self._save()
-
-    def _enter(self, step: int) -> None:
-        """Begin to change what is saved, on the way to the state after `step`; wait for ever, once `stop` is at it."""
-        with self._gate:
-            self._gate.wait_for(lambda: self._limit == math.inf or (step == self._limit and step > self._rest.step))
-            self._committing = step > self._rest.step
-
-    def _leave(self) -> None:
-        """The change is complete."""
-        with self._gate:
-            self._rest, self._committing = self._state(), False
-            self._gate.notify_all()
+        with self.gate.change(self.step):
+            self._record("checkpoint", path=str(self.saver.checkpoints.of(self.step)))
+            self.state = replace(self.state, saved=self.step)
+        self.gate.unless_held(self._save)
 
     def _save(self) -> Path:
         if self.metrics:
             self.metrics.sync()
-        return self.saver.save(self._rest)
+        return self.saver.save(self.gate.rest)
 
     def _time_is_up(self, saved_at: float) -> bool:
         """Whether `every_minutes` have passed since the last checkpoint, by the clock of rank 0."""
@@ -368,20 +336,9 @@ class Trainer:
         if self.metrics:
             self.metrics.record(kind, self.step, **values)
 
-    def _state(self) -> RunState:
-        return RunState(
-            step=self.step,
-            updates=self.updates,
-            skipped=self.skipped,
-            tokens=self.tokens,
-            validated=self.validated,
-            saved=self.saved,
-            best=self.best,
-            best_step=self.best_step,
-            loader=self.loader.state_dict(),
-            metrics_bytes=self.metrics.length if self.metrics else 0,
-            identity=self._identity,
-        )
+    def _described(self) -> RunState:
+        length = self.metrics.length if self.metrics else 0
+        return replace(self.state, loader=self.loader.state_dict(), metrics_bytes=length)
 
     def _resume(self) -> int:
         """Go on from the checkpoint that the settings name, if there is one: how long metrics.jsonl was then."""
@@ -390,7 +347,7 @@ class Trainer:
         with self.topology.together():
             if found is not None:
                 folder, state = found
-                resume.refuse_changes(state.identity, self._identity, self.config, folder)
+                resume.refuse_changes(state.identity, self.state.identity, self.config, folder)
                 changes = resume.changed_settings(folder, self.config)
                 self.loader.load_state_dict(state.loader, "data" in self.config.checkpoint.allow_changed)
                 self.saver.load(folder, state.step, state.updates)
@@ -399,14 +356,8 @@ class Trainer:
                 resume.tidy(self.config, found)
         if found is None:
             return 0
-        self.step, self.updates, self.skipped, self.tokens = state.step, state.updates, state.skipped, state.tokens
-        self.validated, self.saved, self.best, self.best_step = (
-            state.validated,
-            state.saved,
-            state.best,
-            state.best_step,
-        )
-        self._rest = state
+        self.state = replace(state, identity=self.state.identity)
+        self.gate.rest = self._described()
         if self.topology.is_first:
             for change in changes:
                 say(f"resuming with another {change}")

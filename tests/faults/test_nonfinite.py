@@ -70,7 +70,7 @@ def spoilt(settings: dict[str, Any], samples: list, where: str, value: float, ra
         after = states(trainer)
         same = before.keys() == after.keys() and all(value.equal(after[name]) for name, value in before.items())
         assert same == (step in SPOILT), step
-    assert (trainer.step, trainer.updates, trainer.skipped) == (7, 5, 0)
+    assert (trainer.state.step, trainer.state.updates, trainer.state.skipped) == (7, 5, 0)
     return records
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megasft import job
 from megasft.data import cache
-from megasft.train.checkpoint import damage
+from megasft.train.checkpoint import damage, read_state
 from megasft.train.trainer import Trainer
 from tests.faults.forked import Command
 from tests.faults.speech import spoken
@@ -154,6 +154,8 @@ def test_another_base_is_refused_before_a_launch_unless_allowed(world, change):
     if change is change_weights:
         assert start(world, MORE, "checkpoint.allow_changed=['base']").wait() == 0
         assert [line["step"] for line in lines(world / "run") if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+        then, now = (read_state(world / "run/checkpoints" / name).identity for name in ("step-000004", "step-000006"))
+        assert {name for name in now if now[name] != then[name]} == {"base model"}  # from here on it is this one
 
 
 def test_other_data_are_refused_unless_allowed(world):
@@ -165,6 +167,8 @@ def test_other_data_are_refused_unless_allowed(world):
     ]
     command = start(world, MORE, "checkpoint.allow_changed=['data']")
     assert command.wait() == 0, command.said()
+    then, now = (read_state(world / "run/checkpoints" / name).loader for name in ("step-000004", "step-000006"))
+    assert now["data"] != then["data"]
 
 
 def test_another_topology_goes_on(world):

@@ -73,6 +73,7 @@ class Runs:
         kept = output / "checkpoints" / f"step-{step:06d}"
         shutil.copytree(run / "checkpoints" / kept.name, kept)
         shutil.copy(run / "metrics.jsonl", output / "metrics.jsonl")
+        shutil.copytree(run / "tensorboard", output / "tensorboard")
         return self.run(case, name, **settings)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megasft.train import lock
 from megasft.train.trainer import Trainer
@@ -49,6 +50,14 @@ def test_another_topology_goes_on_within_rounding(runs, place):
     assert [(line["kind"], line["step"]) for line in lines(whole)] == [
         (line["kind"], line["step"]) for line in lines(other)
     ]
+    assert shown(other) == list(range(1, STEPS + 1))
+
+
+def shown(run):
+    """The steps of the curve that TensorBoard draws of the loss."""
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Scalars("train/loss")]
 
 
 def saved(run):
