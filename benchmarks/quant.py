@@ -2,7 +2,7 @@
 
     python benchmarks/quant.py speed    # quantize and dequantize, against bitsandbytes and a plain copy
     python benchmarks/quant.py bytes    # bytes a weight of Qwen3-30B-A3B's layers on a rank, and the formula
-    python benchmarks/quant.py load     # seconds and memory of a first and of a second start, on layers of that shape
+    python benchmarks/quant.py load     # seconds and memory of a first start and of later ones, on layers of that shape
     python benchmarks/quant.py kl demo/model --text demo/data/validation.jsonl    # logits against the bf16 base
 
 Speeds are in GB/s of bf16 weights. What is compared runs in turns in one process; figures are medians of the turns.
@@ -11,6 +11,7 @@ Speeds are in GB/s of bf16 weights. What is compared runs in turns in one proces
 import json
 import logging
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -159,21 +160,49 @@ def load(
     layers: Annotated[int, typer.Option(min=1, help="0.64 GB of memory each, and 1.2 GB of disk")] = 1,
     folder: Annotated[Path | None, typer.Option(help="where to make the temporary folder")] = None,
 ) -> None:
-    """Seconds and memory of a first and of a second start, each in a process of its own."""
-    table = Table("start", "cache s", "fill s", "cache, peak MiB", "fill, peak MiB", "model MiB", "largest MiB")
+    """Seconds and memory of a first start and of later ones, each in a process of its own.
+
+    The last one reads from the disk (what the kernel has cached of the files is dropped), against a plain read of them.
+    """
+    table = Table("start", "cache s", "fill s", "GB/s", "cache, peak MiB", "fill, peak MiB", "model MiB", "largest MiB")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        model = Path(temporary) / "model"
+        model, cache = Path(temporary) / "model", Path(temporary) / "cache"
         largest = write_checkpoint(model, layers)
-        for start in ("first", "second"):
-            command = [sys.executable, __file__, "load-once", str(model), str(Path(temporary) / "cache")]
+        for start in ("first", "second", "from the disk"):
+            if start == "from the disk":
+                drop_from_memory(Path(temporary))
+            command = [sys.executable, __file__, "load-once", str(model), str(cache)]
             found = json.loads(
                 subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")[-2]
             )
             table.add_row(start, f"{found['cache_seconds']:.1f}", f"{found['fill_seconds']:.1f}",
+                          f"{found['model'] / found['fill_seconds'] / 1e9:.2f}",
                           *(f"{found[key] / 2**20:,.0f}" for key in ("cache_peak", "fill_peak", "model")),
                           f"{largest / 2**20:,.0f}")  # fmt: skip
-    Console(width=100).print(table)
+        drop_from_memory(Path(temporary))
+        read, seconds = plain_read([path for path in cache.rglob("*.safetensors") if path.is_file()])
+    table.add_row("plain read, disk", "", f"{seconds:.1f}", f"{read / seconds / 1e9:.2f}", "", "", "", "")
+    Console(width=110).print(table)
     print("Peaks are beyond what the process held before; to be under the model and two of the largest tensors.")
+
+
+def drop_from_memory(folder: Path) -> None:
+    """Have the next read of each file come from the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def plain_read(paths: list[Path]) -> tuple[int, float]:
+    """Bytes of the files, and the seconds that it takes to read them one after the other."""
+    buffer, total, started = bytearray(2**24), 0, time.perf_counter()
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                total += count
+    return total, time.perf_counter() - started
 
 
 @app.command(hidden=True)
