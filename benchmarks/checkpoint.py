@@ -1,6 +1,7 @@
-"""What saving costs, for an adapter of 500 MB: steps that save beside those that do not, and the seconds to the disk.
+"""What saving costs: steps that save beside those that do not, and the seconds to the disk.
 
-    python benchmarks/checkpoint.py --out result.json
+    python benchmarks/checkpoint.py --out result.json                           # an adapter of 500 MB
+    python benchmarks/checkpoint.py --preset demo --rank 16 --accumulation 2    # that of `make demo`
 
 One rank, fp32: the adapter's states are three times its size (weights, two moments). A round is some steps without a
 save and one with, followed by steps until the checkpoint is on the disk.
@@ -25,29 +26,29 @@ import machine
 import torch
 from transformers import Qwen3MoeForCausalLM
 from transformers.utils import logging
-from workload import PRESETS, Workload
+from workload import PRESETS, Shape, Workload
 
 import megasft
 from megasft.config import RunConfig
 from megasft.data.dataset import Samples
 
-SHAPE = replace(PRESETS["small"], length=512)
+SHAPES = {"small": replace(PRESETS["small"], length=512), "demo": PRESETS["demo"]}
 RANK = 464  # 128 M trained weights
 
 
-def trainer(folder: Path, r: int, accumulation: int) -> megasft.Trainer:
+def trainer(folder: Path, shape: Shape, r: int, accumulation: int) -> megasft.Trainer:
     """A trainer of random conversations on a random model."""
     torch.manual_seed(0)
-    Qwen3MoeForCausalLM(SHAPE.hf_config()).save_pretrained(folder / "base")
-    settings = Workload(SHAPE, "fp32", 1, 0).settings(str(folder / "base"))
+    Qwen3MoeForCausalLM(shape.hf_config()).save_pretrained(folder / "base")
+    settings = Workload(shape, "fp32", 1, 0).settings(str(folder / "base"))
     settings["job"]["output_dir"] = str(folder / "run")
     settings["lora"] |= {"r": r, "alpha": float(r)}
     settings["hyperparameters"] |= {"gradient_accumulation_steps": accumulation, "max_steps": 10**6}
     settings["checkpoint"] = {"keep": 1}
     config = RunConfig.from_dict(settings)
     topology = megasft.initialize(config)
-    length = SHAPE.length + 1
-    ids = torch.randint(0, SHAPE.vocabulary, (64 * length,), dtype=torch.int32)
+    length = shape.length + 1
+    ids = torch.randint(0, shape.vocabulary, (64 * length,), dtype=torch.int32)
     data = Samples(ids, torch.ones(64 * length, dtype=torch.bool), torch.arange(1, 65) * length)
     return megasft.Trainer(config, topology, megasft.build_model(config, topology), data)
 
@@ -88,8 +89,9 @@ def measure(run: megasft.Trainer, rounds: int, plain: int) -> dict[str, Any]:
         "step_that_saves_seconds": statistics.median(saving),
         "step_that_saves_more": statistics.median(saving) / usual - 1,
         "first_step_that_saves_more": first / usual - 1,
-        "step_while_writing_seconds": statistics.median(during),
-        "step_while_writing_more": statistics.median(during) / usual - 1,
+        # None: every write was over before the next step
+        "step_while_writing_seconds": statistics.median(during) if during else None,
+        "step_while_writing_more": statistics.median(during) / usual - 1 if during else None,
         "until_on_disk_seconds": statistics.median(written),
         "bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     }
@@ -98,8 +100,9 @@ def measure(run: megasft.Trainer, rounds: int, plain: int) -> dict[str, Any]:
 def main() -> None:
     """Print the figures, and write them where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=SHAPES, default="small", help="the model, and the micro batch")
     parser.add_argument("--rank", type=int, default=RANK, help="LoRA r; 464 makes an adapter of 500 MB")
-    parser.add_argument("--accumulation", type=int, default=8, help="micro batches of 512 tokens in a step")
+    parser.add_argument("--accumulation", type=int, default=8, help="micro batches in a step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plain", type=int, default=3, help="steps without a save in a round")
     parser.add_argument("--out", type=Path)
@@ -111,7 +114,7 @@ def main() -> None:
     logging.disable_progress_bar()
     try:
         figures = machine.describe("fp32", 1) | measure(
-            trainer(folder, chosen.rank, chosen.accumulation), chosen.rounds, chosen.plain
+            trainer(folder, SHAPES[chosen.preset], chosen.rank, chosen.accumulation), chosen.rounds, chosen.plain
         )
     finally:
         shutil.rmtree(folder)
