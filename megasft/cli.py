@@ -232,7 +232,8 @@ def main() -> None:
     except UserError as error:
         _refuse(str(error))
     except typer.TyperException as error:
-        _refuse(f"{error.format_message().rstrip('.')}; see {Path(sys.argv[0]).name} --help")
+        name = Path(sys.argv[0]).name.replace("__main__.py", "megasft")
+        _refuse(f"{error.format_message().rstrip('.')}; see {name} --help")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -8,6 +8,7 @@ tensor of the adapter unused. Exit code 1 when something does not hold.
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -174,6 +175,7 @@ if __name__ == "__main__":
     # uses an old name of transformers.
     warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a faster kernel that it would download; not used here
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     typer.run(main)

@@ -25,6 +25,7 @@ from tests.faults.speech import assert_one_line, spoken
 from tests.parity.peft_adapters import loaded_by_peft
 from tests.parity.reference import random_adapter, tiny_config, write_adapter
 
+BIN = Path(sys.executable).parent
 TOOLS = '[{"type": "function", "function": {"name": "f"}}]'
 GREETING = "what comes after 3? naïve"
 
@@ -68,6 +69,14 @@ def test_an_answer_is_on_standard_output_and_all_else_on_standard_error(megasft,
         assert all(re.fullmatch(r"\[cut off after 30 tokens; .*\]", line) for line in cut)
         assert "not for serving" in notice
         assert command == f"vllm serve {world}/model --enable-lora --lora-modules run={adapter} --max-lora-rank 8"
+
+
+def test_torchrun_launches_it_too(world, adapter):
+    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "-m", "megasft", "generate", f"{world}/job.toml"]
+    command += ["--prompt", GREETING, "--max-new-tokens", "4"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == answer_by_peft(world, adapter, [{"role": "user", "content": GREETING}], 4) + "\n"
 
 
 def test_a_file_of_conversations_becomes_one_of_answers(megasft, world, adapter):
