@@ -22,7 +22,7 @@ CUDA = torch.cuda.is_available()
 
 def device() -> torch.device:
     """The device of this rank's model."""
-    return torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
+    return torch.device("cuda", _own()) if CUDA else torch.device("cpu")
 
 
 def backend() -> str:
@@ -37,6 +37,24 @@ def device_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def copying() -> Iterator[None]:
+    """Around copies from the device to pinned memory, in any thread: they are complete after it, and do not wait for
+    what the device is busy with. What they copy must be complete before.
+    """
+    if not CUDA:
+        yield
+        return
+    with torch.cuda.device(_own()), torch.cuda.stream(torch.cuda.Stream()):
+        yield
+        torch.cuda.current_stream().synchronize()
+
+
+def _own() -> int:
+    """This rank's GPU; a thread's current device is 0 until it sets one."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def synchronize() -> None:
@@ -110,7 +128,7 @@ def prepare() -> None:
     for name in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
     if CUDA:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(_own())
         return
     # Its tracker wonders at the CPU's random state changing while it forks the GPU's; here they are the same.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

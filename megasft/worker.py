@@ -168,7 +168,8 @@ class _Ending:
             if LOST_PEER.search(str(error)):
                 self.lose_peer()
             self.end(INTERRUPTED, f"{self._interrupted}; the run could not be saved ({error})")
-        self.end(INTERRUPTED, f"interrupted; {folder} holds the run: the same command goes on from there")
+        more = "" if trainer.config.checkpoint.resume == "auto" else " with --resume auto"
+        self.end(INTERRUPTED, f"interrupted; {folder} holds the run: the same command{more} goes on from there")
 
 
 def print_summary(summary: Summary, config: RunConfig) -> None:

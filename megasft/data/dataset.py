@@ -188,6 +188,10 @@ class Batches:
             epoch += 1
         return epoch, step * self.global_batch
 
+    def step_of(self, epoch: int, first: int) -> int:
+        """The opposite of `place`."""
+        return self.steps(epoch) + first // self.global_batch
+
     def rows(self, epoch: int, first: int) -> list[np.ndarray]:
         """The sample numbers of each row of the global batch that begins with row `first` of an epoch."""
         rows = self.epoch(epoch)

@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from megasft.config import RunConfig
+from megasft.ending import say
 from megasft.errors import UserError
 
 FORMAT = 1
 MANIFEST, STATE, RUN_FILE, LATEST = "manifest.json", "state.json", "config.toml", "latest"
+_NAME = re.compile(r"step-\d{6,19}", re.ASCII)  # any other name is the user's
 _FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # in the checkpoint's own folder, whatever the manifest says
 
 
@@ -73,7 +75,7 @@ class Checkpoints:
     def all(self) -> list[Path]:
         """Those there are, the newest first."""
         with contextlib.suppress(OSError):
-            found = [path for path in self.folder.iterdir() if path.name.startswith("step-") and path.is_dir()]
+            found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
             return sorted(found, key=_step, reverse=True)
         return []
 
@@ -97,11 +99,11 @@ class Checkpoints:
         texts = {STATE: json.dumps(asdict(state), indent=1), RUN_FILE: config.to_toml()}
         digests = files | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
         for name, text in texts.items():
-            _write(work / name, text)
+            write_text(work / name, text)
         entries = {
             name: {"bytes": (work / name).stat().st_size, "sha256": digest} for name, digest in sorted(digests.items())
         }
-        _write(work / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=1))
+        write_text(work / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=1))
         _sync(work)
         folder = self.of(step)
         if folder.exists():
@@ -112,12 +114,15 @@ class Checkpoints:
         return folder
 
     def point_latest_at(self, folder: Path) -> None:
-        """Have `latest` lead to a checkpoint of this folder. Raises OSError."""
+        """Have `latest` lead to a checkpoint of this folder. If it cannot, that is said; resuming does not need it."""
         link = self.folder / f".{LATEST}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
-        link.rename(self.folder / LATEST)
-        _sync(self.folder)
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(folder.name)
+            link.rename(self.folder / LATEST)
+            _sync(self.folder)
+        except OSError as error:
+            say(f"{self.folder / LATEST}: cannot be a link to {folder.name} ({error.strerror})")
 
     def prune(self, keep: int, best_step: int) -> None:
         """Remove all but the newest `keep` and that of the best validation loss."""
@@ -217,11 +222,11 @@ def file_digest(path: Path) -> str:
 
 
 def _step(folder: Path) -> int:
-    digits = folder.name.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else -1
+    return int(folder.name.removeprefix("step-"))
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file that reaches the disk. Raises OSError."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -93,7 +93,8 @@ def describe(kind: str, values: dict[str, Any]) -> str:
             f"{values['tokens_per_second']:,.0f} tokens/s"
         )
     if kind == "validation":
-        return f"validation loss {values['loss']:.4f} over {values['tokens']:,} tokens"
+        loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+        return f"validation loss {loss} over {values['tokens']:,} tokens"
     return f"{kind}: " + "  ".join(f"{name} {value}" for name, value in values.items())
 
 

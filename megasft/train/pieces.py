@@ -21,6 +21,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megasft import host
 from megasft.errors import UserError
 from megasft.model.qwen3_moe import Qwen3Moe
 from megasft.shards import Shard
@@ -71,22 +72,18 @@ class States:
         self._model, self._optimizer = model, optimizer
         shards = sorted(model.adapter_shards(), key=_address)
         self._pieces = [(part, pieces(part, shards)) for part in owned(optimizer)]
-        self._copies: list[dict[str, Tensor]] = []
+        self._copies = [
+            {name: torch.zeros(part.end - part.start, pin_memory=host.CUDA) for name in STATES}
+            for part, _ in self._pieces
+        ]
         self._header: bytes = b""
 
     def copy(self) -> None:
         """Copy the states to host memory, in buffers that stay; `write` writes them while training goes on."""
-        parts = list(owned(self._optimizer))
-        if not self._copies:
-            pinned = parts[0].states["master"].is_cuda if parts else False
-            self._copies = [
-                {name: torch.zeros(part.end - part.start, pin_memory=pinned) for name in STATES} for part in parts
-            ]
-        for part, copies in zip(parts, self._copies, strict=True):
-            for name, state in part.states.items():
-                copies[name].copy_(state.view(-1), non_blocking=True)
-        if parts and parts[0].states["master"].is_cuda:
-            torch.cuda.current_stream().synchronize()
+        with host.copying():
+            for part, copies in zip(owned(self._optimizer), self._copies, strict=True):
+                for name, state in part.states.items():
+                    copies[name].copy_(state.view(-1), non_blocking=True)
 
     def write(self, path: Path) -> str:
         """Write the copy to `path`, which reaches the disk; its SHA-256. Raises OSError."""

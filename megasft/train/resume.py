@@ -1,6 +1,8 @@
 """Whether and from where a run goes on, and what may not have changed since."""
 
 import contextlib
+import json
+import math
 import os
 import shutil
 import tomllib
@@ -17,7 +19,7 @@ from megasft.data.loader import data_identity, refuse_other_data
 from megasft.ending import say
 from megasft.errors import UserError
 from megasft.topology import Topology
-from megasft.train.checkpoint import RUN_FILE, Checkpoints, RunState, damage, read_state
+from megasft.train.checkpoint import RUN_FILE, Checkpoints, RunState, damage, read_state, write_text
 
 
 def find(config: RunConfig, topology: Topology) -> tuple[Path, RunState] | None:
@@ -71,8 +73,10 @@ def tidy(config: RunConfig, found: tuple[Path, RunState] | None) -> None:
         if found and found[0].parent == own.folder.resolve():
             if later := own.after(found[1].step):  # they are damaged, or given up by going back to this one
                 own.point_latest_at(found[0])
-                _set_aside(output, later)
-        elif found or _setting(config) == "never":
+                best = output / BEST
+                given_up = [output / "adapter", *([best] if _step_of_best(best) > found[1].step else [])]
+                _set_aside(output, [*later, *given_up])
+        elif found or _setting(config) == "never" or (output / "adapter").exists():  # of a run that came to its end
             _set_aside(output, (output / name for name in RUN_FILES))
     except OSError as error:
         raise UserError(f"[job] output_dir: {output} cannot be written ({error.strerror})") from None
@@ -81,7 +85,39 @@ def tidy(config: RunConfig, found: tuple[Path, RunState] | None) -> None:
             (output / _LAUNCH).write_text(_launch())
 
 
-RUN_FILES = ("checkpoints", "metrics.jsonl", "tensorboard", "best", "adapter")
+BEST = "best"
+RUN_FILES = ("checkpoints", "metrics.jsonl", "tensorboard", BEST, "adapter")
+_OF = "validation.json"  # in best/: the step and the data of the validation it was best in
+
+
+def label_best(folder: Path, step: int, validation: Mix) -> None:
+    """Note in `best/` which validation it is of. Raises UserError."""
+    try:
+        write_text(folder / _OF, json.dumps({"step": step, "content": _content(validation)}))
+    except OSError as error:
+        raise UserError(f"{folder / _OF}: cannot be written ({error.strerror})") from None
+
+
+def best_stands(output_dir: Path, state: RunState, validation: Mix) -> bool:
+    """Whether `best/` is of a state's best validation and of these data: a later validation may have replaced it."""
+    return _label(output_dir / BEST) == {"step": state.best_step, "content": _content(validation)}
+
+
+def _content(validation: Mix) -> list[str | None]:
+    return [source.digest for source in validation.sources]
+
+
+def _label(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / _OF).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _step_of_best(folder: Path) -> float:
+    """Unknown counts as late."""
+    step = _label(folder).get("step")
+    return step if isinstance(step, int) else math.inf
 
 
 def check(config: RunConfig, base: str, data_parallel: int) -> None:

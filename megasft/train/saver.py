@@ -28,7 +28,7 @@ class Saver:
     """Saves a run's states now and then. Every rank makes one and calls `save` at the same steps.
 
     Attributes:
-        failure: why the last save came to nothing; None if it did not fail.
+        failure: why a save came to nothing, until somebody who has made it known sets None.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Saver:
         self._states = States(model, optimizer)
         self._group = dist.new_group(backend="gloo", group_desc="checkpoints")
         self._thread = ThreadPoolExecutor(1, "saver")
-        self._pending: Future[None] | None = None
+        self._pending: Future[str | None] | None = None
         self._saved_step: int | None = None
 
     def save(self, state: RunState) -> Path:
@@ -53,10 +53,9 @@ class Saver:
             self._pending = self._thread.submit(self._write, state)
         return self.checkpoints.of(state.step)
 
-    def wait(self) -> None:
-        """Return when nothing is being written any more."""
-        if self._pending is not None:
-            self._pending.result()
+    def wait(self) -> str | None:
+        """Return when nothing is being written any more: why the last save came to nothing, None if it did not."""
+        return None if self._pending is None else self._pending.result()
 
     @property
     def written(self) -> int:
@@ -70,8 +69,7 @@ class Saver:
         if folder == self.checkpoints.of(step).resolve():
             self._saved_step = step
 
-    def _write(self, state: RunState) -> None:
-        self.failure = None
+    def _write(self, state: RunState) -> str | None:
         work: Path | None = None
         try:
             work = self._together(lambda: self.checkpoints.begin(state.step) if self._topology.is_first else None)[0]
@@ -79,11 +77,13 @@ class Saver:
             name = optimizer_file(self._topology.rank, self._topology.world)
             digests = dict(self._together(lambda: (name, self._states.write(work / name))))
             self._together(lambda: self._finish(work, state, digests) if self._topology.is_first else None)
+            return None
         except (UserError, OSError, RuntimeError) as error:  # RuntimeError: torch.distributed's, if a rank is gone
             self._saved_step = None
             self.failure = str(error)
             if work and self._topology.is_first:
                 shutil.rmtree(work, ignore_errors=True)
+            return self.failure
 
     def _finish(self, work: Path, state: RunState, digests: dict[str, str]) -> None:
         self._write_adapter(work, Saved(work / name for name in digests))

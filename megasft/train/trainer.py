@@ -72,8 +72,7 @@ class Trainer:
         self.batches = global_batches(config, topology, self.train)
         self.device = host.device()  # asked here: the loader's thread has a current device of its own
         self.loader = Loader(self.train, self.batches, lambda rows: list(self._cut(self.train, rows)))
-        self.total_steps = hyper.max_steps or self.batches.steps(hyper.n_epochs)
-        self.schedule = Schedule(hyper.lr_schedule, hyper.learning_rate, self.total_steps, hyper.warmup_ratio)
+        self._plan(0)
         self.ddp, self.optimizer = wrap(model, hyper)
         self.load = ExpertLoad(model, hyper.router_aux_loss_coef)
         self.output_dir = Path(config.job.output_dir)
@@ -88,6 +87,19 @@ class Trainer:
     def step(self) -> int:
         """Optimizer steps taken."""
         return self.state.step
+
+    def _plan(self, ahead: int) -> None:
+        """How many steps there are and their learning rates, where the run is `ahead` of its place in the data.
+
+        So it is where other data were put in the place of those of the first steps, and an epoch of them is shorter.
+        """
+        hyper = self.config.hyperparameters
+        self._ahead = ahead
+        self.total_steps = hyper.max_steps or ahead + self.batches.steps(hyper.n_epochs)
+        self.schedule = Schedule(hyper.lr_schedule, hyper.learning_rate, self.total_steps, hyper.warmup_ratio)
+
+    def _ends_epoch(self) -> bool:
+        return self.batches.place(self.step - self._ahead)[1] == 0
 
     def fit(self, on_start: Callable[[], None] = lambda: None) -> Summary:
         """Train to the end, from the checkpoint that `[checkpoint] resume` names if there is one.
@@ -107,9 +119,8 @@ class Trainer:
             while True:
                 if self.state.validated < self.step and self._validates_now():
                     validation_loss = self._validate()
-                ends_epoch = self.batches.place(self.step)[1] == 0
                 last = self.step >= self.total_steps
-                due = due or last or ends_epoch or self.step % self.config.checkpoint.every_steps == 0
+                due = due or last or self._ends_epoch() or self.step % self.config.checkpoint.every_steps == 0
                 if due and self.step > self.state.saved:
                     self._checkpoint()
                     saved_at = time.monotonic()
@@ -211,9 +222,8 @@ class Trainer:
         """
         self.gate.hold()
         folder = self._save()
-        self.saver.wait()
-        if self.saver.failure:
-            raise UserError(f"{folder}: cannot be written ({self.saver.failure})")
+        if failure := self.saver.wait():
+            raise UserError(f"{folder}: cannot be written ({failure})")
         return folder
 
     def evaluate(self, samples: Samples | Mix) -> tuple[float, int]:
@@ -270,7 +280,7 @@ class Trainer:
         if self.validation is None or not settings.enabled:
             return False
         strategy = settings.evaluation_strategy
-        if strategy == "epoch" and self.batches.place(self.step)[1] == 0:
+        if strategy == "epoch" and self._ends_epoch():
             return True
         return (strategy == "steps" and self.step % settings.eval_steps == 0) or self.step == self.total_steps
 
@@ -279,7 +289,7 @@ class Trainer:
         loss, tokens = self.evaluate(self.validation)
         best = math.isfinite(loss) and (self.state.best is None or loss < self.state.best)
         if best and self.config.training.validation.save_best_model_at_end:
-            best = self._save_best()
+            best = self._save_best(Mix.of(self.validation))
         with self.gate.change(self.step):
             self._record("validation", loss=loss if math.isfinite(loss) else None, tokens=tokens)
             self.state = replace(self.state, validated=self.step)
@@ -287,10 +297,14 @@ class Trainer:
                 self.state = replace(self.state, best=loss, best_step=self.step)
         return loss
 
-    def _save_best(self) -> bool:
+    def _save_best(self, validation: Mix) -> bool:
         """Write `best/`; where that fails, it stays as it was."""
+        folder = self.output_dir / resume.BEST
         try:
-            self.save(self.output_dir / "best")
+            self.save(folder)
+            with self.topology.together():
+                if self.topology.is_first:
+                    resume.label_best(folder, self.step, validation)
         except UserError as error:
             self._heed_failure("best", str(error))
             return False
@@ -356,15 +370,27 @@ class Trainer:
                 resume.tidy(self.config, found)
         if found is None:
             return 0
+        if not self._best_stands(state):
+            state = replace(state, best=None, best_step=0)
         self.state = replace(state, identity=self.state.identity)
         self.gate.rest = self._described()
+        place = self.loader.state_dict()
+        self._plan(self.step - self.batches.step_of(place["epoch"], place["row"]))
         if self.topology.is_first:
             for change in changes:
                 say(f"resuming with another {change}")
             say(f"resuming from {folder}: {self.step} of {self.total_steps} steps are done")
             if self.step >= self.total_steps:
                 say("nothing is left to train; for a new run name another [job] output_dir, or pass --resume never")
-        return state.metrics_bytes if folder.parent.parent == self.output_dir.resolve() else 0
+        return state.metrics_bytes if folder.parent == self.saver.checkpoints.folder.resolve() else 0
+
+    def _best_stands(self, state: RunState) -> bool:
+        """Whether later validations are to be held against that state's best."""
+        if self.validation is None or not self.config.training.validation.save_best_model_at_end:
+            return True
+        found = [self.topology.is_first and resume.best_stands(self.output_dir, state, Mix.of(self.validation))]
+        dist.broadcast_object_list(found)
+        return bool(found[0])
 
     def _open_metrics(self, length: int) -> Metrics | None:
         metrics = None

@@ -104,6 +104,22 @@ def fit(settings: dict[str, Any], samples: list, held_out: list, broken: bool) -
         return str(error)
 
 
+def blind(settings: dict[str, Any], samples: list, held_out: list) -> None:
+    """Train to the end with a loss that is not a number in every validation."""
+    config, topology, model = on_ranks.start(settings)
+    trainer = Trainer(config, topology, model, on_ranks.as_samples(samples), on_ranks.as_samples(held_out))
+    loss_of = trainer_module._loss
+    trainer_module._loss = lambda batch, loss_sum: loss_of(batch, loss_sum if model.training else loss_sum * torch.nan)
+    trainer.fit()
+
+
+def test_a_validation_that_is_not_finite_is_told_and_ends_nothing(runs):
+    settings = runs.settings(CASES[1], "blind")
+    runs.pool(2, blind, settings, runs.samples, runs.held_out)
+    found = [(line["step"], line["loss"]) for line in lines(runs.folder / "blind") if line["kind"] == "validation"]
+    assert found == [(step, None) for step in (2, 4, 6, STEPS)]
+
+
 def run(runs: Runs, name: str, broken: bool, most: int) -> tuple[Path, str]:
     settings = runs.settings(CASES[1], name, training={"max_nonfinite_steps": most, "validation": {"enabled": False}})
     said = runs.pool(2, fit, settings, runs.samples, runs.held_out, broken)

@@ -228,10 +228,12 @@ def test_a_run_told_to_stop_before_a_checkpoint_was_due_speaks_of_it_later(world
     whole = lines(world / "run")
     (world / "launched").unlink()
     own = f"job.output_dir='{world}/other'"
-    command = start(world, own, in_rank=told_to_stop_in_validation)
+    command = start(world, own, options=("--resume", "never"), in_rank=told_to_stop_in_validation)
     assert command.wait() == 130, command.said()
-    assert f"megasft: interrupted; {world}/other/checkpoints/step-000002 holds the run" in command.said()
-    assert start(world, own).wait() == 0
+    holder = f"{world}/other/checkpoints/step-000002"
+    more = "the same command with --resume auto goes on from there"  # as it was, it would begin anew
+    assert f"megasft: interrupted; {holder} holds the run: {more}" in command.said()
+    assert start(world, own, options=("--resume", "auto")).wait() == 0
     assert lines(world / "other") == whole
 
 
@@ -239,7 +241,7 @@ def test_an_older_checkpoint_of_the_run_gives_up_those_after_it(world):
     before = lines(world / "run")
     command = start(world, options=("--resume", f"{world}/run/checkpoints/step-000002"))
     assert command.wait() == 0
-    assert "moved step-000004 to earlier-1" in command.said()
+    assert "moved step-000004, adapter, best to earlier-1" in command.said()
     assert lines(world / "run") == before
     assert (world / "run" / "checkpoints" / "latest").readlink().name == "step-000004"
 

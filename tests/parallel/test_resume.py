@@ -1,5 +1,7 @@
 """A run that is interrupted and goes on: bit for bit under the same topology, and as under any other under another."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from tests.parallel.invariance import Case
 from tests.parallel.resume import CASES, EVERY, STEPS, Runs, difference, lines, tensors
 
 LAST = f"step-{STEPS:06d}"
+FAR_TOO_FAST = {"learning_rate": 1.0, "warmup_ratio": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def shown(run):
 
 def saved(run):
     """The steps whose checkpoints are there, and those that metrics.jsonl tells of."""
-    there = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    there = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-000???"))
     return there, [line["step"] for line in lines(run) if line["kind"] == "checkpoint"]
 
 
@@ -76,16 +79,88 @@ def test_a_checkpoint_is_written_when_enough_time_has_passed(ranks, runs):
 
 
 def test_the_newest_checkpoints_stay_and_that_of_the_best_validation(runs):
+    others = [runs.folder / "keep" / "checkpoints" / name for name in ("step-000002.keep", "step-mine", "latest")]
+    for folder in others:  # the user's own; a link that became a folder when it was copied
+        folder.mkdir(parents=True)
     # The rate is far too high, so the validation after the second step, of those at 2, 4, 6 and 8, is the best.
-    run = runs.run(
-        CASES[0],
-        "keep",
-        checkpoint={"every_steps": 1, "keep": 2},
-        hyperparameters={"learning_rate": 1.0, "warmup_ratio": 0.0},
-    )
+    run = runs.run(CASES[0], "keep", checkpoint={"every_steps": 1, "keep": 2}, hyperparameters=FAR_TOO_FAST)
+    assert all(folder.is_dir() for folder in others)
     best = min((line for line in lines(run) if line["kind"] == "validation"), key=lambda line: line["loss"])["step"]
     assert best < STEPS - 1
     assert saved(run) == ([best, STEPS - 1, STEPS], list(range(1, STEPS + 1)))
+
+
+def test_checkpoints_may_be_a_link_to_another_disk(runs):
+    whole = runs.run(CASES[0], "whole")
+    (runs.folder / "big").mkdir()
+    (runs.folder / "linked").mkdir()
+    (runs.folder / "linked" / "checkpoints").symlink_to("../big")
+    assert_same_run(whole, runs.go_on(whole, EVERY, CASES[0], "linked"))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["back", "elsewhere"])
+def test_the_best_adapter_is_one_of_this_run(runs, elsewhere):
+    before = runs.run(CASES[0], f"best {elsewhere}")
+    given_up = (before / "best" / "adapter_model.safetensors").read_bytes()
+    # Every validation from here on is worse than that at 2, of which nothing is left.
+    again = runs.run(
+        CASES[0],
+        "best elsewhere" if elsewhere else before.name,
+        checkpoint={"resume": str(before / "checkpoints" / f"step-{EVERY:06d}")},
+        hyperparameters=FAR_TOO_FAST,
+    )
+    best = min(
+        (line for line in lines(again) if line["kind"] == "validation" and line["step"] > EVERY),
+        key=lambda line: line["loss"],
+    )
+    assert json.loads((again / "best" / "validation.json").read_text())["step"] == best["step"]
+    assert (again / "best" / "adapter_model.safetensors").read_bytes() != given_up
+    if not elsewhere:
+        assert (again / "earlier-1" / "best" / "adapter_model.safetensors").read_bytes() == given_up
+
+
+def test_a_finished_run_without_checkpoints_is_set_aside(runs):
+    before = runs.run(CASES[0], "bare")
+    kept = lines(before)
+    shutil.rmtree(before / "checkpoints")
+    again = runs.run(CASES[0], "bare", job={"seed": 3})
+    assert lines(again / "earlier-1") == kept
+    assert (again / "earlier-1" / "adapter").exists()
+    assert [line["step"] for line in lines(again) if line["kind"] == "train"] == list(range(1, STEPS + 1))
+
+
+def test_other_data_are_gone_through_as_often_as_epochs_are_left(runs):
+    epochs = {"hyperparameters": {"max_steps": None, "n_epochs": 3}}
+    whole = runs.run(CASES[0], "three epochs", **epochs)
+    assert saved(whole)[0] == [3, 6, 9]
+    fewer, runs.samples = runs.samples, on_ranks.random_samples(runs.config.vocab_size, [7] * 44)
+    try:  # six steps an epoch in place of three
+        other = runs.go_on(
+            whole, 6, CASES[0], "longer epochs", checkpoint={"allow_changed": ["data"], "every_steps": 4}, **epochs
+        )
+        assert saved(other)[0] == [6, 8, 12]
+    finally:
+        runs.samples = fewer
+
+
+def failing_to_save(settings, samples):
+    """What waiting for a save that failed gives, to the one who hears of it first and to the next."""
+    config, topology, model = on_ranks.start(settings)
+    trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
+    trainer.output_dir.mkdir()
+    (trainer.output_dir / "checkpoints").touch()
+    trainer._checkpoint()
+    first = trainer.saver.wait()
+    trainer._heed_failed_save()
+    return first, trainer.saver.wait(), trainer.saver.failure
+
+
+def test_who_stops_the_run_hears_of_a_failed_save_although_training_has(ranks, runs, tmp_path):
+    settings = runs.settings(CASES[0], "unused", job={"output_dir": str(tmp_path / "run")})
+    for first, second, left in ranks(1, failing_to_save, settings, runs.samples):
+        assert first == second
+        assert "Not a directory" in first or "File exists" in first
+        assert left is None
 
 
 def locked_elsewhere(settings, samples):

@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(request, tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     for path, text in {".venv/bin/torchrun": TORCHRUN, **COMMANDS}.items():
         (tmp_path / path).write_text(text)
@@ -32,6 +32,7 @@ def job(tmp_path):
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "12",
         "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "32", "DATASET": "my data",
     }  # fmt: skip
+    world |= getattr(request, "param", {})
     process = subprocess.Popen(["bash", str(SCRIPT)], env=world)
     deadline = time.monotonic() + 20
     while not (tmp_path / "agent").exists():
@@ -75,4 +76,10 @@ def test_a_run_that_ends_is_not_begun_again(job):
     assert not (folder / "requeued").exists()
     assert (folder / "arguments").read_text().split(" ", 3)[:3] == ["1", "--nnodes", "2"]
     assert "--rdzv-endpoint node7:29400 --rdzv-conf is_host=1" in (folder / "arguments").read_text()
-    assert "--dataset my data" in (folder / "arguments").read_text()
+    assert (folder / "arguments").read_text().endswith("--dataset my data\n")
+
+
+@pytest.mark.parametrize("job", [{"SLURM_RESTART_COUNT": "1"}], indirect=True)
+def test_the_next_turn_goes_on_whatever_the_run_file_says_of_resuming(job):
+    _, folder = job
+    assert (folder / "arguments").read_text().endswith("--dataset my data --resume auto\n")
