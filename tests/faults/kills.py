@@ -90,7 +90,7 @@ MOMENTS: dict[str, list[Point]] = {
     ],
     "writing the checkpoint's adapter": _around("megasft.train.saver:Saver", "_write_adapter"),
     "manifest": [
-        *_around(CHECKPOINT, "_write", True, _named("manifest")), *_around(CHECKPOINT, "_write", True, _named("state")),
+        *_around(CHECKPOINT, "write_text", True, _named("manifest")), *_around(CHECKPOINT, "write_text", True, _named("state")),
     ],
     "rename": [
         *_around(PATH, "rename", True, _renaming(".step-", "step-")), *_around(PATH, "rename", True, _renaming(".latest", "latest")),
