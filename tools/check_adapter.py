@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks, on import, of a kernel that is not needed here
 
 import torch
 import typer
@@ -175,7 +176,6 @@ if __name__ == "__main__":
     # uses an old name of transformers.
     warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a faster kernel that it would download; not used here
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     typer.run(main)
