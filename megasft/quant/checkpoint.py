@@ -2,13 +2,14 @@
 
     CACHE/nf4/<key>/layer-00000.safetensors   one file a layer; per projection, stacked over its experts (1 without),
                                               <name>.packed, .scales, .groups, .mean as `nf4` describes them, and
-                                              <name>.sums, int64 [E, these]: a check sum of each
+                                              <name>.sums, int64 [E, these]: a check sum of each, and of its place
                     manifest.json             what it is of, and the sizes of the files
     CACHE/digests/                            see `diskcache`
 
 The key is of the content of the checkpoint's files, so a copy of a checkpoint, or another path to it, shares them.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -64,7 +65,7 @@ def prepare(model: str | Path, config: Qwen3MoeConfig, settings: QuantSettings, 
     folder = root / "nf4" / key
 
     def make(part: Path) -> None:
-        _quantize(checkpoint, config, settings, part, workers or len(os.sched_getaffinity(0)))
+        _quantize(checkpoint, config, settings, key, part, workers or len(os.sched_getaffinity(0)))
         if _digests(files, root) != digests:
             raise UserError(f"{model}: changed while it was read; start again")
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
@@ -91,7 +92,7 @@ class QuantizedCheckpoint:
         file = self._file(int(_LAYER.match(name)[1]))  # type: ignore[index]
         fields = [field for field in ("packed", "scales", "groups", "mean") if f"{stack}.{field}" in file.specs]
         found = {field: file.tensor(f"{stack}.{field}")[e] for field in fields}
-        if not torch.equal(_sums(found), file.tensor(f"{stack}.sums")[e]):
+        if not torch.equal(_sums(found, f"{self.folder.name}/{name}"), file.tensor(f"{stack}.sums")[e]):
             raise UserError(
                 f"{file.path}: {name!r} is damaged, its check sum is another; delete {self.folder}, and the next run "
                 "makes it again"
@@ -137,7 +138,7 @@ def through_4_bits(name: str, matrix: Tensor, settings: QuantSettings) -> Tensor
 
 
 def _quantize(
-    checkpoint: "Checkpoint", config: Qwen3MoeConfig, settings: QuantSettings, folder: Path, workers: int
+    checkpoint: "Checkpoint", config: Qwen3MoeConfig, settings: QuantSettings, key: str, folder: Path, workers: int
 ) -> None:
     layers = list(quantized_layers(config))
     places = {}
@@ -159,7 +160,7 @@ def _quantize(
                     quantized = nf4.quantize(matrix, settings, name)
                     for field, value in quantized.items():
                         writer.write(f"{stack}.{field}", (slice(e, e + 1),), value[None])
-                    writer.write(f"{stack}.sums", (slice(e, e + 1),), _sums(quantized)[None])
+                    writer.write(f"{stack}.sums", (slice(e, e + 1),), _sums(quantized, f"{key}/{name}")[None])
                     return matrix.nbytes
 
                 touched = 0
@@ -240,12 +241,35 @@ def _stack_of(name: str) -> tuple[str, int]:
     return (f"{expert[1]}.{expert[3]}", int(expert[2])) if expert else (stem, 0)
 
 
-def _sums(quantized: Quantized) -> Tensor:
-    """int64 [fields]: of each the sum of its 64-bit words, which one changed bit changes; at the speed of memory."""
-    sums = []
-    for value in quantized.values():
-        data = value.contiguous().view(-1).view(torch.uint8)
-        data = data.clone() if data.storage_offset() % 8 else data  # torch wants words where words may begin
-        words = len(data) // 8 * 8
-        sums.append(data[:words].view(torch.int64).sum() + data[words:].sum())
-    return torch.stack(sums)
+def _sums(quantized: Quantized, key: str) -> Tensor:
+    """int64 [fields]: a check sum of each, which only what was written as this field of `key` has."""
+    return torch.stack([_sum(value, f"{key}/{field}") for field, value in quantized.items()])
+
+
+_PIECE = 2**18  # words: 2 MiB of weights, and as much for a piece made wide
+_STEP = 6364136223846793005  # from piece to piece: Knuth's multiplier, odd
+
+
+def _sum(value: Tensor, key: str) -> Tensor:
+    """int64 []: a number of `key`, and every 32-bit word times a weight of its place, modulo 2^64.
+
+    Multilinear hashing (Lemire and Kaser 2014, https://arxiv.org/abs/1202.4961). One changed word always shows, as the
+    weights are odd. The words have half the bits of the sum, or changes of two words' upper bits would cancel.
+    """
+    data = value.contiguous().view(-1).view(torch.uint8)
+    if len(data) % 4 or data.storage_offset() % 4:  # torch wants words where words may begin
+        data = torch.nn.functional.pad(data, (0, -len(data) % 4))
+    digest = hashlib.sha256(key.encode()).digest()
+    total = torch.tensor(int.from_bytes(digest[:8], "little", signed=True))
+    for piece in data.view(torch.int32).split(_PIECE):
+        total = total * _STEP + torch.dot(piece.long(), _weights()[: len(piece)])
+    return total
+
+
+@functools.cache
+def _weights() -> Tensor:
+    """int64 [_PIECE]: odd numbers, by splitmix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195)."""
+    found = torch.arange(1, _PIECE + 1) * (0x9E3779B97F4A7C15 - 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        found = (found ^ (found >> shift & 2 ** (64 - shift) - 1)) * factor  # torch shifts the sign in
+    return found | 1
