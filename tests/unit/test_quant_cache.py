@@ -262,7 +262,7 @@ def test_one_killed_halfway_leaves_nothing_that_is_taken_for_whole(quantize, mod
     process.start()
     root = tmp_path / "cache" / "nf4"
     deadline = time.monotonic() + 120  # importing everything may take long
-    while not list(root.glob(f"*.{socket.gethostname()}.part/layer-00001.safetensors")):
+    while not list(root.glob(f"*@{socket.gethostname()}.part/layer-00001.safetensors")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
