@@ -146,9 +146,9 @@ def _quantize(
         for e in range(experts):
             name = _matrix_name(stack, e)
             places[name] = checkpoint.locate(Shard(name, (n, k), whole(n, k), None))
-    threads, last = torch.get_num_threads(), time.monotonic()
+    last = time.monotonic()
     # A thread for each matrix, and none within: what there is to do to one is too little to share.
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with nf4.one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for i, stacks in enumerate(layers):
                 writer = TensorFileWriter(folder / _file_name(i), _file_specs(stacks, settings))
@@ -176,7 +176,6 @@ def _quantize(
                     say(f"{checkpoint.folder}: {i + 1} of {len(layers)} layers quantized")
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
 
 
 def _file_specs(stacks: list[tuple[str, tuple[int, int, int]]], settings: QuantSettings) -> dict[str, TensorSpec]:

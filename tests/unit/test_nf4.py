@@ -37,6 +37,17 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(dtype, double, block_
         assert torch.equal(nf4.dequantize(ours, settings, target), bnb.dequantize_4bit(codes, state))
 
 
+@pytest.mark.parametrize("seed", range(4))  # the sums of the orders are often the same number
+def test_all_bits_are_the_same_on_any_number_of_threads(two_threads, seed):
+    w = weights(torch.bfloat16, shape=(4096, 4096), seed=seed)
+    on_two = nf4.quantize(w, QuantSettings(), "w")
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    on_one = nf4.quantize(w, QuantSettings(), "w")
+    for field, value in on_one.items():
+        assert torch.equal(on_two[field], value), field
+
+
 @pytest.mark.parametrize("std", [1e-41, 1e-38, 1e-35, 1e-8, 1.0, 1e4])
 def test_weights_of_any_size_are_quantized_as_bitsandbytes_does(std):
     w = weights(torch.bfloat16, std)
