@@ -126,13 +126,12 @@ def quantized_layers(config: Qwen3MoeConfig) -> Iterator[list[tuple[str, tuple[i
         yield found
 
 
-def through_4_bits(name: str, matrix: Tensor, settings: QuantSettings) -> Tensor:
-    """What a model over 4 bits computes with in the place of a tensor of the checkpoint, or of one expert of a fused
-    tensor: in bf16 where that is bf16, else in fp32. Tensors that are not quantized are given back as they are.
+def through_4_bits(name: str, matrix: Tensor, settings: QuantSettings, dtype: torch.dtype) -> Tensor:
+    """What a model over 4 bits of this dtype (bf16 or fp32) computes with in the place of a tensor of the checkpoint,
+    or of one expert of a fused tensor. Tensors that are not quantized are given back as they are.
     """
     if not _QUANTIZED.fullmatch(name):
         return matrix
-    dtype = torch.bfloat16 if matrix.dtype == torch.bfloat16 else torch.float32
     halves = matrix.chunk(2) if name.endswith("gate_up_proj") else (matrix,)
     return torch.cat([nf4.dequantize(nf4.quantize(half, settings, name), settings, dtype) for half in halves])
 
