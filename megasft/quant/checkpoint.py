@@ -73,7 +73,9 @@ def prepare(model: str | Path, config: Qwen3MoeConfig, settings: QuantSettings, 
         (part / MANIFEST).write_text(json.dumps(described, indent=2), encoding="utf-8")
 
     try:
-        return make_once(folder, _usable, make, f"{model}: another run quantizes it; waiting")
+        return make_once(
+            folder, lambda found: _usable(found, config), make, f"{model}: another run quantizes it; waiting"
+        )
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"[quant] cache_dir: {root} cannot be written ({reason}); name another folder") from None
@@ -82,8 +84,9 @@ def prepare(model: str | Path, config: Qwen3MoeConfig, settings: QuantSettings, 
 class QuantizedCheckpoint:
     """A finished folder of the cache. A matrix is a view of its file, checked against its sums when it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Qwen3MoeConfig, settings: QuantSettings) -> None:
         self.folder = folder
+        self._specs = [_file_specs(stacks, settings) for stacks in quantized_layers(config)]
         self._open: dict[int, TensorFile] = {}
 
     def matrix(self, name: str) -> Quantized:
@@ -93,10 +96,7 @@ class QuantizedCheckpoint:
         fields = [field for field in ("packed", "scales", "groups", "mean") if f"{stack}.{field}" in file.specs]
         found = {field: file.tensor(f"{stack}.{field}")[e] for field in fields}
         if not torch.equal(_sums(found, f"{self.folder.name}/{name}"), file.tensor(f"{stack}.sums")[e]):
-            raise UserError(
-                f"{file.path}: {name!r} is damaged, its check sum is another; delete {self.folder}, and the next run "
-                "makes it again"
-            )
+            raise self._damaged(f"{file.path}: {name!r} is damaged, its check sum is another")
         return found
 
     def release(self) -> None:
@@ -106,8 +106,18 @@ class QuantizedCheckpoint:
 
     def _file(self, layer: int) -> TensorFile:
         if layer not in self._open:
-            self._open[layer] = TensorFile(self.folder / _file_name(layer))
+            path = self.folder / _file_name(layer)
+            try:
+                file = TensorFile(path)
+            except UserError as error:
+                raise self._damaged(str(error)) from None
+            if file.specs != self._specs[layer]:
+                raise self._damaged(f"{path}: damaged, it holds other tensors than were written")
+            self._open[layer] = file
         return self._open[layer]
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{what}; delete {self.folder}, and the next run makes it again")
 
 
 def quantized_layers(config: Qwen3MoeConfig) -> Iterator[list[tuple[str, tuple[int, int, int]]]]:
@@ -186,7 +196,7 @@ def _file_specs(stacks: list[tuple[str, tuple[int, int, int]]], settings: QuantS
     return specs
 
 
-def _usable(folder: Path) -> Path | None:
+def _usable(folder: Path, config: Qwen3MoeConfig) -> Path | None:
     """The folder if it is there and whole; bits that have changed since are noticed when they are read."""
     if not folder.is_dir():
         return None
@@ -195,8 +205,8 @@ def _usable(folder: Path) -> Path | None:
         if manifest["key"] != folder.name:
             say(f"{folder}: is of another checkpoint ({manifest['quantized']}); making it again")
             return None
-        for name, size in manifest["files"].items():
-            if (folder / name).stat().st_size != size:
+        for name in map(_file_name, range(config.num_hidden_layers)):
+            if (folder / name).stat().st_size != manifest["files"][name]:
                 say(f"{folder / name}: is not as long as it was written; making {folder} again")
                 return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

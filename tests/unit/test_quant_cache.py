@@ -47,6 +47,10 @@ def quantize(model, tmp_path):
     return run
 
 
+def opened(folder: Path, model: Path, **settings) -> QuantizedCheckpoint:
+    return QuantizedCheckpoint(folder, read_config(model), QuantSettings(**settings))
+
+
 @pytest.fixture
 def made(monkeypatch) -> list[str]:
     """The names of the matrices that are quantized from now on."""
@@ -75,8 +79,8 @@ def flip_a_bit(file: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_every_matrix_is_there_as_it_was_quantized(pristine, quantize, double):
-    cached = QuantizedCheckpoint(quantize(double=double))
+def test_every_matrix_is_there_as_it_was_quantized(pristine, quantize, model, double):
+    cached = opened(quantize(double=double), model, double=double)
     for name, matrix in pristine[1].items():
         want = nf4.quantize(matrix.detach(), QuantSettings(double=double), name)
         got = cached.matrix(name)
@@ -124,7 +128,9 @@ def test_another_checkpoint_or_format_is_quantized_anew(quantize, model):
     assert len({*folders, quantize()}) == 4
 
 
-@pytest.mark.parametrize("damage", ["truncated", "a file short", "no manifest", "half a manifest", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "a file short", "no manifest", "half a manifest", "no files in it", "empty"]
+)
 def test_a_cache_that_is_not_whole_is_named_and_made_again(quantize, damage, capsys, made):
     folder = quantize()
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -137,6 +143,8 @@ def test_a_cache_that_is_not_whole_is_named_and_made_again(quantize, damage, cap
         manifest.unlink()
     elif damage == "half a manifest":
         manifest.write_text(manifest.read_text()[:50])
+    elif damage == "no files in it":
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"files": {}}))
     else:
         for file in folder.iterdir():
             file.unlink()
@@ -162,20 +170,20 @@ def test_a_cache_of_another_checkpoint_is_named_and_made_again(quantize, model, 
 
 
 @pytest.mark.parametrize("field", ["packed", "scales", "groups", "mean", "sums"])
-def test_a_flipped_bit_is_refused_by_name_and_a_deleted_folder_made_again(quantize, field):
+def test_a_flipped_bit_is_refused_by_name_and_a_deleted_folder_made_again(quantize, model, field):
     folder = quantize()
     file = checkpoint.TensorFile(folder / "layer-00002.safetensors")
     stack, name = "model.layers.2.mlp.experts.up_proj", "model.layers.2.mlp.experts.6.up_proj.weight"
     entry = file.tensor(f"{stack}.{field}")
     flip_a_bit(file.path, file.offsets[f"{stack}.{field}"] + 6 * entry[0].nbytes + entry[0].nbytes // 2)
-    cached = QuantizedCheckpoint(folder)
+    cached = opened(folder, model)
     cached.matrix("model.layers.2.mlp.experts.5.up_proj.weight")
     with pytest.raises(UserError) as error:
         cached.matrix(name)
     for word in (str(file.path), name, "damaged", f"delete {folder}"):
         assert word in str(error.value)
     shutil.rmtree(folder)
-    QuantizedCheckpoint(quantize()).matrix(name)
+    opened(quantize(), model).matrix(name)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +220,29 @@ def test_parts_that_are_zero_or_from_elsewhere_are_refused_by_name(quantize, mod
         data = bytearray((quantize() / file.path.name).read_bytes())
     file.path.write_bytes(data)
     with pytest.raises(UserError, match=f"{file.path}: {name!r} is damaged, .*; delete {folder}"):
-        QuantizedCheckpoint(folder).matrix(name)
+        opened(folder, model).matrix(name)
+
+
+@pytest.mark.parametrize("damage", ["a renamed tensor", "another type", "another layer's file", "a zeroed header"])
+def test_a_file_of_other_tensors_is_refused_by_name(quantize, model, damage):
+    folder = quantize()
+    file = folder / "layer-00002.safetensors"
+    tensors = load_file(file)
+    if damage == "a renamed tensor":
+        tensors["model.layers.2.mlp.experts.up_proj.codes"] = tensors.pop("model.layers.2.mlp.experts.up_proj.packed")
+        save_file(tensors, file)
+    elif damage == "another type":
+        tensors["model.layers.2.mlp.experts.up_proj.scales"] = tensors[
+            "model.layers.2.mlp.experts.up_proj.scales"
+        ].int()
+        save_file(tensors, file)
+    elif damage == "another layer's file":
+        shutil.copy(folder / "layer-00000.safetensors", file)
+    else:
+        data = file.read_bytes()
+        file.write_bytes(bytes(100) + data[100:])
+    with pytest.raises(UserError, match=f"{file}: damaged.*; delete {folder}, and the next run makes it again"):
+        opened(folder, model).matrix("model.layers.2.mlp.experts.6.up_proj.weight")
 
 
 def test_a_check_sum_sees_what_changes_together_with_something_else():
