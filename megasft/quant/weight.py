@@ -83,6 +83,8 @@ class QuantizedWeight(nn.Module):
     def runs(self, ends: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Runs of consecutive matrices with rows of their own, `experts_at_once` at most; rows end at `ends`."""
         most = self.settings.experts_at_once or host.experts_at_once()
+        # bitsandbytes counts weights in an int32 on CUDA (`cdequantize_blockwise_*`)
+        most = min(most, max(1, (2**31 - 1) // (self.shape[1] * self.shape[2])))
         first = None
         for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             if first is not None and (start == end or e - first == most):

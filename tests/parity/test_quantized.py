@@ -201,6 +201,16 @@ def test_only_experts_with_rows_are_dequantized_and_no_more_at_once_than_asked(m
     assert seen == [(0, 1), (2, 4), (4, 5)]
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "runs"),
+    [(2**14, 2**15, [(0, 3), (3, 6)]), (2**14 + 1, 2**16, [(e, e + 1) for e in range(6)]), (2**10, 2**10, [(0, 6)])],
+)
+def test_no_more_weights_are_dequantized_at_once_than_an_int32_counts(monkeypatch, n, k, runs):
+    weight, _ = quantized(EXPERTS, torch.float32, QuantSettings(experts_at_once=EXPERTS))
+    monkeypatch.setattr(weight, "shape", (EXPERTS, n, k))
+    assert list(weight.runs(range(1, EXPERTS + 1))) == runs
+
+
 def test_the_workspace_is_as_large_as_the_largest_product_and_stays(monkeypatch):
     weight, _ = quantized(EXPERTS, torch.float32, QuantSettings(experts_at_once=3))
     monkeypatch.setattr("megasft.quant.weight._workspaces", {})
