@@ -178,6 +178,7 @@ def workspace(dtype: torch.dtype, numel: int) -> Tensor:
     held = _workspaces.get(dtype)
     if held is None or held.numel() < numel or held.device != host.device():
         _workspaces.pop(dtype, None)
+        held = None  # the last reference: the old one goes before the new one comes
         _workspaces[dtype] = held = torch.empty(numel, dtype=dtype, device=host.device())
     return held[:numel]
 

@@ -1,6 +1,7 @@
 """Over a 4-bit base: the weights are bitsandbytes' bits under every topology, and the products are right."""
 
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from megasft.config import QuantSettings
 from megasft.lora.functional import frozen_linear, grouped_linear, grouped_lora_linear, lora_linear
 from megasft.lora.merge import DTYPES, merge_adapter
 from megasft.quant import nf4
-from megasft.quant.weight import QuantizedWeight, workspace_bytes
+from megasft.quant.weight import QuantizedWeight, workspace, workspace_bytes
 from megasft.shards import consecutive, part
 from tests import on_ranks
 from tests.parity.quantized import ALPHA, R, config_in_blocks, linears, make, quantized_by_bitsandbytes
@@ -217,6 +218,16 @@ def test_the_workspace_is_as_large_as_the_largest_product_and_stays(monkeypatch)
     for _ in range(3):
         grouped_linear(random(60, K), weight, torch.arange(10, 70, 10).int())
     assert workspace_bytes() == 3 * 2 * N * K * 4
+
+
+def test_a_workspace_that_grows_is_freed_first(monkeypatch):
+    monkeypatch.setattr("megasft.quant.weight._workspaces", {})
+    old = weakref.ref(workspace(torch.float32, 8)._base)
+    assert old() is not None
+    empty, alive = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: alive.append(old()) or empty(*args, **kwargs))
+    workspace(torch.float32, 16)
+    assert alive == [None]
 
 
 # --- merging -----------------------------------------------------------------------------------------------------------
