@@ -57,8 +57,7 @@ def test_weights_of_any_size_are_quantized_as_bitsandbytes_does(std):
 
 def test_the_table_for_bf16_gives_what_the_rule_gives_for_every_weight_and_scale():
     """Every fraction of the largest magnitude against every weight below it, down to where all become zero."""
-    magnitudes = (0x3F80 - torch.arange(6 * 128 + 40)).to(torch.int16).view(torch.bfloat16)
-    blocks = torch.stack([m for largest in (0x3F80 + torch.arange(128)).tolist() for m in _blocks(largest, magnitudes)])
+    blocks = torch.stack([block for largest in range(0x3F80, 0x4000) for block in _blocks(largest)])
     ours, scales = nf4._quantize_bf16(blocks)
     codes, rule = nf4._quantize_by_rule(blocks)
     assert torch.equal(scales, rule)
@@ -66,8 +65,9 @@ def test_the_table_for_bf16_gives_what_the_rule_gives_for_every_weight_and_scale
     assert set(ours.unique().tolist()) == set(range(16))
 
 
-def _blocks(largest: int, magnitudes: torch.Tensor):
-    top = torch.tensor([largest], dtype=torch.int16).view(torch.bfloat16)
+def _blocks(largest: int):
+    magnitudes = (largest - torch.arange(8 * 128 + 40)).to(torch.int16).view(torch.bfloat16)
+    top = magnitudes[:1]
     for piece in torch.cat([magnitudes, -magnitudes]).split(63):
         yield torch.cat([top, piece, top.new_zeros(63 - len(piece))])
 
