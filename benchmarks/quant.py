@@ -218,7 +218,7 @@ def load_once(model: Path, cache: Path) -> None:
     with peak_of_body() as filled:
         started = time.perf_counter()
         built = build_model(hf_config, topology, quant=settings)
-        load_base(built, model, QuantizedCheckpoint(where))
+        load_base(built, model, QuantizedCheckpoint(where, hf_config, settings))
         fill_seconds = time.perf_counter() - started
     size = sum(tensor.nbytes for tensor in (*built.parameters(), *built.buffers()))
     print()
@@ -281,7 +281,8 @@ def kl(
 
     def logits(quant: QuantSettings | None) -> Tensor:
         built = build_model(hf_config, topology, quant=quant).eval()
-        load_base(built, model, QuantizedCheckpoint(prepare(model, hf_config, quant)) if quant else None)
+        where = prepare(model, hf_config, quant) if quant else None
+        load_base(built, model, QuantizedCheckpoint(where, hf_config, quant) if where and quant else None)
         with torch.no_grad():
             parts = [MicroBatch(p, torch.full_like(p, IGNORED), Segments.of([len(p)], host.device())) for p in pieces]
             return torch.cat([built.logits(batch).float().cpu() for batch in parts])

@@ -197,7 +197,8 @@ def merge(
         ),
     ] = "original",
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Take [quant] for quantized-base from a run file.")
+        Path | None,
+        typer.Option("--config", "-c", help="Take [quant] and the precision for quantized-base from a run file."),
     ] = None,
 ) -> None:
     """Merge an adapter into its base: a model folder that needs no adapter."""
@@ -207,15 +208,17 @@ def merge(
     from megasft.lora.merge import find_base, merge_adapter, parse_size
     from megasft.model.hub import find_model
 
-    quant = (load_config(config) if config else RunConfig.from_dict({})).quant if onto == "quantized-base" else None
+    run = load_config(config) if config else RunConfig.from_dict({})
+    quant = run.quant if onto == "quantized-base" else None
     limit, base = parse_size(max_shard_size), find_model(model or find_base(adapter))
     console = Console(stderr=True)
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("merging", total=None)
         report = merge_adapter(
-            base, adapter, out, dtype, limit, lambda done, total: bar.update(task, completed=done, total=total), quant
-        )
+            base, adapter, out, dtype, limit, lambda done, total: bar.update(task, completed=done, total=total),
+            quant, run.dtype,
+        )  # fmt: skip
     print(
         f"{out}: {report.tensors} tensors, {report.adapted} adapted, {report.nbytes / 1e9:.2f} GB, "
         f"{report.files} file(s)"

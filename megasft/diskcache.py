@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -35,9 +36,11 @@ def make_once[T](
     if found is not None:
         return found
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_suffix(".lock"), waiting):
+    with _lock(folder.with_suffix(".lock"), waiting) as locked:
         found = usable(folder)  # another may have made it meanwhile
         if found is None:
+            if locked:
+                _remove_leftovers(folder)
             _make(folder, usable, make)
             found = usable(folder)
     assert found is not None
@@ -80,7 +83,9 @@ def _stat(file: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _lock(file: Path, waiting: str) -> Iterator[None]:
+def _lock(file: Path, waiting: str) -> Iterator[bool]:
+    """Hold the lock; false on a file system without locks, where whoever is done first gives the folder its name."""
+    locked = True
     with file.open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,15 +93,13 @@ def _lock(file: Path, waiting: str) -> Iterator[None]:
             say(waiting)
             fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError:
-            pass  # a file system without locks: whoever is done first gives the folder its name
-        yield
+            locked = False
+        yield locked
 
 
 def _make[T](folder: Path, usable: Callable[[Path], T | None], make: Callable[[Path], None]) -> None:
     """Fill a folder beside where it belongs, and move it there."""
-    _remove_leftovers(folder.parent)
-    part = folder.with_name(f"{folder.name}.{socket.gethostname()}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of one who was killed: we hold the lock
+    part = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}@{socket.gethostname()}.part")
     part.mkdir()
     try:
         make(part)
@@ -117,9 +120,13 @@ def _make[T](folder: Path, usable: Callable[[Path], T | None], make: Callable[[P
         shutil.rmtree(part)  # on another host, without a lock between us, somebody was faster
 
 
-def _remove_leftovers(root: Path) -> None:
-    """Delete what runs on this host have left that were killed while they wrote."""
-    for part in root.glob(f"*.{socket.gethostname()}.part"):
-        with contextlib.suppress(OSError), (root / f"{part.name.partition('.')[0]}.lock").open("a") as stream:
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what runs on this host have left that were killed while they wrote; we hold the lock of `folder`."""
+    for part in folder.parent.glob(f"*@{socket.gethostname()}.part"):
+        key = part.name.partition(".")[0]
+        if key == folder.name:
+            shutil.rmtree(part, ignore_errors=True)
+            continue
+        with contextlib.suppress(OSError), part.with_name(f"{key}.lock").open("a") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(part)

@@ -99,7 +99,7 @@ def load_model(
             initialize_adapter(model, seed)
     cached = on_each_node(topology, lambda: quantized.prepare(folder, hf_config, quant)) if quant else None
     with topology.together():
-        load_base(model, folder, quantized.QuantizedCheckpoint(cached) if cached else None)
+        load_base(model, folder, quantized.QuantizedCheckpoint(cached, hf_config, quant) if cached and quant else None)
     return model
 
 

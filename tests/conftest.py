@@ -3,6 +3,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the ranks share the cores
 
 import pytest
+import torch
 
 from tests.ranks import RankPool
 
@@ -11,3 +12,12 @@ from tests.ranks import RankPool
 def ranks():
     """`ranks(n, function, *args)`: run a function on n ranks of the session's pool."""
     return RankPool()
+
+
+@pytest.fixture
+def two_threads():
+    """torch on two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)

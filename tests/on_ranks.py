@@ -108,13 +108,15 @@ def assemble(everyone: list[Parts], shapes: dict[str, Any]) -> dict[str, Tensor]
 
 
 def dequantized(settings: dict[str, Any]) -> Parts:
-    """This rank's parts of the weights that are kept in 4 bits."""
+    """This rank's parts of the weights that are kept in 4 bits, dequantized as many together as a product does."""
     _, _, model = start(settings)
     parts = {}
     for shard in model.base_shards():
         if isinstance(slot := shard.local, Slot):
-            matrix = slot.weight.dequantize(slot.expert, slot.expert + 1)[0]
-            parts[shard.name] = (shard.index, matrix[slot.weight.parts[slot.part].to_rows].clone())
+            weight, e = slot.weight, slot.expert
+            first, last = next(run for run in weight.runs(range(1, weight.experts + 1)) if e < run[1])
+            matrix = weight.dequantize(first, last)[e - first]
+            parts[shard.name] = (shard.index, matrix[weight.parts[slot.part].to_rows].clone())
     return parts
 
 

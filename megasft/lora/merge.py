@@ -62,13 +62,14 @@ def merge_adapter(
     max_shard_bytes: int = 5 * 10**9,
     progress: Callable[[int, int], None] = lambda done, total: None,
     onto: QuantSettings | None = None,
+    trained_in: Literal["bf16", "fp32"] = "bf16",
 ) -> MergeReport:
     """Write the model folder `out`: the checkpoint in `model` with `adapter` in its weights, and the files around it.
 
     Experts stay in the layout of the base, in `dtype` or the base's own. Sums are computed in fp32 and rounded once.
     `progress` is called with the bytes written and their total. With `onto` the adapter is added to what a training
-    over 4 bits of these settings computed with, in place of the weights of the checkpoint. `out` appears whole or not
-    at all.
+    over 4 bits of these settings, in the precision `trained_in`, computed with, in place of the weights of the
+    checkpoint. `out` appears whole or not at all.
 
     Raises UserError for an adapter that is not this model's or not finite, a damaged file, a base that is quantized,
     an `out` that holds files, and a disk without enough room; all of that before the first tensor is written.
@@ -89,7 +90,7 @@ def merge_adapter(
             writer = TensorFileWriter(folder.path / file, {name: specs[name] for name in names})
             for name in names:
                 for piece, value in _merged(
-                    name, base.tensor(name), deltas.get(name, []), lora, specs[name].dtype, onto
+                    name, base.tensor(name), deltas.get(name, []), lora, specs[name].dtype, onto, DTYPES[trained_in]
                 ):
                     writer.write(name, piece, value)
                     touched += value.nbytes
@@ -185,21 +186,26 @@ def _output_spec(base: _Base, name: str, adapted: bool, dtype: MergeDtype) -> Te
 
 
 def _merged(
-    name: str, weight: Tensor, deltas: list[_Delta], lora: AdapterFile, dtype: torch.dtype, onto: QuantSettings | None
+    name: str,
+    weight: Tensor,
+    deltas: list[_Delta],
+    lora: AdapterFile,
+    dtype: torch.dtype,
+    onto: QuantSettings | None,
+    trained_in: torch.dtype,
 ) -> Iterator[tuple[tuple, Tensor]]:
     """The pieces of a tensor of the output, with the index of each."""
     if weight.dim() == 0:
         yield (), weight.to(dtype)
-    elif weight.dim() < 3:
-        weight = through_4_bits(name, weight, onto) if onto else weight
-        for rows in _row_pieces(weight):
-            yield (rows,), _add(weight[rows], deltas, lora, rows).to(dtype)
-    else:
-        for e, matrix in enumerate(weight):
-            matrix = through_4_bits(name, matrix, onto) if onto else matrix
-            of_expert = [delta for delta in deltas if delta.e == e]
-            for rows in _row_pieces(matrix):
-                yield (e, rows), _add(matrix[rows], of_expert, lora, rows).to(dtype)
+        return
+    for e, matrix in enumerate(weight) if weight.dim() == 3 else [(None, weight)]:
+        matrix = through_4_bits(name, matrix, onto, trained_in) if onto else matrix
+        of_matrix = [delta for delta in deltas if delta.e == e]
+        for rows in _row_pieces(matrix):
+            piece = matrix[rows]
+            if onto and piece.is_floating_point():
+                piece = piece.to(trained_in)  # as a run loads what it does not quantize
+            yield (rows,) if e is None else (e, rows), _add(piece, of_matrix, lora, rows).to(dtype)
 
 
 def _row_pieces(weight: Tensor) -> Iterator[slice]:

@@ -2,13 +2,14 @@
 
     CACHE/nf4/<key>/layer-00000.safetensors   one file a layer; per projection, stacked over its experts (1 without),
                                               <name>.packed, .scales, .groups, .mean as `nf4` describes them, and
-                                              <name>.sums, int64 [E, these]: a check sum of each
+                                              <name>.sums, int64 [E, these]: a check sum of each, and of its place
                     manifest.json             what it is of, and the sizes of the files
     CACHE/digests/                            see `diskcache`
 
 The key is of the content of the checkpoint's files, so a copy of a checkpoint, or another path to it, shares them.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -64,7 +65,7 @@ def prepare(model: str | Path, config: Qwen3MoeConfig, settings: QuantSettings, 
     folder = root / "nf4" / key
 
     def make(part: Path) -> None:
-        _quantize(checkpoint, config, settings, part, workers or len(os.sched_getaffinity(0)))
+        _quantize(checkpoint, config, settings, key, part, workers or len(os.sched_getaffinity(0)))
         if _digests(files, root) != digests:
             raise UserError(f"{model}: changed while it was read; start again")
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
@@ -72,7 +73,9 @@ def prepare(model: str | Path, config: Qwen3MoeConfig, settings: QuantSettings, 
         (part / MANIFEST).write_text(json.dumps(described, indent=2), encoding="utf-8")
 
     try:
-        return make_once(folder, _usable, make, f"{model}: another run quantizes it; waiting")
+        return make_once(
+            folder, lambda found: _usable(found, config), make, f"{model}: another run quantizes it; waiting"
+        )
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"[quant] cache_dir: {root} cannot be written ({reason}); name another folder") from None
@@ -81,8 +84,9 @@ def prepare(model: str | Path, config: Qwen3MoeConfig, settings: QuantSettings, 
 class QuantizedCheckpoint:
     """A finished folder of the cache. A matrix is a view of its file, checked against its sums when it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Qwen3MoeConfig, settings: QuantSettings) -> None:
         self.folder = folder
+        self._specs = [_file_specs(stacks, settings) for stacks in quantized_layers(config)]
         self._open: dict[int, TensorFile] = {}
 
     def matrix(self, name: str) -> Quantized:
@@ -91,11 +95,8 @@ class QuantizedCheckpoint:
         file = self._file(int(_LAYER.match(name)[1]))  # type: ignore[index]
         fields = [field for field in ("packed", "scales", "groups", "mean") if f"{stack}.{field}" in file.specs]
         found = {field: file.tensor(f"{stack}.{field}")[e] for field in fields}
-        if not torch.equal(_sums(found), file.tensor(f"{stack}.sums")[e]):
-            raise UserError(
-                f"{file.path}: {name!r} is damaged, its check sum is another; delete {self.folder}, and the next run "
-                "makes it again"
-            )
+        if not torch.equal(_sums(found, f"{self.folder.name}/{name}"), file.tensor(f"{stack}.sums")[e]):
+            raise self._damaged(f"{file.path}: {name!r} is damaged, its check sum is another")
         return found
 
     def release(self) -> None:
@@ -105,8 +106,18 @@ class QuantizedCheckpoint:
 
     def _file(self, layer: int) -> TensorFile:
         if layer not in self._open:
-            self._open[layer] = TensorFile(self.folder / _file_name(layer))
+            path = self.folder / _file_name(layer)
+            try:
+                file = TensorFile(path)
+            except UserError as error:
+                raise self._damaged(str(error)) from None
+            if file.specs != self._specs[layer]:
+                raise self._damaged(f"{path}: damaged, it holds other tensors than were written")
+            self._open[layer] = file
         return self._open[layer]
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{what}; delete {self.folder}, and the next run makes it again")
 
 
 def quantized_layers(config: Qwen3MoeConfig) -> Iterator[list[tuple[str, tuple[int, int, int]]]]:
@@ -125,19 +136,18 @@ def quantized_layers(config: Qwen3MoeConfig) -> Iterator[list[tuple[str, tuple[i
         yield found
 
 
-def through_4_bits(name: str, matrix: Tensor, settings: QuantSettings) -> Tensor:
-    """What a model over 4 bits computes with in the place of a tensor of the checkpoint, or of one expert of a fused
-    tensor: in bf16 where that is bf16, else in fp32. Tensors that are not quantized are given back as they are.
+def through_4_bits(name: str, matrix: Tensor, settings: QuantSettings, dtype: torch.dtype) -> Tensor:
+    """What a model over 4 bits of this dtype (bf16 or fp32) computes with in the place of a tensor of the checkpoint,
+    or of one expert of a fused tensor. Tensors that are not quantized are given back as they are.
     """
     if not _QUANTIZED.fullmatch(name):
         return matrix
-    dtype = torch.bfloat16 if matrix.dtype == torch.bfloat16 else torch.float32
     halves = matrix.chunk(2) if name.endswith("gate_up_proj") else (matrix,)
     return torch.cat([nf4.dequantize(nf4.quantize(half, settings, name), settings, dtype) for half in halves])
 
 
 def _quantize(
-    checkpoint: "Checkpoint", config: Qwen3MoeConfig, settings: QuantSettings, folder: Path, workers: int
+    checkpoint: "Checkpoint", config: Qwen3MoeConfig, settings: QuantSettings, key: str, folder: Path, workers: int
 ) -> None:
     layers = list(quantized_layers(config))
     places = {}
@@ -145,9 +155,9 @@ def _quantize(
         for e in range(experts):
             name = _matrix_name(stack, e)
             places[name] = checkpoint.locate(Shard(name, (n, k), whole(n, k), None))
-    threads, last = torch.get_num_threads(), time.monotonic()
+    last = time.monotonic()
     # A thread for each matrix, and none within: what there is to do to one is too little to share.
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with nf4.one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for i, stacks in enumerate(layers):
                 writer = TensorFileWriter(folder / _file_name(i), _file_specs(stacks, settings))
@@ -159,7 +169,7 @@ def _quantize(
                     quantized = nf4.quantize(matrix, settings, name)
                     for field, value in quantized.items():
                         writer.write(f"{stack}.{field}", (slice(e, e + 1),), value[None])
-                    writer.write(f"{stack}.sums", (slice(e, e + 1),), _sums(quantized)[None])
+                    writer.write(f"{stack}.sums", (slice(e, e + 1),), _sums(quantized, f"{key}/{name}")[None])
                     return matrix.nbytes
 
                 touched = 0
@@ -175,7 +185,6 @@ def _quantize(
                     say(f"{checkpoint.folder}: {i + 1} of {len(layers)} layers quantized")
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
 
 
 def _file_specs(stacks: list[tuple[str, tuple[int, int, int]]], settings: QuantSettings) -> dict[str, TensorSpec]:
@@ -187,7 +196,7 @@ def _file_specs(stacks: list[tuple[str, tuple[int, int, int]]], settings: QuantS
     return specs
 
 
-def _usable(folder: Path) -> Path | None:
+def _usable(folder: Path, config: Qwen3MoeConfig) -> Path | None:
     """The folder if it is there and whole; bits that have changed since are noticed when they are read."""
     if not folder.is_dir():
         return None
@@ -196,8 +205,8 @@ def _usable(folder: Path) -> Path | None:
         if manifest["key"] != folder.name:
             say(f"{folder}: is of another checkpoint ({manifest['quantized']}); making it again")
             return None
-        for name, size in manifest["files"].items():
-            if (folder / name).stat().st_size != size:
+        for name in map(_file_name, range(config.num_hidden_layers)):
+            if (folder / name).stat().st_size != manifest["files"][name]:
                 say(f"{folder / name}: is not as long as it was written; making {folder} again")
                 return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -240,12 +249,35 @@ def _stack_of(name: str) -> tuple[str, int]:
     return (f"{expert[1]}.{expert[3]}", int(expert[2])) if expert else (stem, 0)
 
 
-def _sums(quantized: Quantized) -> Tensor:
-    """int64 [fields]: of each the sum of its 64-bit words, which one changed bit changes; at the speed of memory."""
-    sums = []
-    for value in quantized.values():
-        data = value.contiguous().view(-1).view(torch.uint8)
-        data = data.clone() if data.storage_offset() % 8 else data  # torch wants words where words may begin
-        words = len(data) // 8 * 8
-        sums.append(data[:words].view(torch.int64).sum() + data[words:].sum())
-    return torch.stack(sums)
+def _sums(quantized: Quantized, key: str) -> Tensor:
+    """int64 [fields]: a check sum of each, which only what was written as this field of `key` has."""
+    return torch.stack([_sum(value, f"{key}/{field}") for field, value in quantized.items()])
+
+
+_PIECE = 2**18  # words: 2 MiB of weights, and as much for a piece made wide
+_STEP = 6364136223846793005  # from piece to piece: Knuth's multiplier, odd
+
+
+def _sum(value: Tensor, key: str) -> Tensor:
+    """int64 []: a number of `key`, and every 32-bit word times a weight of its place, modulo 2^64.
+
+    Multilinear hashing (Lemire and Kaser 2014, https://arxiv.org/abs/1202.4961). One changed word always shows, as the
+    weights are odd. The words have half the bits of the sum, or changes of two words' upper bits would cancel.
+    """
+    data = value.contiguous().view(-1).view(torch.uint8)
+    if len(data) % 4 or data.storage_offset() % 4:  # torch wants words where words may begin
+        data = torch.nn.functional.pad(data, (0, -len(data) % 4))
+    digest = hashlib.sha256(key.encode()).digest()
+    total = torch.tensor(int.from_bytes(digest[:8], "little", signed=True))
+    for piece in data.view(torch.int32).split(_PIECE):
+        total = total * _STEP + torch.dot(piece.long(), _weights()[: len(piece)])
+    return total
+
+
+@functools.cache
+def _weights() -> Tensor:
+    """int64 [_PIECE]: odd numbers, by splitmix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195)."""
+    found = torch.arange(1, _PIECE + 1) * (0x9E3779B97F4A7C15 - 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        found = (found ^ (found >> shift & 2 ** (64 - shift) - 1)) * factor  # torch shifts the sign in
+    return found | 1

@@ -5,7 +5,7 @@ nearest of sixteen fixed numbers, the quantiles of a normal distribution (Dettme
 Double quantization then takes the mean of all scales of the matrix from each, and quantizes what remains to 8 bits in
 groups of 256 (Dettmers et al. 2021, arXiv:2110.02861). All of it is done to a whole matrix of the checkpoint and cut
 afterwards, so that the values do not depend on topology; and the codes, scales and means are bit for bit those of
-`bitsandbytes.functional.quantize_4bit` of the same matrix.
+`bitsandbytes.functional.quantize_4bit` of the same matrix, on one thread.
 
     packed  uint8 [N, K / 2]            two codes a byte, the first in the upper half
     scales  uint8 [N, K / block_size]   indices into DYNAMIC; fp32 without double quantization, and then nothing below
@@ -13,8 +13,10 @@ afterwards, so that the values do not depend on topology; and the codes, scales 
     mean    fp32  []                    of all scales
 """
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -78,7 +80,8 @@ def quantize(weight: Tensor, settings: QuantSettings, name: str) -> Quantized:
                         "[training] use_qlora = false")  # fmt: skip
     found = {"packed": _pack(codes).view(n, k // 2), "scales": scales.view(n, -1)}
     if settings.double:
-        mean = scales.mean()
+        with one_thread():  # torch adds up more than 2^15 numbers in another order on every number of threads
+            mean = scales.mean()
         found["scales"], found["groups"] = kernels.quantize_scales(found["scales"] - mean, DYNAMIC)
         found["mean"] = mean
     return found
@@ -94,6 +97,17 @@ def dequantize(quantized: Quantized, settings: QuantSettings, dtype: torch.dtype
     out = torch.empty(n, 2 * half, dtype=dtype)
     kernels.dequantize_nf4(quantized["packed"].contiguous(), scales.contiguous(), out, settings.block_size)
     return out
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, within."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # --- weights to codes -------------------------------------------------------------------------------------------------

@@ -83,6 +83,8 @@ class QuantizedWeight(nn.Module):
     def runs(self, ends: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Runs of consecutive matrices with rows of their own, `experts_at_once` at most; rows end at `ends`."""
         most = self.settings.experts_at_once or host.experts_at_once()
+        # bitsandbytes counts weights in an int32 on CUDA (`cdequantize_blockwise_*`)
+        most = min(most, max(1, (2**31 - 1) // (self.shape[1] * self.shape[2])))
         first = None
         for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             if first is not None and (start == end or e - first == most):
@@ -176,6 +178,7 @@ def workspace(dtype: torch.dtype, numel: int) -> Tensor:
     held = _workspaces.get(dtype)
     if held is None or held.numel() < numel or held.device != host.device():
         _workspaces.pop(dtype, None)
+        held = None  # the last reference: the old one goes before the new one comes
         _workspaces[dtype] = held = torch.empty(numel, dtype=dtype, device=host.device())
     return held[:numel]
 

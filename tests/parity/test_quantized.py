@@ -1,5 +1,9 @@
 """Over a 4-bit base: the weights are bitsandbytes' bits under every topology, and the products are right."""
 
+import shutil
+import weakref
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,13 +12,13 @@ from transformers import BitsAndBytesConfig, Qwen3MoeForCausalLM
 from megasft import cli
 from megasft.config import QuantSettings
 from megasft.lora.functional import frozen_linear, grouped_linear, grouped_lora_linear, lora_linear
-from megasft.lora.merge import merge_adapter
+from megasft.lora.merge import DTYPES, merge_adapter
 from megasft.quant import nf4
-from megasft.quant.weight import QuantizedWeight, workspace_bytes
+from megasft.quant.weight import QuantizedWeight, workspace, workspace_bytes
 from megasft.shards import consecutive, part
 from tests import on_ranks
-from tests.parity.quantized import ALPHA, R, config_in_blocks, linears, make
-from tests.parity.reference import Reference, random_model
+from tests.parity.quantized import ALPHA, R, config_in_blocks, linears, make, quantized_by_bitsandbytes
+from tests.parity.reference import Reference, random_adapter, random_model, write_adapter
 
 LENGTHS = [19, 7, 30, 11, 4, 23, 16, 9]
 TOPOLOGIES = {
@@ -198,6 +202,16 @@ def test_only_experts_with_rows_are_dequantized_and_no_more_at_once_than_asked(m
     assert seen == [(0, 1), (2, 4), (4, 5)]
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "runs"),
+    [(2**14, 2**15, [(0, 3), (3, 6)]), (2**14 + 1, 2**16, [(e, e + 1) for e in range(6)]), (2**10, 2**10, [(0, 6)])],
+)
+def test_no_more_weights_are_dequantized_at_once_than_an_int32_counts(monkeypatch, n, k, runs):
+    weight, _ = quantized(EXPERTS, torch.float32, QuantSettings(experts_at_once=EXPERTS))
+    monkeypatch.setattr(weight, "shape", (EXPERTS, n, k))
+    assert list(weight.runs(range(1, EXPERTS + 1))) == runs
+
+
 def test_the_workspace_is_as_large_as_the_largest_product_and_stays(monkeypatch):
     weight, _ = quantized(EXPERTS, torch.float32, QuantSettings(experts_at_once=3))
     monkeypatch.setattr("megasft.quant.weight._workspaces", {})
@@ -206,22 +220,36 @@ def test_the_workspace_is_as_large_as_the_largest_product_and_stays(monkeypatch)
     assert workspace_bytes() == 3 * 2 * N * K * 4
 
 
+def test_a_workspace_that_grows_is_freed_first(monkeypatch):
+    monkeypatch.setattr("megasft.quant.weight._workspaces", {})
+    old = weakref.ref(workspace(torch.float32, 8)._base)
+    assert old() is not None
+    empty, alive = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: alive.append(old()) or empty(*args, **kwargs))
+    workspace(torch.float32, 16)
+    assert alive == [None]
+
+
 # --- merging -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("experts", ["per-expert", "fused"])
 def test_merging_onto_the_quantized_base_gives_the_model_that_was_trained(tmp_path, experts):
-    _, model, adapter = make(tmp_path, num_hidden_layers=2)
+    *_, adapter = make(tmp_path, num_hidden_layers=2)
     base, out = tmp_path / "base", tmp_path / "merged"
+    model = random_model(config_in_blocks(num_hidden_layers=2))
     if experts == "fused":
-        original = random_model(config_in_blocks(num_hidden_layers=2))
         for file in base.glob("model*.safetensors*"):
             file.unlink()
-        save_file(
-            {name: value.contiguous() for name, value in original.state_dict().items()}, base / "model.safetensors"
-        )
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, base / "model.safetensors")
+    with torch.no_grad():
+        for matrix in linears(model).values():
+            matrix.copy_(quantized_by_bitsandbytes(matrix, torch.float32, double=False, block_size=32))
     run_file = tmp_path / "config.toml"
-    run_file.write_text("[training]\nuse_qlora = true\n[quant]\ndouble = true\n")
+    run_file.write_text(
+        "[training]\nuse_qlora = true\n[quant]\ndouble = false\nblock_size = 32\n"
+        "[hyperparameters.parallelism]\nbf16 = false\n"
+    )
     command = ["merge", "--model", str(base), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]
     cli.app([*command, "--onto", "quantized-base", "--config", str(run_file)], standalone_mode=False)
     merged = Qwen3MoeForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -234,14 +262,43 @@ def test_merging_onto_the_quantized_base_gives_the_model_that_was_trained(tmp_pa
 
 def test_merging_onto_the_quantized_base_leaves_what_is_not_quantized(tmp_path):
     make(tmp_path, num_hidden_layers=1, mlp_only_layers=[])
-    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", onto=QuantSettings(double=False))
-    before, after = (
-        {k: v for file in (tmp_path / name).glob("*.safetensors") for k, v in load_file(file).items()}
-        for name in ("base", "merged")
-    )
+    adapter = adapter_of_q(tmp_path, num_hidden_layers=1, mlp_only_layers=[])
+    merge_adapter(tmp_path / "base", adapter, tmp_path / "merged", onto=QuantSettings(double=False), trained_in="fp32")
+    before, after = (tensors(tmp_path / name) for name in ("base", "merged"))
     same = {name for name, value in before.items() if torch.equal(value, after[name])}
     assert same == {
         "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight",
         "model.layers.0.post_attention_layernorm.weight", "model.layers.0.self_attn.q_norm.weight",
-        "model.layers.0.self_attn.k_norm.weight",
+        "model.layers.0.self_attn.k_norm.weight", "model.layers.0.mlp.gate.weight",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "run"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_merging_onto_the_quantized_base_has_the_bits_of_a_run_in_another_precision(ranks, tmp_path, base, run):
+    settings, *_ = make(tmp_path, num_hidden_layers=2)
+    model = random_model(config_in_blocks(num_hidden_layers=2)).to(DTYPES[base])
+    shutil.rmtree(tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    adapter = adapter_of_q(tmp_path, num_hidden_layers=2)
+    merge_adapter(tmp_path / "base", adapter, tmp_path / "merged", "fp32", onto=QuantSettings(), trained_in=run)
+    settings["hyperparameters"] = {"parallelism": {"bf16": run == "bf16"}}
+    (trained,) = ranks(1, on_ranks.dequantized, settings)
+    merged, pairs = tensors(tmp_path / "merged"), load_file(adapter / "adapter_model.safetensors")
+    for name, value in tensors(tmp_path / "base").items():
+        want = trained[name][1].float() if name in trained else value.to(DTYPES[run]).float()
+        A, B = (pairs.get(f"base_model.model.{name.replace('weight', f'lora_{matrix}.weight')}") for matrix in "AB")
+        if B is not None:
+            # The same sums in fp32, a GEMM of another shape.
+            torch.testing.assert_close(merged[name], want + ALPHA / R * B @ A, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(merged[name], want), name
+
+
+def adapter_of_q(folder: Path, **changes) -> Path:
+    """An adapter of nothing but q_proj."""
+    write_adapter(random_adapter(config_in_blocks(**changes), R, frozenset({"q_proj"})), folder / "of q", R, ALPHA)
+    return folder / "of q"
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}

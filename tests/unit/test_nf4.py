@@ -37,6 +37,17 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(dtype, double, block_
         assert torch.equal(nf4.dequantize(ours, settings, target), bnb.dequantize_4bit(codes, state))
 
 
+@pytest.mark.parametrize("seed", range(4))  # the sums of the orders are often the same number
+def test_all_bits_are_the_same_on_any_number_of_threads(two_threads, seed):
+    w = weights(torch.bfloat16, shape=(4096, 4096), seed=seed)
+    on_two = nf4.quantize(w, QuantSettings(), "w")
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    on_one = nf4.quantize(w, QuantSettings(), "w")
+    for field, value in on_one.items():
+        assert torch.equal(on_two[field], value), field
+
+
 @pytest.mark.parametrize("std", [1e-41, 1e-38, 1e-35, 1e-8, 1.0, 1e4])
 def test_weights_of_any_size_are_quantized_as_bitsandbytes_does(std):
     w = weights(torch.bfloat16, std)
@@ -46,8 +57,7 @@ def test_weights_of_any_size_are_quantized_as_bitsandbytes_does(std):
 
 def test_the_table_for_bf16_gives_what_the_rule_gives_for_every_weight_and_scale():
     """Every fraction of the largest magnitude against every weight below it, down to where all become zero."""
-    magnitudes = (0x3F80 - torch.arange(6 * 128 + 40)).to(torch.int16).view(torch.bfloat16)
-    blocks = torch.stack([m for largest in (0x3F80 + torch.arange(128)).tolist() for m in _blocks(largest, magnitudes)])
+    blocks = torch.stack([block for largest in range(0x3F80, 0x4000) for block in _blocks(largest)])
     ours, scales = nf4._quantize_bf16(blocks)
     codes, rule = nf4._quantize_by_rule(blocks)
     assert torch.equal(scales, rule)
@@ -55,8 +65,9 @@ def test_the_table_for_bf16_gives_what_the_rule_gives_for_every_weight_and_scale
     assert set(ours.unique().tolist()) == set(range(16))
 
 
-def _blocks(largest: int, magnitudes: torch.Tensor):
-    top = torch.tensor([largest], dtype=torch.int16).view(torch.bfloat16)
+def _blocks(largest: int):
+    magnitudes = (largest - torch.arange(8 * 128 + 40)).to(torch.int16).view(torch.bfloat16)
+    top = magnitudes[:1]
     for piece in torch.cat([magnitudes, -magnitudes]).split(63):
         yield torch.cat([top, piece, top.new_zeros(63 - len(piece))])
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,10 @@ def quantize(model, tmp_path):
     return run
 
 
+def opened(folder: Path, model: Path, **settings) -> QuantizedCheckpoint:
+    return QuantizedCheckpoint(folder, read_config(model), QuantSettings(**settings))
+
+
 @pytest.fixture
 def made(monkeypatch) -> list[str]:
     """The names of the matrices that are quantized from now on."""
@@ -74,8 +79,8 @@ def flip_a_bit(file: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_every_matrix_is_there_as_it_was_quantized(pristine, quantize, double):
-    cached = QuantizedCheckpoint(quantize(double=double))
+def test_every_matrix_is_there_as_it_was_quantized(pristine, quantize, model, double):
+    cached = opened(quantize(double=double), model, double=double)
     for name, matrix in pristine[1].items():
         want = nf4.quantize(matrix.detach(), QuantSettings(double=double), name)
         got = cached.matrix(name)
@@ -102,7 +107,11 @@ def test_fused_experts_give_the_same(pristine, quantize, model, tmp_path):
     fused = quantize()
     assert fused != per_expert
     for file in sorted(per_expert.glob("*.safetensors")):
-        assert file.read_bytes() == (fused / file.name).read_bytes()
+        ours, theirs = load_file(file), load_file(fused / file.name)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            # a sum is of the folder too
+            assert torch.equal(ours[name], theirs[name]) != name.endswith(".sums"), name
 
 
 def test_a_second_start_quantizes_nothing_wherever_the_checkpoint_lies(quantize, model, tmp_path, made):
@@ -119,7 +128,9 @@ def test_another_checkpoint_or_format_is_quantized_anew(quantize, model):
     assert len({*folders, quantize()}) == 4
 
 
-@pytest.mark.parametrize("damage", ["truncated", "a file short", "no manifest", "half a manifest", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "a file short", "no manifest", "half a manifest", "no files in it", "empty"]
+)
 def test_a_cache_that_is_not_whole_is_named_and_made_again(quantize, damage, capsys, made):
     folder = quantize()
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -132,6 +143,8 @@ def test_a_cache_that_is_not_whole_is_named_and_made_again(quantize, damage, cap
         manifest.unlink()
     elif damage == "half a manifest":
         manifest.write_text(manifest.read_text()[:50])
+    elif damage == "no files in it":
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"files": {}}))
     else:
         for file in folder.iterdir():
             file.unlink()
@@ -157,32 +170,106 @@ def test_a_cache_of_another_checkpoint_is_named_and_made_again(quantize, model, 
 
 
 @pytest.mark.parametrize("field", ["packed", "scales", "groups", "mean", "sums"])
-def test_a_flipped_bit_is_refused_by_name_and_a_deleted_folder_made_again(quantize, field):
+def test_a_flipped_bit_is_refused_by_name_and_a_deleted_folder_made_again(quantize, model, field):
     folder = quantize()
     file = checkpoint.TensorFile(folder / "layer-00002.safetensors")
     stack, name = "model.layers.2.mlp.experts.up_proj", "model.layers.2.mlp.experts.6.up_proj.weight"
     entry = file.tensor(f"{stack}.{field}")
     flip_a_bit(file.path, file.offsets[f"{stack}.{field}"] + 6 * entry[0].nbytes + entry[0].nbytes // 2)
-    cached = QuantizedCheckpoint(folder)
+    cached = opened(folder, model)
     cached.matrix("model.layers.2.mlp.experts.5.up_proj.weight")
     with pytest.raises(UserError) as error:
         cached.matrix(name)
     for word in (str(file.path), name, "damaged", f"delete {folder}"):
         assert word in str(error.value)
     shutil.rmtree(folder)
-    QuantizedCheckpoint(quantize()).matrix(name)
+    opened(quantize(), model).matrix(name)
+
+
+@pytest.mark.parametrize(
+    "damage", ["a zeroed matrix", "a zeroed file", "swapped halves", "swapped experts", "another checkpoint's layer"]
+)
+def test_parts_that_are_zero_or_from_elsewhere_are_refused_by_name(quantize, model, damage):
+    folder = quantize()
+    file = checkpoint.TensorFile(folder / "layer-00002.safetensors")
+    stack, name = "model.layers.2.mlp.experts.up_proj", "model.layers.2.mlp.experts.6.up_proj.weight"
+    fields = [field for field in file.specs if field.startswith(stack)]
+    assert len(fields) == 5
+    data = bytearray(file.path.read_bytes())
+
+    def place(field: str, e: int) -> slice:
+        size = file.tensor(field)[e].nbytes
+        return slice(file.offsets[field] + e * size, file.offsets[field] + (e + 1) * size)
+
+    if damage == "a zeroed matrix":
+        for at in (place(field, 6) for field in fields):
+            data[at] = bytes(at.stop - at.start)
+    elif damage == "a zeroed file":
+        begin = min(file.offsets.values())
+        data[begin:] = bytes(len(data) - begin)
+    elif damage == "swapped halves":
+        at = place(f"{stack}.packed", 6)
+        middle = (at.start + at.stop) // 2
+        data[at] = data[middle : at.stop] + data[at.start : middle]
+    elif damage == "swapped experts":
+        for field in fields:
+            five, six = place(field, 5), place(field, 6)
+            data[five], data[six] = data[six], data[five]
+    else:
+        spoil(model, lambda tensors: tensors[name].neg_())
+        data = bytearray((quantize() / file.path.name).read_bytes())
+    file.path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{file.path}: {name!r} is damaged, .*; delete {folder}"):
+        opened(folder, model).matrix(name)
+
+
+@pytest.mark.parametrize("damage", ["a renamed tensor", "another type", "another layer's file", "a zeroed header"])
+def test_a_file_of_other_tensors_is_refused_by_name(quantize, model, damage):
+    folder = quantize()
+    file = folder / "layer-00002.safetensors"
+    tensors = load_file(file)
+    if damage == "a renamed tensor":
+        tensors["model.layers.2.mlp.experts.up_proj.codes"] = tensors.pop("model.layers.2.mlp.experts.up_proj.packed")
+        save_file(tensors, file)
+    elif damage == "another type":
+        tensors["model.layers.2.mlp.experts.up_proj.scales"] = tensors[
+            "model.layers.2.mlp.experts.up_proj.scales"
+        ].int()
+        save_file(tensors, file)
+    elif damage == "another layer's file":
+        shutil.copy(folder / "layer-00000.safetensors", file)
+    else:
+        data = file.read_bytes()
+        file.write_bytes(bytes(100) + data[100:])
+    with pytest.raises(UserError, match=f"{file}: damaged.*; delete {folder}, and the next run makes it again"):
+        opened(folder, model).matrix("model.layers.2.mlp.experts.6.up_proj.weight")
+
+
+def test_a_check_sum_sees_what_changes_together_with_something_else():
+    """Two changes a plain sum of words or one with odd weights would not see, in pieces large and small."""
+    for words in (2, 7, checkpoint._PIECE + 5):
+        value = torch.zeros(words, dtype=torch.int32)
+        changed = [value]
+        for first, last in ((1, 2**31 - 1), (-(2**31), -(2**31)), (3, -3)):
+            changed.append(value.clone())
+            changed[-1][0], changed[-1][-1] = first, last
+            changed.append(changed[-1].flip(0))
+        sums = {tuple(one.tolist()): int(checkpoint._sum(one, "key")) for one in changed}
+        assert len(set(sums.values())) == len(sums)
+        assert int(checkpoint._sum(value, "another key")) not in sums.values()
 
 
 @pytest.mark.parametrize(("value", "said"), [(float("nan"), "values not finite"), (1e5, "beyond fp16's 65504")])
 def test_what_cannot_be_quantized_is_refused_by_name_and_leaves_nothing_to_trust(
-    quantize, model, tmp_path, value, said
+    quantize, model, tmp_path, value, said, two_threads
 ):
     name = "model.layers.2.mlp.experts.7.down_proj.weight"
     spoil(model, lambda tensors: tensors[name].__setitem__((1, 2), value))
     with pytest.raises(UserError, match=f"tensor '{name}' holds .*{said}"):
         quantize()
     assert not [folder for folder in (tmp_path / "cache" / "nf4").glob("*") if folder.is_dir()]
-    assert torch.get_num_threads() == 1
+    with ThreadPoolExecutor(1) as pool:  # what a new thread takes over
+        assert [torch.get_num_threads(), pool.submit(torch.get_num_threads).result()] == [2, 2]
 
 
 def test_a_missing_tensor_is_refused_before_anything_is_quantized(quantize, model, made):
@@ -195,7 +282,9 @@ def test_a_missing_tensor_is_refused_before_anything_is_quantized(quantize, mode
 def test_a_checkpoint_that_changes_while_it_is_read_is_refused(quantize, model, monkeypatch):
     sums = checkpoint._sums
     config = (model / "config.json").read_text()
-    monkeypatch.setattr(checkpoint, "_sums", lambda q: (model / "config.json").write_text(config + " ") and sums(q))
+    monkeypatch.setattr(
+        checkpoint, "_sums", lambda *args: (model / "config.json").write_text(config + " ") and sums(*args)
+    )
     with pytest.raises(UserError, match="changed while it was read"):
         quantize()
 
@@ -205,7 +294,7 @@ def test_one_killed_halfway_leaves_nothing_that_is_taken_for_whole(quantize, mod
     process.start()
     root = tmp_path / "cache" / "nf4"
     deadline = time.monotonic() + 120  # importing everything may take long
-    while not list(root.glob(f"*.{socket.gethostname()}.part/layer-00001.safetensors")):
+    while not list(root.glob(f"*@{socket.gethostname()}.part/layer-00001.safetensors")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
