@@ -108,7 +108,7 @@ def _content(validation: Mix) -> list[str | None]:
 
 
 def _label(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads((folder / _OF).read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     return {}
