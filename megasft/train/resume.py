@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tomllib
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def tidy(config: RunConfig, found: tuple[Path, RunState] | None) -> None:
     output = Path(config.job.output_dir)
     own = Checkpoints(output / "checkpoints")
     own.clear_leftovers()
-    for name in ("best", "adapter"):
+    for name in (BEST, "adapter"):
         for path in output.glob(f".{name}.*"):
             shutil.rmtree(path, ignore_errors=True)
     try:
@@ -103,8 +104,9 @@ def best_stands(output_dir: Path, state: RunState, validation: Mix) -> bool:
     return _label(output_dir / BEST) == {"step": state.best_step, "content": _content(validation)}
 
 
-def _content(validation: Mix) -> list[str | None]:
-    return [source.digest for source in validation.sources]
+def _content(validation: Mix) -> list[Any]:
+    # Samples that were made in memory have no digest.
+    return [zlib.crc32(validation.lengths.tobytes()), *(source.digest for source in validation.sources)]
 
 
 def _label(folder: Path) -> dict[str, Any]:

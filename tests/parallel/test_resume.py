@@ -119,6 +119,19 @@ def test_the_best_adapter_is_one_of_this_run(runs, elsewhere):
         assert (again / "earlier-1" / "best" / "adapter_model.safetensors").read_bytes() == given_up
 
 
+def test_a_best_on_other_validation_data_is_no_measure(runs):
+    more = {"hyperparameters": {"learning_rate": 10.0, "lr_schedule": "constant", "max_steps": STEPS + 2}}
+    before = runs.run(CASES[0], "judged anew")
+    held_out, runs.held_out = runs.held_out, runs.samples
+    try:
+        again = runs.run(CASES[0], before.name, **more)
+    finally:
+        runs.held_out = held_out
+    losses = {line["step"]: line["loss"] for line in lines(again) if line["kind"] == "validation"}
+    assert losses[STEPS + 2] > losses[STEPS]
+    assert json.loads((again / "best" / "validation.json").read_text())["step"] == STEPS + 2
+
+
 def test_a_finished_run_without_checkpoints_is_set_aside(runs):
     before = runs.run(CASES[0], "bare")
     kept = lines(before)
