@@ -334,8 +334,9 @@ class Trainer:
 
     def _heed_failed_save(self) -> None:
         """Make known that the last checkpoint could not be written."""
-        failure, self.saver.failure = self.saver.failure, None
+        failure = self.saver.failure
         if failure is not None:
+            self.saver.failure = None  # only now: one that comes meanwhile is for the next time
             self._heed_failure("checkpoint", f"the last checkpoint could not be written ({failure})")
 
     def _heed_failure(self, what: str, failure: str) -> None:
