@@ -79,7 +79,7 @@ def measure(run: megasft.Trainer, rounds: int, plain: int) -> dict[str, Any]:
             f"without {without[-1]:.2f} s, saving {saving[-1]:.2f} s, on disk after {written[-1]:.2f} s",
             file=sys.stderr,
         )
-        if not i:  # the first one takes the memory of the copy
+        if not i:  # by itself, since it may find caches cold
             first = saving[0]
             without, saving, during, written = [], [], [], []
     folder = run.saver.checkpoints.of(run.state.saved)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import Qwen3MoeForCausalLM
 
+from megasft.config import RunConfig
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -57,6 +59,12 @@ def test_sides_that_train_differently_are_told_apart(benchmarks: ModuleType) -> 
     assert not benchmarks.compare(side(9.0, 8.0), side(9.002, 8.0), 1, "fp32")["losses_agree"]  # in warm-up too
     assert not benchmarks.compare(side(9.0, 8.0), side(9.0, 8.2), 1, "bf16")["losses_agree"]
     assert not benchmarks.compare(side(9.0, float("nan")), side(9.0, 8.0), 1, "bf16")["losses_agree"]
+
+
+def test_a_deterministic_run_is_one(benchmarks: ModuleType) -> None:
+    for asked in (False, True):
+        workload = benchmarks.Workload(benchmarks.PRESETS["tiny"], "fp32", steps=1, warmup=0, deterministic=asked)
+        assert RunConfig.from_dict(workload.settings(".")).job.deterministic == asked
 
 
 def test_frozen_flops_are_four_for_each_token_and_weight_it_meets(benchmarks: ModuleType) -> None:
