@@ -29,7 +29,7 @@ from transformers.utils import logging
 from workload import PRESETS, Shape, Workload
 
 import megasft
-from megasft.config import RunConfig
+from megasft.config.schema import RunConfig
 from megasft.data.dataset import Samples
 
 SHAPES = {"small": replace(PRESETS["small"], length=512), "demo": PRESETS["demo"]}

@@ -146,8 +146,8 @@ def large(
 @app.command(name="open", hidden=True)
 def open_(file: Path, model: Path, cache_dir: Path) -> None:
     """What one rank does with a file: find or make the samples, map them, pack an epoch, read a batch."""
-    from megasft.data.cache import prepare
     from megasft.data.dataset import Batches, Mix, Samples
+    from megasft.data.token_cache import prepare
     from megasft.data.tokenize import Recipe
     from megasft.data.tokenizer import load_tokenizer
 
@@ -164,8 +164,8 @@ def open_(file: Path, model: Path, cache_dir: Path) -> None:
 
 
 def _lengths(dataset: Path, model: Path, sequence_length: int) -> np.ndarray:
-    from megasft.data.cache import prepare
     from megasft.data.dataset import Samples
+    from megasft.data.token_cache import prepare
     from megasft.data.tokenize import Recipe
     from megasft.data.tokenizer import load_tokenizer
 

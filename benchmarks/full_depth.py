@@ -27,15 +27,15 @@ from rich.table import Table
 from workload import Shape
 
 from megasft import host
-from megasft import topology as topologies
-from megasft.config import RunConfig, resolve_topology
+from megasft.adapters.model_io import initialize_adapter
+from megasft.config.parallelism import resolve_topology
+from megasft.config.schema import RunConfig
 from megasft.data.dataset import Samples
-from megasft.lora.adapter import initialize_adapter
+from megasft.distributed.topology import derived_seed, join_world, leave_world
 from megasft.model.qwen3_moe import Qwen3Moe, build_model
 from megasft.quant import nf4
 from megasft.quant.weight import QuantizedWeight, Slot, workspace_bytes
-from megasft.shards import Shard
-from megasft.topology import derived_seed
+from megasft.storage.shards import Shard
 from megasft.train.optimizer import optimizer_state_bytes
 from megasft.train.trainer import Trainer
 
@@ -61,7 +61,7 @@ def main(
         print(f"{phase}: {seconds[phase]:.1f} s, {host.device_memory() / 2**30:.2f} GiB so far at most", flush=True)
 
     config = _settings(tokens, steps)
-    topology = topologies.start(resolve_topology(config.data.topology, 1), config.job.seed)
+    topology = join_world(resolve_topology(config.data.topology, 1), config.job.seed)
     model = build_model(shape.hf_config(), topology, config.lora, torch.bfloat16, quant=config.quant)
     lap("build")
     draw(model, threads)
@@ -74,7 +74,7 @@ def main(
         losses.append(trainer.train_step()["loss"])
         lap(f"step {step}")
     report(trainer, seconds, tokens, losses)
-    topologies.stop()
+    leave_world()
 
 
 def _settings(tokens: int, steps: int) -> RunConfig:

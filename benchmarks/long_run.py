@@ -25,7 +25,7 @@ from transformers.utils import logging
 from workload import PRESETS, Workload
 
 import megasft
-from megasft.config import RunConfig
+from megasft.config.schema import RunConfig
 from megasft.data.dataset import Samples
 
 SHAPE = PRESETS["tiny"]

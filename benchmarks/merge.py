@@ -22,8 +22,8 @@ from typing import Annotated
 import torch
 import typer
 
-from megasft.lora.adapter_file import AdapterWriter
-from megasft.tensorfile import TensorFileWriter, TensorSpec
+from megasft.adapters.adapter_file import AdapterWriter
+from megasft.storage.safetensors import TensorFileWriter, TensorSpec
 
 HIDDEN, HEADS, KV_HEADS, HEAD, EXPERTS, INNER, VOCABULARY, RANK = 2048, 32, 4, 128, 128, 768, 151936, 16
 ATTENTION = {"q_proj": HEADS * HEAD, "k_proj": KV_HEADS * HEAD, "v_proj": KV_HEADS * HEAD}

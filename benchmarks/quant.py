@@ -35,16 +35,17 @@ from torch import Tensor
 from workload import Shape
 
 from megasft import host, job
-from megasft.config import QuantSettings, RunConfig
-from megasft.diskcache import default_cache_dir
-from megasft.model.attention import Segments
-from megasft.model.qwen3_moe import IGNORED, MicroBatch, build_model, read_config
-from megasft.model.weights import load_base
+from megasft.config.schema import QuantSettings, RunConfig
+from megasft.model.batch import IGNORED, MicroBatch, Segments
+from megasft.model.hf_config import read_config
+from megasft.model.load_base import load_base
+from megasft.model.quantized_base import QuantizedCheckpoint, prepare, quantized_layers
+from megasft.model.qwen3_moe import build_model
 from megasft.quant import kernels, nf4
-from megasft.quant.checkpoint import QuantizedCheckpoint, prepare, quantized_layers
 from megasft.quant.weight import QuantizedWeight
-from megasft.shards import part
-from megasft.tensorfile import TensorFileWriter, TensorSpec
+from megasft.storage.disk_cache import default_cache_dir
+from megasft.storage.safetensors import TensorFileWriter, TensorSpec
+from megasft.storage.shards import part
 
 app = typer.Typer(help=__doc__, add_completion=False)
 SETTINGS = QuantSettings()

@@ -35,13 +35,13 @@ from transformers.utils import logging as transformers_logging
 from workload import PRESETS, Workload
 
 from megasft import host
-from megasft import topology as topologies
-from megasft.config import RunConfig
-from megasft.errors import UserError
+from megasft.adapters.model_io import save_adapter
+from megasft.config.schema import RunConfig
+from megasft.distributed.topology import Topology, leave_world
 from megasft.job import build_model, initialize
-from megasft.lora.adapter import save_adapter
-from megasft.model.qwen3_moe import DTYPES, Qwen3Moe
-from megasft.topology import Topology
+from megasft.messages import UserError
+from megasft.model.hf_config import DTYPES
+from megasft.model.qwen3_moe import Qwen3Moe
 from megasft.train.trainer import Trainer
 
 
@@ -96,7 +96,7 @@ def main(
         report(figures)
         if json_file:
             json_file.write_text(json.dumps(figures, indent=2) + "\n")
-    topologies.stop()
+    leave_world()
     if not figures.get("losses_agree", True):
         print("throughput: the two do not train alike; their times cannot be compared", file=sys.stderr)
         raise typer.Exit(1)

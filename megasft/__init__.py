@@ -13,35 +13,29 @@ Names are imported when first used: `import megasft` alone is quick and changes 
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from megasft.config import RunConfig, load_config
-    from megasft.errors import UserError
-    from megasft.generation.decode import generate
-    from megasft.generation.sampling import Sampler
-    from megasft.job import build_model, initialize, load_data
-    from megasft.lora.adapter import load_adapter, save_adapter
-    from megasft.train.trainer import Trainer
-
-_HOMES = {
-    "RunConfig": "config",
-    "load_config": "config",
-    "UserError": "errors",
-    "generate": "generation.decode",
-    "Sampler": "generation.sampling",
+_MODULES = {
+    "RunConfig": "config.schema",
+    "load_config": "config.schema",
+    "UserError": "messages",
     "initialize": "job",
     "load_data": "job",
     "build_model": "job",
-    "load_adapter": "lora.adapter",
-    "save_adapter": "lora.adapter",
     "Trainer": "train.trainer",
+    "load_adapter": "adapters.model_io",
+    "save_adapter": "adapters.model_io",
+    "generate": "generation.decode",
+    "Sampler": "generation.sampling",
 }
-__all__ = ["RunConfig", "Sampler", "Trainer", "UserError", "build_model", "generate", "initialize", "load_adapter",
-           "load_config", "load_data", "save_adapter"]  # fmt: skip
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'megasft' has no attribute {name!r}")
-    return getattr(import_module(f"megasft.{_HOMES[name]}"), name)
+    return getattr(import_module(f"megasft.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,10 +10,11 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from megasft import attempt
-from megasft.config import RunConfig, TopologySettings, load_config, resolve_topology
-from megasft.ending import REFUSED, first_to_tell, say
-from megasft.errors import UserError
+from megasft.config.parallelism import TopologySettings, resolve_topology
+from megasft.config.schema import RunConfig, load_config
+from megasft.launch import rendezvous
+from megasft.launch.exit import REFUSED, first_to_tell
+from megasft.messages import UserError, say
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -47,13 +48,13 @@ def train(
     overrides = [*set_, f"checkpoint.resume={json.dumps(resume)}"] if resume else set_
     settings = load_config(config, overrides, dataset)
     if "RANK" in os.environ:
-        from megasft.worker import work
+        from megasft.rank import train
 
-        work(settings)
+        train(settings)
     else:
         from megasft import preflight
-        from megasft.ending import interrupted
-        from megasft.launch import launch
+        from megasft.launch.exit import interrupted
+        from megasft.launch.launcher import launch
 
         ranks = ranks or settings.world_size() or 1
         preflight.check(settings, resolve_topology(settings.data.topology, ranks))
@@ -125,11 +126,11 @@ def generate(
     )
     if "RANK" in os.environ:
         from megasft.generation.run import run
-        from megasft.worker import run_rank
+        from megasft.rank import run_rank
 
         run_rank(lambda _: run(request), "interrupted")
     else:
-        from megasft.launch import launch
+        from megasft.launch.launcher import launch
 
         ranks = request.ranks()
         request.check(request.sizes(ranks))
@@ -177,7 +178,7 @@ def export(
     model: Annotated[str, typer.Option(help="The name of the base to write down, if not that of the adapter.")] = "",
 ) -> None:
     """Write an adapter in another layout."""
-    from megasft.lora.export import export_adapter
+    from megasft.adapters.export import export_adapter
 
     export_adapter(adapter, out, layout, model)
     print(f"{out}: {layout} adapter")
@@ -205,7 +206,7 @@ def merge(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from megasft.lora.merge import find_base, merge_adapter, parse_size
+    from megasft.adapters.merge import find_base, merge_adapter, parse_size
     from megasft.model.hub import find_model
 
     run = load_config(config) if config else RunConfig.from_dict({})
@@ -242,7 +243,7 @@ def main() -> None:
 def _refuse(message: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     # Whichever rank comes first, for torchrun ends the others when it exits.
-    store = attempt.connect() if attempt.launcher_hosts() else None
+    store = rendezvous.connect() if rendezvous.launcher_hosts() else None
     if first_to_tell(store, rank, otherwise=os.environ.get("LOCAL_RANK", "0") == "0"):
         say(message)
     sys.exit(REFUSED)

@@ -8,20 +8,21 @@ from typing import Any
 import torch
 
 from megasft import host, preflight
-from megasft import topology as topologies
-from megasft.config import LoraSettings, QuantSettings, RunConfig, resolve_topology
-from megasft.data.cache import prepare
+from megasft.adapters.model_io import initialize_adapter, load_adapter
+from megasft.config.parallelism import resolve_topology
+from megasft.config.schema import LoraSettings, QuantSettings, RunConfig
 from megasft.data.dataset import Mix, Samples
-from megasft.data.nodes import on_each_node
+from megasft.data.token_cache import prepare
 from megasft.data.tokenize import Recipe
 from megasft.data.tokenizer import load_tokenizer
-from megasft.lora.adapter import initialize_adapter, load_adapter
+from megasft.distributed.nodes import on_each_node
+from megasft.distributed.topology import Topology, join_world
+from megasft.model import quantized_base as quantized
 from megasft.model import qwen3_moe
+from megasft.model.hf_config import DTYPES, check_fits, read_config
 from megasft.model.hub import find_model
-from megasft.model.weights import load_base
-from megasft.quant import checkpoint as quantized
-from megasft.topology import Topology
-from megasft.train import lock, resume
+from megasft.model.load_base import load_base
+from megasft.train.checkpoint import resume, run_lock
 from megasft.train.trainer import Summary, Trainer, global_batches
 
 
@@ -31,7 +32,7 @@ def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None)
     with topology.together():
         if topology.is_first:
             preflight.check(config, topology.sizes)
-            lock.refuse_second(config.job.output_dir)
+            run_lock.refuse_second(config.job.output_dir)
     # The data before the weights: a bad line, or data other than a checkpoint's, are found in seconds.
     train, validation = load_data(config, topology)
     with topology.together():
@@ -50,13 +51,13 @@ def initialize(config: RunConfig) -> Topology:
     sizes = resolve_topology(config.data.topology, int(os.environ.get("WORLD_SIZE", 1)))
     if config.job.deterministic:
         host.be_deterministic()
-    # What finds ranks that stand still (megasft.watch) comes first: it can say which.
-    return topologies.start(sizes, config.job.seed, max(30.0, 2 * config.job.timeout_minutes))
+    # What finds ranks that stand still (megasft.launch.watchdog) comes first: it can say which.
+    return join_world(sizes, config.job.seed, max(30.0, 2 * config.job.timeout_minutes))
 
 
 def build_model(config: RunConfig, topology: Topology) -> qwen3_moe.Qwen3Moe:
     """The model with its base weights and with fresh adapters, or those of `[job] init_adapter`."""
-    job, dtype = config.job, qwen3_moe.DTYPES[config.dtype]
+    job, dtype = config.job, DTYPES[config.dtype]
     hyper, parallel = config.hyperparameters, config.hyperparameters.parallelism
     return load_model(
         job.model,
@@ -88,8 +89,8 @@ def load_model(
     """
     with topology.together():
         folder = find_model(name)
-        hf_config = qwen3_moe.read_config(folder)
-        qwen3_moe.check_fits(hf_config, topology.sizes, quant)
+        hf_config = read_config(folder)
+        check_fits(hf_config, topology.sizes, quant)
     model = qwen3_moe.build_model(hf_config, topology, lora, dtype, quant=quant, **settings)
     with topology.together():
         # The adapter before the weights: one that does not fit is refused before a large file is read.
@@ -121,7 +122,7 @@ def _tokenized(config: RunConfig, more: list[str]) -> list[Path]:
     """The cache's folders of the training data and of `more` files, made now if need be."""
     folder = find_model(config.job.model)
     tokenizer = load_tokenizer(folder)
-    tokenizer.check_vocabulary(qwen3_moe.read_config(folder).vocab_size)
+    tokenizer.check_vocabulary(read_config(folder).vocab_size)
     data = config.data
     recipe = Recipe(config.hyperparameters.sequence_length, data.train_on, data.overlong, data.parse_special_in_text)
     paths = [*(source.path for source in config.training_data()), *more]

@@ -3,9 +3,10 @@
 import os
 from pathlib import Path
 
-from megasft.config import RunConfig, TopologySizes
+from megasft.config.parallelism import TopologySizes
+from megasft.config.schema import RunConfig
 from megasft.data.records import conversation_files
-from megasft.errors import UserError
+from megasft.messages import UserError
 from megasft.model.hub import check_name, find_model
 
 
@@ -13,12 +14,12 @@ def check(config: RunConfig, sizes: TopologySizes) -> None:
     """Raise UserError for any input of the job that is missing or does not fit; reads no data and no weights."""
     _check_paths(config)
     # Imported after the paths were checked: transformers and megatron-core take seconds, a wrong path should not.
+    from megasft.adapters.adapter_file import AdapterFile
     from megasft.data.tokenizer import load_tokenizer
-    from megasft.lora.adapter_file import AdapterFile
-    from megasft.model.qwen3_moe import check_fits, read_config
-    from megasft.model.weights import fingerprint
+    from megasft.model.hf_checkpoint import fingerprint
+    from megasft.model.hf_config import check_fits, read_config
     from megasft.quant import kernels
-    from megasft.train import resume
+    from megasft.train.checkpoint import resume
 
     folder = find_model(config.job.model)
     hf_config = read_config(folder)

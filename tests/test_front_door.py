@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from tests.world import make_world
+from tests.support.world import make_world
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,7 +16,7 @@ import typer
 
 from megasft.data.conversations import Conversation, Problem, check_record
 from megasft.data.records import conversation_files, read_records
-from megasft.errors import UserError
+from megasft.messages import UserError
 
 
 def convert(traces: Path, output: Path, train_on: Literal["all", "last"] = "last") -> tuple[int, list[Problem]]:

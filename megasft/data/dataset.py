@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megasft.data.cache import content_digest, open_columns
 from megasft.data.packing import Rows, pack
 from megasft.data.template import Encoded
+from megasft.data.token_cache import content_digest, open_columns
 from megasft.data.tokenize import Tokens
-from megasft.errors import UserError
-from megasft.topology import derived_seed
+from megasft.distributed.topology import derived_seed
+from megasft.messages import UserError
 
 
 @dataclass(frozen=True)
 class Samples:
     """Conversations as tokens: sample i is ids[starts[i]:ends[i]] (int32) with mask (bool), True for targets.
 
-    Without `starts` they lie end to end. The tensors may be files mapped into memory (`megasft.data.cache`), of whose
+    Without `starts` they lie end to end. The tensors may be files mapped into memory (`token_cache`), of whose
     content `digest` then is.
     """
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from megasft.data.dataset import Batches, Mix
-from megasft.errors import UserError
-from megasft.model.qwen3_moe import MicroBatch
+from megasft.messages import UserError
+from megasft.model.batch import MicroBatch
 
 AHEAD = 2  # steps
 

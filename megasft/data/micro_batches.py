@@ -7,9 +7,8 @@ import torch
 
 from megasft.data.dataset import Mix
 from megasft.data.packing import pack
-from megasft.model.attention import Segments
-from megasft.model.qwen3_moe import IGNORED, MicroBatch
-from megasft.topology import Topology
+from megasft.distributed.topology import Topology
+from megasft.model.batch import IGNORED, MicroBatch, Segments
 
 Row = int | np.ndarray  # the number of a sample, or of all that share a row
 
@@ -81,9 +80,9 @@ def collate(samples: Mix, numbers: Sequence[int], multiple: int, device: torch.d
         tokens.append(ids[:-1].long())
         labels.append(torch.where(mask[1:], ids[1:].long(), IGNORED))
     lengths = [len(ids) for ids in tokens]
-    filling = -sum(lengths) % multiple or (0 if lengths else multiple)
-    if filling:
-        tokens.append(torch.zeros(filling, dtype=torch.int64))
-        labels.append(torch.full((filling,), IGNORED))
-        lengths.append(filling)
-    return MicroBatch(torch.cat(tokens).to(device), torch.cat(labels).to(device), Segments.of(lengths, device, filling))
+    padding = -sum(lengths) % multiple or (0 if lengths else multiple)
+    if padding:
+        tokens.append(torch.zeros(padding, dtype=torch.int64))
+        labels.append(torch.full((padding,), IGNORED))
+        lengths.append(padding)
+    return MicroBatch(torch.cat(tokens).to(device), torch.cat(labels).to(device), Segments.of(lengths, device, padding))

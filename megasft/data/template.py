@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import tokenizers
 
+from megasft.data.assistant_spans import RefusedError, Span, assistant_spans, map_strings, strings
 from megasft.data.conversations import Conversation, Problem
 from megasft.data.records import visible
-from megasft.data.spans import RefusedError, Span, assistant_spans, map_strings, strings
 from megasft.data.tokenizer import STAND_IN, ChatTokenizer
 
 TrainOn = Literal["all", "last"]

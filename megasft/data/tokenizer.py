@@ -24,8 +24,8 @@ import tokenizers
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from megasft.data.spans import Frame, FrameError, learn_frame
-from megasft.errors import UserError
+from megasft.data.assistant_spans import Frame, FrameError, learn_frame
+from megasft.messages import UserError
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

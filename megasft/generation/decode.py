@@ -9,11 +9,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megasft import host
-from megasft.errors import UserError
+from megasft.distributed.topology import Topology
 from megasft.generation.sampling import Sampler
-from megasft.model.cache import KVCache
-from megasft.model.qwen3_moe import MicroBatch, Qwen3Moe
-from megasft.topology import Topology
+from megasft.messages import UserError
+from megasft.model.batch import MicroBatch
+from megasft.model.kv_cache import KVCache
+from megasft.model.qwen3_moe import Qwen3Moe
 
 PREFILL = 2048  # tokens of a prompt that go through the model at once, which bounds activations and masks
 

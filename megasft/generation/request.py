@@ -7,10 +7,10 @@ from math import lcm
 from pathlib import Path
 from typing import Any, Literal
 
-from megasft.config import QuantSettings, RunConfig, load_config
+from megasft.config.parallelism import TopologySettings, TopologySizes, resolve_topology
+from megasft.config.schema import QuantSettings, RunConfig, load_config
 from megasft.data.records import conversation_files
-from megasft.errors import UserError
-from megasft.topology_sizes import TopologySettings, TopologySizes, resolve_topology
+from megasft.messages import UserError
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be (vLLM 0.27, MaxLoRARanks)
 
@@ -70,11 +70,11 @@ class Request:
         if self.jsonl is not None:
             conversation_files(self.jsonl)
         # Imported after the paths were checked, as in `megasft.preflight`.
+        from megasft.adapters.adapter_file import AdapterFile
         from megasft.data.tokenizer import load_tokenizer
         from megasft.generation.sampling import Sampler
-        from megasft.lora.adapter_file import AdapterFile
-        from megasft.model.qwen3_moe import check_fits, read_config
-        from megasft.model.weights import Checkpoint
+        from megasft.model.hf_checkpoint import Checkpoint
+        from megasft.model.hf_config import check_fits, read_config
 
         Sampler(**self.sampling)
         folder = find_model(self.model)
@@ -89,7 +89,7 @@ class Request:
         """The shell command with which vLLM serves this model and adapter."""
         if self.adapter is None:
             return shlex.join(["vllm", "serve", self.model])
-        from megasft.lora.adapter_file import AdapterFile
+        from megasft.adapters.adapter_file import AdapterFile
 
         adapter, folder, prepare = AdapterFile(self.adapter), self.adapter.rstrip("/"), ""
         r = adapter.settings().r
@@ -112,7 +112,7 @@ def find_model_and_adapter(target: str, adapter: str | None) -> tuple[str, str |
             raise UserError(f"{target}: has no adapter in {trained} yet; train it, or name one with --adapter")
         return config.job.model, adapter or str(trained), config
     if (Path(target) / "adapter_config.json").is_file():
-        from megasft.lora.merge import find_base
+        from megasft.adapters.merge import find_base
 
         if adapter is not None:
             raise UserError(f"{target}: is an adapter, and so is --adapter {adapter}; name the model and one adapter")

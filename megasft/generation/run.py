@@ -14,20 +14,19 @@ from typing import Any
 import torch.distributed as dist
 from transformers import Qwen3MoeConfig
 
-from megasft import topology as topologies
+from megasft.adapters.adapter_file import AdapterFile
 from megasft.data.tokenizer import ChatTokenizer, load_tokenizer
-from megasft.errors import UserError
+from megasft.distributed.topology import Topology, join_world
 from megasft.generation.decode import check_length, generate
 from megasft.generation.prompts import Answer, Prompts, encode, is_chat, prompts, write
 from megasft.generation.request import Request
 from megasft.generation.sampling import Sampler
 from megasft.generation.text import TextStream
 from megasft.job import load_model
-from megasft.lora.adapter_file import AdapterFile
-from megasft.model import qwen3_moe
-from megasft.model.cache import KVCache
+from megasft.messages import UserError
+from megasft.model.hf_config import DTYPES, read_config
 from megasft.model.hub import find_model
-from megasft.topology import Topology
+from megasft.model.kv_cache import KVCache
 
 A_WEEK = 7 * 24 * 60.0  # minutes: the other ranks wait in a collective while somebody thinks of a question
 # What a terminal would obey, but for line breaks and tabs; drawn as Unicode's pictures of it.
@@ -36,14 +35,14 @@ CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 
 def run(request: Request) -> None:
     """Answer all prompts of a request; every rank calls it. Rank 0 reads and prints."""
-    topology = topologies.start(request.sizes(int(os.environ.get("WORLD_SIZE", 1))), seed=0, timeout_minutes=A_WEEK)
+    topology = join_world(request.sizes(int(os.environ.get("WORLD_SIZE", 1))), seed=0, timeout_minutes=A_WEEK)
     with topology.together():
         if topology.is_first:
             request.check(topology.sizes)
             if is_chat(request) and "TORCHELASTIC_RUN_ID" in os.environ:
                 raise UserError("torchrun's ranks cannot read the terminal: give --prompt, or leave torchrun out")
         folder = find_model(request.model)
-        config = qwen3_moe.read_config(folder)
+        config = read_config(folder)
         lora = None if request.adapter is None else AdapterFile(request.adapter).settings()
         dtype = request.dtype or ("fp32" if str(config.dtype) == "torch.float32" else "bf16")
         conversation = _Conversation(request, load_tokenizer(folder), config) if topology.is_first else None
@@ -51,7 +50,7 @@ def run(request: Request) -> None:
     chat = _from_first(topology, lambda: is_chat(request))
     # Where nobody has to wait for it, the first prompt comes before the weights: what is wrong with it is soon told.
     asked = None if chat else _from_first(topology, ask)
-    model = load_model(request.model, topology, qwen3_moe.DTYPES[dtype], lora, request.adapter, quant=request.quant)
+    model = load_model(request.model, topology, DTYPES[dtype], lora, request.adapter, quant=request.quant)
     stop = _from_first(topology, lambda: conversation and stop_tokens(folder, config, conversation.tokenizer))
     sampler, cache = Sampler(**request.sampling), KVCache()
     while (asked := asked or _from_first(topology, ask)) is not None:
@@ -146,7 +145,7 @@ def _from_first(topology: Topology, ask: Callable[[], Any] | None) -> Any:
 
 @contextlib.contextmanager
 def _ctrl_c_stops(answer: bool) -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed, which `megasft.launch` tells by SIGUSR2; if not `answer`, that ends the rank."""
+    """Whether Ctrl-C was pressed, which the launcher tells by SIGUSR2; if not `answer`, that ends the rank."""
     pressed: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, _: pressed.append(number)) if answer else None
     try:

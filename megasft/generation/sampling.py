@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from megasft.errors import UserError
+from megasft.messages import UserError
 
 
 class Sampler:

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megasft import host
-from megasft.config import LoraSettings, QuantSettings
+from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.functional import Weight, grouped_linear, grouped_lora_linear
 from megasft.lora.linear import dropout_mask, frozen
 from megasft.quant.weight import QuantizedWeight
-from megasft.shards import Shard, Sharded, consecutive, part
+from megasft.storage.shards import Shard, Sharded, consecutive, part
 
 
 class GroupedLoraLinear(Sharded):

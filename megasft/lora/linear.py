@@ -30,10 +30,10 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from megasft import host
-from megasft.config import LoraSettings, QuantSettings
+from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.functional import Weight, frozen_linear, lora_linear
 from megasft.quant.weight import QuantizedWeight
-from megasft.shards import Index, Shard, Sharded, consecutive, part, whole
+from megasft.storage.shards import Index, Shard, Sharded, consecutive, leaf, part, whole
 
 
 class LoraLinear(Sharded):
@@ -151,11 +151,6 @@ class LoraLinear(Sharded):
 def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """Storage for a weight that is read from a checkpoint and never trained."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=host.device()), requires_grad=False)
-
-
-def leaf(name: str) -> str:
-    """The last name of a dotted one."""
-    return name.rpartition(".")[2]
 
 
 def dropout_mask(x: Tensor, p: float, random_state: str) -> Tensor | None:

@@ -5,50 +5,20 @@ head dimension.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megasft import host
-from megasft.config import LoraSettings, QuantSettings
+from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.linear import LoraLinear
+from megasft.model.batch import Segments
 from megasft.model.norm import RMSNorm
-from megasft.shards import Shard, Sharded, whole
-
-
-@dataclass
-class Segments(PackedSeqParams):
-    """Lengths of the conversations that lie end to end in a micro batch; attention stays inside each.
-
-    `lengths` is on the host, so that no layer waits for the device; the rest is megatron-core's description of it. The
-    last `filling` tokens are none of any conversation.
-    """
-
-    lengths: list[int] = field(default_factory=list)
-    filling: int = 0
-
-    @classmethod
-    def of(cls, lengths: list[int], device: torch.device, filling: int = 0) -> "Segments":
-        """The description of segments of these lengths, `filling` among them if it is not 0."""
-        ends = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
-        longest = max(lengths)
-        return cls(
-            "thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest, lengths=list(lengths), filling=filling
-        )
-
-    def positions(self, device: torch.device) -> Tensor:
-        """Position of each token in its own segment: int64 [1, T]."""
-        return torch.cat([torch.arange(n, device=device) for n in self.lengths])[None]
-
-    def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, core: nn.Module) -> Tensor:
-        """The attention of layer `number`, whose kernel is `core`: q [T, h, d], k and v [T, g, d]: [T, h, d]."""
-        return core(q, k, v, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=self)
+from megasft.storage.shards import Shard, Sharded, whole
 
 
 class SelfAttention(Sharded):

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from megasft.errors import UserError
+from megasft.messages import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.json"]

@@ -17,10 +17,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megasft import host
-from megasft.config import LoraSettings, QuantSettings
+from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.grouped import GroupedLoraLinear
 from megasft.lora.linear import LoraLinear
-from megasft.shards import Shard, Sharded
+from megasft.storage.shards import Shard, Sharded
 
 
 class DenseMLP(Sharded):
@@ -91,7 +91,7 @@ class Router(TopKRouter):
     """Top-k softmax routing in fp32, with LoRA on the gate. It stands on every rank and sees a sequence shard.
 
     It adds up what it does: `tokens_per_expert` int64 [experts], the tokens sent to each, and, while `balance_weights`
-    fp32 [experts] stand, `probability_sums` fp64 [experts], the softmax over all experts summed over tokens. Filling
+    fp32 [experts] stand, `probability_sums` fp64 [experts], the softmax over all experts summed over tokens. Padding
     is no token, and the recomputation of a forward is none. With weights w the loss has one more term,
     sum of w_e p_te over tokens t and experts e (see `train.expert_load`, which owns these tensors).
 
@@ -105,7 +105,7 @@ class Router(TopKRouter):
     ) -> None:
         self.capacity_factor = config.moe_expert_capacity_factor
         plain = copy.copy(config)
-        plain.moe_expert_capacity_factor = None  # megatron-core's own dropping counts filling and drops in validation
+        plain.moe_expert_capacity_factor = None  # megatron-core's own dropping counts padding and drops in validation
         super().__init__(plain, pg_collection, **kwargs)
         del self.weight  # `linear` holds it
         common = {"lora": lora, "group": pg_collection.tp, "dtype": config.params_dtype}
@@ -122,7 +122,7 @@ class Router(TopKRouter):
         return logits.view(*input.shape[:-1], -1)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """logits [S, 1, experts], padding_mask bool [S, 1] (true: filling): weights and choices [S, experts]."""
+        """logits [S, 1, experts], padding_mask bool [S, 1] (true: padding): weights and choices [S, experts]."""
         probs, chosen = super().routing(logits, padding_mask)
         recomputes = is_checkpointing() and torch.is_grad_enabled()
         real = None if padding_mask is None else ~padding_mask.view(-1, 1)

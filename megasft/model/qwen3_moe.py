@@ -1,10 +1,8 @@
 """Qwen3-MoE from a Hugging Face `config.json` to a megatron-core GPTModel with LoRA."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,141 +18,16 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from megasft import host
-from megasft.config import BLOCK_SIZES, LoraSettings, QuantSettings, TopologySizes
-from megasft.errors import UserError
-from megasft.model.attention import Segments, SelfAttention
-from megasft.model.head import supervised_loss
+from megasft.config.parallelism import TopologySizes, choose_dispatcher
+from megasft.config.schema import LoraSettings, QuantSettings
+from megasft.distributed.topology import Topology
+from megasft.model.attention import SelfAttention
+from megasft.model.batch import MicroBatch, Segments
+from megasft.model.hf_config import check_fits, head_dim, sparse_layers
+from megasft.model.loss import supervised_loss
 from megasft.model.mlp import DenseMLP, Router, SparseMLP
 from megasft.model.norm import RMSNorm
-from megasft.shards import Shard, part, whole
-from megasft.topology import Topology
-from megasft.topology_sizes import choose_dispatcher
-
-IGNORED = -100  # a label that is not supervised, as in torch and transformers
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # the others change with the length of the sequence
-
-
-@dataclass
-class MicroBatch:
-    """Conversations laid end to end. T is a multiple of the tensor-parallel size.
-
-    tokens, labels int64 [T]; labels[i] is the token to be predicted at position i, or IGNORED.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    segments: Segments
-
-
-def read_config(folder: str | Path) -> Qwen3MoeConfig:
-    """The architecture in `folder/config.json`. Raises UserError for anything that is not a Qwen3-MoE we can train."""
-    path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        kind = raw.get("model_type")
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not a model folder: it has no config.json") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable model configuration ({error})") from None
-    if kind != "qwen3_moe":
-        raise UserError(f"{path}: model_type = {kind!r}; megasft trains 'qwen3_moe' models")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) not in ROPE_TYPES:
-        # asked here because transformers remarks on it in words of its own
-        raise UserError(f"{path}: rope_parameters = {rope!r} is not supported; known: {', '.join(ROPE_TYPES)}")
-    try:
-        config = Qwen3MoeConfig.from_dict(raw)
-        _check_supported(config)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # transformers raises what it likes on a malformed configuration
-        raise UserError(f"{path}: transformers refuses it: {' '.join(str(error).split())}") from None
-    return config
-
-
-def _check_supported(config: Qwen3MoeConfig) -> None:
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "intermediate_size", "moe_intermediate_size", "decoder_sparse_step"):  # fmt: skip
-        if getattr(config, key) < 1:
-            raise UserError(f"{key} = {getattr(config, key)!r} must be at least 1")
-    if getattr(config, "quantization_config", None):
-        raise UserError("quantization_config: weights that are quantized already cannot be loaded; take the bf16 model")
-    refused = {
-        "hidden_act": config.hidden_act != "silu",
-        "attention_bias": config.attention_bias,
-        "use_sliding_window": config.use_sliding_window,
-        "num_experts": config.num_experts < 1,
-        "num_experts_per_tok": not 1 <= config.num_experts_per_tok <= config.num_experts,
-        "num_attention_heads": config.num_attention_heads % config.num_key_value_heads != 0,
-        "rope_parameters": (config.rope_parameters or {}).get("rope_type") not in ROPE_TYPES,
-    }
-    for key, bad in refused.items():
-        if bad:
-            raise UserError(f"{key} = {getattr(config, key)!r} is not supported; no released Qwen3-MoE model has it")
-    if config.num_experts_per_tok == 1 and config.norm_topk_prob:
-        raise UserError("num_experts_per_tok = 1 with norm_topk_prob leaves the router nothing to weigh; unsupported")
-
-
-def check_fits(config: Qwen3MoeConfig, sizes: TopologySizes, quant: QuantSettings | None = None) -> None:
-    """Whether the model can be cut by this topology, with `quant` into whole blocks; raises UserError naming the number
-    that does not divide.
-    """
-    dense = any(not sparse for sparse in sparse_layers(config))
-    for key, n, name, by in (
-        ("num_attention_heads", config.num_attention_heads, "tensor_parallel", sizes.tensor),
-        ("num_key_value_heads", config.num_key_value_heads, "tensor_parallel", sizes.tensor),
-        ("intermediate_size", config.intermediate_size if dense else 0, "tensor_parallel", sizes.tensor),
-        ("num_experts", config.num_experts, "expert_parallel", sizes.expert),
-        ("moe_intermediate_size", config.moe_intermediate_size, "expert_tensor_parallel", sizes.expert_tensor),
-        ("num_hidden_layers", config.num_hidden_layers, "pipeline_parallel", sizes.pipeline),
-    ):
-        if n % by:
-            fitting = ", ".join(str(d) for d in range(1, by) if n % d == 0)
-            raise UserError(
-                f"[data.topology] {name} = {by} does not divide the model's {key} = {n}; "
-                f"smaller sizes that do: {fitting}"
-            )
-    if quant:
-        _check_blocks(config, sizes, quant.block_size)
-
-
-def _check_blocks(config: Qwen3MoeConfig, sizes: TopologySizes, size: int) -> None:
-    """Whether the inputs of every linear layer that a rank holds are whole blocks of `size`."""
-    sparse = sparse_layers(config)
-    for layers, key, n, name, by in (
-        ("q_proj, k_proj, v_proj, gate_proj and up_proj", "hidden_size", config.hidden_size, "", 1),
-        ("o_proj", "num_attention_heads x head_dim", config.num_attention_heads * head_dim(config),
-         "tensor_parallel", sizes.tensor),
-        ("dense down_proj", "intermediate_size", 0 if all(sparse) else config.intermediate_size,
-         "tensor_parallel", sizes.tensor),
-        ("experts' down_proj", "moe_intermediate_size", config.moe_intermediate_size if any(sparse) else 0,
-         "expert_tensor_parallel", sizes.expert_tensor),
-    ):  # fmt: skip
-        if n // by % size:
-            cut = f" / {name} {by}" if by > 1 else ""
-            fitting = [d for d in range(1, by) if by % d == 0 and n // d % size == 0]
-            blocks = [b for b in BLOCK_SIZES if n // by % b == 0]
-            remedies = [f"block_size = {blocks[-1]}"] if blocks and blocks[-1] < size else []
-            remedies += [f"[data.topology] {name} = {fitting[-1]}"] if fitting else []
-            remedies += ["[training] use_qlora = false"] if not remedies else []
-            raise UserError(
-                f"[quant] block_size = {size} does not divide the {n // by} inputs that a rank holds of {layers} "
-                f"({key} {n}{cut}); set {' or '.join(remedies)}"
-            )
-
-
-def head_dim(config: Qwen3MoeConfig) -> int:
-    """Width of an attention head; `head_dim` may be left out of config.json."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def sparse_layers(config: Qwen3MoeConfig) -> list[bool]:
-    """For each layer, whether it has experts (else it is dense)."""
-    return [
-        i not in (config.mlp_only_layers or []) and (i + 1) % config.decoder_sparse_step == 0
-        for i in range(config.num_hidden_layers)
-    ]
+from megasft.storage.shards import Shard, part, whole
 
 
 def build_model(
@@ -169,7 +42,7 @@ def build_model(
 ) -> "Qwen3Moe":
     """This rank's part of the model: storage for its base weights and, where `lora` names targets, zero adapters.
 
-    `model.weights.load_base` fills the first, `lora.adapter` the second. `recompute` keeps each layer's input only and
+    `model.load_base` fills the first, `adapters.model_io` the second. `recompute` keeps each layer's input only and
     runs the layer again in backward. `capacity_factor` limits what an expert takes in training (`model.mlp.Router`).
     `quant` keeps the frozen linear layers and experts in 4 bits.
     """
@@ -302,15 +175,15 @@ class Qwen3Moe(GPTModel):
         like = torch.empty((), dtype=self.config.params_dtype, device=input_ids.device)
         cos, sin = self.rotary_emb(like, position_ids)
         prepared[1] = torch.cat([cos, sin])
-        prepared[5] = self._padding_mask(input_ids, packed_seq_params.filling)
+        prepared[5] = self._padding_mask(input_ids, packed_seq_params.padding)
         return tuple(prepared)
 
-    def _padding_mask(self, input_ids: Tensor, filling: int) -> Tensor | None:
-        """Which tokens of this rank's sequence shard are filling, bool [1, S], for the routers; None if none is."""
-        if not filling:
+    def _padding_mask(self, input_ids: Tensor, padding: int) -> Tensor | None:
+        """Which tokens of this rank's sequence shard are padding, bool [1, S], for the routers; None if none is."""
+        if not padding:
             return None
         places = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        mask = places >= input_ids.shape[1] - filling
+        mask = places >= input_ids.shape[1] - padding
         # megatron-core 0.19.2 cuts a mask that it is given into sequence shards on the first pipeline stage only.
         return mask.chunk(self.topology.sizes.tensor, dim=1)[self.topology.groups.tp.rank()]
 

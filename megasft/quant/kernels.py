@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megasft.errors import UserError
+from megasft.messages import UserError
 
 GROUP = 256  # scales that share a scale of their own, when they are quantized too
 

@@ -21,11 +21,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megasft.config import QuantSettings
-from megasft.errors import UserError
+from megasft.config.schema import QuantSettings
+from megasft.messages import UserError
 from megasft.quant import kernels
 from megasft.quant.kernels import GROUP
-from megasft.tensorfile import TensorSpec
+from megasft.storage.safetensors import TensorSpec
 
 Quantized = dict[str, Tensor]
 

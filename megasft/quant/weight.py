@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megasft import host
-from megasft.config import QuantSettings
+from megasft.config.schema import QuantSettings
 from megasft.quant import kernels
 from megasft.quant.kernels import GROUP
 from megasft.quant.nf4 import DYNAMIC, Quantized

@@ -16,9 +16,9 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 from torch import Tensor, nn
 
-from megasft.config import HyperparameterSettings
+from megasft.config.schema import HyperparameterSettings
+from megasft.distributed.topology import Topology
 from megasft.model.qwen3_moe import Qwen3Moe
-from megasft.topology import Topology
 
 
 def wrap(model: Qwen3Moe, hyper: HyperparameterSettings) -> tuple[DistributedDataParallel, MegatronOptimizer]:

@@ -14,25 +14,24 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megasft import host
-from megasft import topology as topologies
-from megasft.config import RunConfig
+from megasft.adapters.model_io import save_adapter
+from megasft.config.schema import RunConfig
 from megasft.data.dataset import Batches, Mix, Samples
 from megasft.data.loader import Loader
 from megasft.data.micro_batches import MicroBatches, Row, evaluation_rows
-from megasft.ending import say
-from megasft.errors import UserError
-from megasft.lora.adapter import save_adapter
+from megasft.distributed.topology import Topology, seed_step
+from megasft.messages import UserError, say
+from megasft.model.batch import MicroBatch
+from megasft.model.hf_checkpoint import fingerprint
 from megasft.model.hub import find_model
-from megasft.model.qwen3_moe import MicroBatch, Qwen3Moe
-from megasft.model.weights import fingerprint
-from megasft.topology import Topology
-from megasft.train import lock, resume
-from megasft.train.checkpoint import RunState
+from megasft.model.qwen3_moe import Qwen3Moe
+from megasft.train.checkpoint import resume, run_lock
+from megasft.train.checkpoint.async_writer import CheckpointWriter
+from megasft.train.checkpoint.folder import RunState
+from megasft.train.checkpoint.gate import Gate
 from megasft.train.expert_load import ExpertLoad
-from megasft.train.gate import Gate
 from megasft.train.metrics import Metrics
 from megasft.train.optimizer import step, wrap
-from megasft.train.saver import Saver
 from megasft.train.schedule import Schedule
 
 
@@ -76,7 +75,7 @@ class Trainer:
         self.ddp, self.optimizer = wrap(model, hyper)
         self.load = ExpertLoad(model, hyper.router_aux_loss_coef)
         self.output_dir = Path(config.job.output_dir)
-        self.saver = Saver(config, model, self.optimizer, self.base_model, self.output_dir / "checkpoints")
+        self.saver = CheckpointWriter(config, model, self.optimizer, self.base_model, self.output_dir / "checkpoints")
         self.metrics: Metrics | None = None  # of rank 0, in `fit`
         self._doing, self._micro_batches, self._done_before = "", 0, 0  # for `progress`
         identity = resume.identity(config, _fingerprint(config), topology.sizes.data)
@@ -110,7 +109,7 @@ class Trainer:
         started, losses, validation_loss = time.monotonic(), [], None
         with self.topology.together():
             if self.topology.is_first:
-                lock.hold(self.output_dir)
+                run_lock.hold(self.output_dir)
         self.metrics = self._open_metrics(self._resume())
         tokens, due = self.state.tokens, False
         saved_at = time.monotonic()
@@ -140,7 +139,7 @@ class Trainer:
         finally:
             if self.metrics:
                 self.metrics.close()
-        lock.release(self.output_dir)
+        run_lock.release(self.output_dir)
         return Summary(
             steps=self.step,
             train_loss=sum(losses[-10:]) / max(1, len(losses[-10:])),
@@ -160,7 +159,7 @@ class Trainer:
         host.synchronize()
         started = time.monotonic()
         self._begins(f"step {self.step + 1}")
-        topologies.seed_step(self.topology, self.config.job.seed, self.step)
+        seed_step(self.topology, self.config.job.seed, self.step)
         batch = next(self.loader)
         rate = self.schedule.rate(self.step)
         for group in self.optimizer.param_groups:

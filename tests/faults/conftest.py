@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from tests.world import make_world
+from tests.support.world import make_world
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def megasft(tmp_path) -> Callable[..., Ended]:
     def run(*arguments: str, ranks: int = 0, only: int | None = None, typed: str = "") -> Ended:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.preload"])
+        context.set_forkserver_preload(["tests.support.preload"])
         streams = [tmp_path / name for name in ("stdin", "stdout", "stderr")]
         for stream, text in zip(streams, (typed, "", ""), strict=True):
             stream.write_text(text)
@@ -98,8 +98,9 @@ def _main(arguments: tuple[str, ...], environment: dict[str, str], streams: list
     torch.set_num_threads(1)  # while there is one thread: torch makes its pool anew after a fork, and not safely
     sys.argv = ["megasft", *arguments]
     if any("tags.fault" in argument for argument in arguments):
-        import tests.faults.misbehave  # noqa: F401
-    from megasft import cli, launch
+        import tests.support.misbehave  # noqa: F401
+    from megasft import cli
+    from megasft.launch import launcher
 
-    launch.launch = lambda *_, **__: sys.exit("nothing was refused before the launch")
+    launcher.launch = lambda *_, **__: sys.exit("nothing was refused before the launch")
     cli.main()

@@ -24,10 +24,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megasft.train.checkpoint import Checkpoints, damage
-from tests.faults.forked import Command
+from megasft.train.checkpoint.folder import Checkpoints, damage
 from tests.parallel.resume import lines, tensors
-from tests.world import make_world
+from tests.support.forked import Command
+from tests.support.world import make_world
 
 STEPS = 8
 TOPOLOGIES = {"TP=2": {"tensor": 2}, "DP=2": {"data": 2}}
@@ -60,8 +60,8 @@ def _around(owner: str, name: str, *rest: Any) -> list[Point]:
 
 
 CHECKPOINT, CACHE, TRAINER, PATH = (
-    "megasft.train.checkpoint:",
-    "megasft.data.cache:",
+    "megasft.train.checkpoint.folder:",
+    "megasft.data.token_cache:",
     "megasft.train.trainer:",
     "pathlib:Path",
 )
@@ -71,9 +71,9 @@ MOMENTS: dict[str, list[Point]] = {
         *_around(PATH, "rename", True, lambda path, _: path.name.endswith(".part") and "step" not in path.name),
     ],
     "loading": [
-        *_around("megasft.train.resume:", "find", False), *_around("megasft.train.pieces:States", "load", False),
-        Point("megasft.train.pieces:Saved", "fill", "after", False), *_around("megasft.train.metrics:Metrics", "__init__"),
-        *_around("megasft.train.resume:", "_set_aside"),
+        *_around("megasft.train.checkpoint.resume:", "find", False), *_around("megasft.train.checkpoint.optimizer_shards:OptimizerShards", "load", False),
+        Point("megasft.train.checkpoint.optimizer_shards:SavedShards", "fill", "after", False), *_around("megasft.train.metrics:Metrics", "__init__"),
+        *_around("megasft.train.checkpoint.resume:", "_set_aside"),
     ],
     "step": [
         *_around(TRAINER + "Trainer", "_compute", False), *_around(TRAINER, "step", False),
@@ -85,10 +85,10 @@ MOMENTS: dict[str, list[Point]] = {
         *_around(PATH, "rename", True, lambda path, target: "best" in path.name + Path(target).name),
     ],
     "copying and writing states": [
-        *_around("megasft.train.pieces:States", "copy", False), *_around("megasft.train.pieces:States", "write", False),
-        Point("megasft.train.pieces:", "_runs", "within", False), *_around(CHECKPOINT + "Checkpoints", "begin"),
+        *_around("megasft.train.checkpoint.optimizer_shards:OptimizerShards", "copy", False), *_around("megasft.train.checkpoint.optimizer_shards:OptimizerShards", "write", False),
+        Point("megasft.train.checkpoint.optimizer_shards:", "_runs", "within", False), *_around(CHECKPOINT + "Checkpoints", "begin"),
     ],
-    "writing the checkpoint's adapter": _around("megasft.train.saver:Saver", "_write_adapter"),
+    "writing the checkpoint's adapter": _around("megasft.train.checkpoint.async_writer:CheckpointWriter", "_write_adapter"),
     "manifest": [
         *_around(CHECKPOINT, "write_text", True, _named("manifest")), *_around(CHECKPOINT, "write_text", True, _named("state")),
     ],

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasft import cli
-from megasft.config import LINEAR_LAYERS
-from megasft.errors import UserError
-from megasft.lora.adapter import load_adapter
-from megasft.lora.export import export_adapter
-from tests import on_ranks
+from megasft.adapters.export import export_adapter
+from megasft.adapters.model_io import load_adapter
+from megasft.config.values import LINEAR_LAYERS
+from megasft.messages import UserError
 from tests.parity.reference import PREFIX, random_adapter, random_model, tiny_config, write_adapter
+from tests.support import on_ranks
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q, DOWN = f"{PREFIX}model.layers.0.self_attn.q_proj", f"{PREFIX}model.layers.2.mlp.experts.5.down_proj"
@@ -216,14 +216,14 @@ def test_export_refuses_it_and_leaves_nothing(world, capsys, monkeypatch, case):
 
 def full_disk(monkeypatch):
     usage = namedtuple("usage", "total used free")(10**12, 10**12 - 10**5, 10**5)
-    monkeypatch.setattr("megasft.lora.merge.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("megasft.adapters.merge.shutil.disk_usage", lambda path: usage)
 
 
 def disk_that_fills_up(monkeypatch):
     def no_room(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megasft.tensorfile.os.posix_fallocate", no_room)
+    monkeypatch.setattr("megasft.storage.safetensors.os.posix_fallocate", no_room)
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])

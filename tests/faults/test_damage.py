@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megasft.config import RunConfig
-from megasft.errors import UserError
+from megasft.config.schema import RunConfig
+from megasft.messages import UserError
 from megasft.train.trainer import Trainer
-from tests import on_ranks
 from tests.parallel.invariance import Case
 from tests.parallel.resume import Runs
+from tests.support import on_ranks
 
 CASE = Case(2, tensor=2, expert_tensor=2, batch=2)
 LAST, BEFORE = "step-000008", "step-000006"  # of what Runs trains

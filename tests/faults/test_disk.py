@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from megasft.train.checkpoint import Checkpoints, damage
+from megasft.train.checkpoint.folder import Checkpoints, damage
 from megasft.train.metrics import Metrics
 from megasft.train.trainer import Trainer
-from tests.faults.forked import Command
-from tests.faults.speech import spoken, without_progress
 from tests.parallel.resume import lines, tensors
-from tests.world import make_world
+from tests.support.forked import Command
+from tests.support.speech import spoken, without_progress
+from tests.support.world import make_world
 
 STEPS = 8
 FIRST, FULL, FREE, LAST = "step-000002", 2, 5, "step-000008"  # steps after which the disk is full, and is not any more

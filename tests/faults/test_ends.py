@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megasft.train.checkpoint import damage
-from tests.faults.speech import spoken, without_progress
+from megasft.train.checkpoint.folder import damage
 from tests.parallel.resume import lines
+from tests.support.speech import spoken, without_progress
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-MISBEHAVE = [str(HERE / "misbehave.py"), "train"]
+MISBEHAVE = [str(ROOT / "tests" / "support" / "misbehave.py"), "train"]
 TORCHRUN = [str(BIN / "torchrun"), "--nproc-per-node", "2"]
 BY_ITSELF = {"megasft train": [sys.executable], "torchrun": TORCHRUN}
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megasft.config import LINEAR_LAYERS
+from megasft.adapters.export import export_adapter
+from megasft.config.values import LINEAR_LAYERS
 from megasft.data.conversations import Conversation, read_conversations
 from megasft.data.tokenizer import load_tokenizer
-from megasft.launch import ASK_AGAIN_SECONDS
-from megasft.lora.export import export_adapter
-from tests.faults.speech import assert_one_line, spoken
+from megasft.launch.launcher import ASK_AGAIN_SECONDS
 from tests.parity.peft_adapters import loaded_by_peft
 from tests.parity.reference import random_adapter, tiny_config, write_adapter
+from tests.support.speech import assert_one_line, spoken
 
 BIN = Path(sys.executable).parent
 TOOLS = '[{"type": "function", "function": {"name": "f"}}]'

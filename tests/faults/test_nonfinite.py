@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from megasft.errors import UserError
+from megasft.messages import UserError
 from megasft.train import trainer as trainer_module
 from megasft.train.optimizer import owned
 from megasft.train.trainer import Trainer
-from tests import on_ranks
 from tests.parallel.invariance import Case
 from tests.parallel.resume import STEPS, Runs, lines
+from tests.support import on_ranks
 
 CASES = [
     Case(2, tensor=2, expert_tensor=2, batch=2),

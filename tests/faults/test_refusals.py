@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
-from megasft.errors import UserError
+from megasft.messages import UserError
 from megasft.model.hub import find_model
-from tests.faults.speech import assert_one_line, without_progress
 from tests.parity.reference import random_adapter, write_adapter
+from tests.support.speech import assert_one_line, without_progress
 
 # what the tiny model takes on two ranks of tensor parallel
 QLORA = "--set training.use_qlora=true --set quant.block_size=32 --set data.topology.expert_tensor_parallel=1"

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from megasft import job
-from megasft.data import cache
-from megasft.train.checkpoint import damage, read_state
+from megasft.data import token_cache
+from megasft.train.checkpoint.folder import damage, read_state
 from megasft.train.trainer import Trainer
-from tests.faults.forked import Command
-from tests.faults.speech import spoken
 from tests.parallel.resume import lines
-from tests.world import make_world
+from tests.support.forked import Command
+from tests.support.speech import spoken
+from tests.support.world import make_world
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def killed_once_in_data_preparation(path: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        cache._make = die  # type: ignore[assignment]
+        token_cache._make = die  # type: ignore[assignment]
 
 
 def killed_once_in_step_four(path: str) -> None:

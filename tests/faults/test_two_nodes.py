@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import load_file
 
 from megasft import job
-from megasft.config import load_config
+from megasft.config.schema import load_config
 from tests.faults.test_ends import BIN, MISBEHAVE, ROOT, steps, wait_until
 from tests.parallel.resume import lines
-from tests.world import make_world
+from tests.support.world import make_world
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 STEPS = 40

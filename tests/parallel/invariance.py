@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasft.config import LINEAR_LAYERS
-from tests import on_ranks
+from megasft.config.values import LINEAR_LAYERS
 from tests.parity.quantized import IN_BLOCKS
 from tests.parity.reference import linear_shapes, random_adapter, random_model, tiny_config, write_adapter
-from tests.ranks import RankPool
+from tests.support import on_ranks
+from tests.support.ranks import RankPool
 
 R, STEPS, BATCH = 4, 10, 8
 LENGTHS = [

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from megasft.train.trainer import Trainer
-from tests import on_ranks
 from tests.parallel.invariance import BATCH, Case
 from tests.parity.reference import random_model, tiny_config
-from tests.ranks import RankPool
+from tests.support import on_ranks
+from tests.support.ranks import RankPool
 
 STEPS, EVERY = 8, 3
 CASES = [

@@ -11,8 +11,8 @@ from math import lcm
 
 from transformers import Qwen3MoeConfig
 
-from megasft.config import TopologySizes
-from megasft.model.qwen3_moe import sparse_layers
+from megasft.config.parallelism import TopologySizes
+from megasft.model.hf_config import sparse_layers
 
 SHAPE_MESSAGE = 3 * 8  # a pipeline stage tells the next the shape of what it sends, int64
 

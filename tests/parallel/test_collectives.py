@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megasft.config import LINEAR_LAYERS
-from tests import on_ranks
+from megasft.config.values import LINEAR_LAYERS
 from tests.parity.reference import random_model, tiny_config
+from tests.support import on_ranks
 
 SEGMENTS = [9, 15]
 T, H, E, FP32 = sum(SEGMENTS), 64, 8, 4
@@ -37,12 +37,12 @@ def count_in_layer(settings, layer: int, adapted: bool):
     """(forward, backward) collectives of one layer."""
     _, topology, model = on_ranks.start(settings)
     if not adapted:
+        from megasft.model.load_base import load_base
         from megasft.model.qwen3_moe import build_model
-        from megasft.model.weights import load_base
 
         model = build_model(model.hf_config, topology, None, torch.float32, recompute=False)
         load_base(model, settings["job"]["model"])
-    from megasft.model.attention import Segments
+    from megasft.model.batch import Segments
 
     segments = Segments.of(SEGMENTS, torch.device("cpu"))
     torch.manual_seed(topology.rank)

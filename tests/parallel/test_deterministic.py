@@ -6,8 +6,8 @@ import torch
 
 from megasft import host
 from megasft.train.trainer import Trainer
-from tests import on_ranks
 from tests.parity.reference import random_model, tiny_config
+from tests.support import on_ranks
 
 STEPS = 4
 

@@ -7,10 +7,11 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from megasft import topology as topologies
-from megasft.config import RunConfig, resolve_topology
-from megasft.data.nodes import on_each_node
-from megasft.errors import UserError
+from megasft.config.parallelism import resolve_topology
+from megasft.config.schema import RunConfig
+from megasft.distributed.nodes import on_each_node
+from megasft.distributed.topology import regroup
+from megasft.messages import UserError
 
 PER_NODE = 2
 
@@ -18,7 +19,7 @@ PER_NODE = 2
 def outcome(seconds, refused):
     """What this rank gets of work that takes `seconds` and that rank `refused` refuses."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    topology = topologies.regroup(resolve_topology(RunConfig().data.topology, world), 0)
+    topology = regroup(resolve_topology(RunConfig().data.topology, world), 0)
     os.environ["LOCAL_RANK"] = str(rank % PER_NODE)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
     done = []

@@ -4,8 +4,8 @@ import pytest
 
 from megasft.train.optimizer import optimizer_state_bytes
 from megasft.train.trainer import Trainer
-from tests import on_ranks
 from tests.parity.reference import random_model, tiny_config
+from tests.support import on_ranks
 
 
 def state_bytes(settings, samples):

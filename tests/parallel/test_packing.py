@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from megasft.config import LINEAR_LAYERS
+from megasft.config.values import LINEAR_LAYERS
 from megasft.data.dataset import Mix
 from megasft.data.micro_batches import evaluation_rows
 from megasft.train.trainer import Trainer
-from tests import on_ranks
 from tests.parity.reference import linear_shapes, random_adapter, random_model, tiny_config, write_adapter
+from tests.support import on_ranks
 
 R, ROW = 4, 48
 LENGTHS = [19, 7, 30, 11, 4, 23, 16, 9, 14, 26, 5, 12]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megasft.train import lock
+from megasft.train.checkpoint import run_lock
 from megasft.train.trainer import Trainer
-from tests import on_ranks
 from tests.parallel.invariance import Case
 from tests.parallel.resume import CASES, EVERY, STEPS, Runs, difference, lines, tensors
+from tests.support import on_ranks
 
 LAST = f"step-{STEPS:06d}"
 FAR_TOO_FAST = {"learning_rate": 1.0, "warmup_ratio": 0.0}
@@ -179,7 +179,7 @@ def test_who_stops_the_run_hears_of_a_failed_save_although_training_has(ranks, r
 def locked_elsewhere(settings, samples):
     """Whether another process finds the folder locked: before the run, while it trains, afterwards."""
     config, topology, model = on_ranks.start(settings)
-    file = Path(settings["job"]["output_dir"]) / lock.NAME
+    file = Path(settings["job"]["output_dir"]) / run_lock.NAME
     # Not in this process, to which its own locks are none, and which would give them back on closing the file.
     code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     look = lambda: file.exists() and subprocess.run([sys.executable, "-c", code, file], capture_output=True).returncode  # noqa: E731

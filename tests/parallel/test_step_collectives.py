@@ -6,12 +6,12 @@ import pytest
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megasft.topology_sizes import choose_dispatcher
+from megasft.config.parallelism import choose_dispatcher
 from megasft.train.trainer import Trainer
-from tests import on_ranks
 from tests.parallel.invariance import Case
 from tests.parallel.step_traffic import StepTraffic
 from tests.parity.reference import random_model, tiny_config
+from tests.support import on_ranks
 
 R = 4
 LENGTHS = [19, 7, 30, 11, 4, 23, 16, 9]

@@ -7,12 +7,12 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from megasft.config import LINEAR_LAYERS
-from megasft.lora.adapter import save_adapter
-from megasft.lora.peft_format import _DEFAULTS
-from tests import on_ranks
+from megasft.adapters.model_io import save_adapter
+from megasft.adapters.peft_layout import _DEFAULTS
+from megasft.config.values import LINEAR_LAYERS
 from tests.parity.peft_adapters import DOWN, GATE_UP, ROUTER, base_model, loaded_by_peft, logits, save_trained_by_peft
 from tests.parity.reference import PREFIX, linear_shapes, random_adapter, random_model, tiny_config, write_adapter
+from tests.support import on_ranks
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasft.config import LINEAR_LAYERS
-from tests import on_ranks
+from megasft.config.values import LINEAR_LAYERS
 from tests.parity.reference import Reference, random_adapter, random_model, tiny_config, write_adapter
+from tests.support import on_ranks
 
 R, ALPHA = 4, 12.0
 LENGTHS = [19, 7, 30, 11, 4, 23, 16, 9]
@@ -107,7 +107,7 @@ def reference_curve(reference: Reference, settings: dict, samples: list, steps: 
     """(loss, gradient norm) by torch's AdamW and clipping and transformers' schedule, on a copy of the reference."""
     from transformers import get_scheduler
 
-    from megasft.config import RunConfig
+    from megasft.config.schema import RunConfig
     from megasft.data.dataset import Batches
 
     config = RunConfig.from_dict(settings)

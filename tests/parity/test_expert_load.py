@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from megasft.config import LINEAR_LAYERS
+from megasft.config.values import LINEAR_LAYERS
 from megasft.train.expert_load import imbalances
 from megasft.train.trainer import Trainer
-from tests import on_ranks
 from tests.parallel.invariance import Case
 from tests.parity.reference import Reference, random_adapter, random_model, tiny_config, write_adapter
+from tests.support import on_ranks
 
 R, ALPHA, COEFFICIENT, BATCH = 4, 12.0, 0.7, 8
 LENGTHS = [19, 7, 30, 11, 4, 23, 16, 9]

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasft.config import LINEAR_LAYERS
-from megasft.lora.adapter_file import AdapterFile
-from megasft.lora.export import export_adapter
-from tests import on_ranks
+from megasft.adapters.adapter_file import AdapterFile
+from megasft.adapters.export import export_adapter
+from megasft.config.values import LINEAR_LAYERS
 from tests.parity.peft_adapters import base_model, loaded_by_peft
 from tests.parity.reference import Reference, random_adapter, random_model, tiny_config, write_adapter
+from tests.support import on_ranks
 
 R, ALPHA, NEW = 4, 12.0, 12
 # tensor, expert, expert-tensor, pipeline, replicas

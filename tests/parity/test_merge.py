@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasft import cli
-from megasft.config import LINEAR_LAYERS
-from megasft.lora.export import export_adapter
-from megasft.lora.merge import merge_adapter, parse_size
-from tests.on_ranks import random_samples
+from megasft.adapters.export import export_adapter
+from megasft.adapters.merge import merge_adapter, parse_size
+from megasft.config.values import LINEAR_LAYERS
 from tests.parity.peft_adapters import DOWN, GATE_UP, ROUTER, base_model, loaded_by_peft, logits, save_trained_by_peft
 from tests.parity.reference import random_adapter, random_model, tiny_config, write_adapter
+from tests.support.on_ranks import random_samples
 
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 SAMPLES = random_samples(203, [24] * 4)
@@ -114,8 +114,8 @@ def test_tensors_larger_than_a_piece_are_merged_the_same(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base", "fused")
     adapter = write_peft_adapter(base, tmp_path / "adapter", "fused")
     merge_adapter(base, adapter, tmp_path / "whole")
-    monkeypatch.setattr("megasft.lora.merge.PIECE_BYTES", 5 * 64 * 4)  # 5 rows: no matrix divides
-    monkeypatch.setattr("megasft.lora.merge.RELEASE_BYTES", 1)
+    monkeypatch.setattr("megasft.adapters.merge.PIECE_BYTES", 5 * 64 * 4)  # 5 rows: no matrix divides
+    monkeypatch.setattr("megasft.adapters.merge.RELEASE_BYTES", 1)
     merge_adapter(base, adapter, tmp_path / "pieces")
     whole, pieces = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "pieces"))
     for name, value in whole.items():

@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, Qwen3MoeForCausalLM
 
 from megasft import cli
-from megasft.config import QuantSettings
+from megasft.adapters.merge import DTYPES, merge_adapter
+from megasft.config.schema import QuantSettings
 from megasft.lora.functional import frozen_linear, grouped_linear, grouped_lora_linear, lora_linear
-from megasft.lora.merge import DTYPES, merge_adapter
 from megasft.quant import nf4
 from megasft.quant.weight import QuantizedWeight, workspace, workspace_bytes
-from megasft.shards import consecutive, part
-from tests import on_ranks
+from megasft.storage.shards import consecutive, part
 from tests.parity.quantized import ALPHA, R, config_in_blocks, linears, make, quantized_by_bitsandbytes
 from tests.parity.reference import Reference, random_adapter, random_model, write_adapter
+from tests.support import on_ranks
 
 LENGTHS = [19, 7, 30, 11, 4, 23, 16, 9]
 TOPOLOGIES = {

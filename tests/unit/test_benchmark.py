@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeForCausalLM
 
-from megasft.config import RunConfig
+from megasft.config.schema import RunConfig
 
 ROOT = Path(__file__).parents[2]
 

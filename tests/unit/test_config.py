@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megasft.config import MixSettings, RunConfig, TopologySettings, TopologySizes, load_config, resolve_topology
-from megasft.errors import UserError
-from megasft.runfile import key_lines
+from megasft.config.parallelism import TopologySettings, TopologySizes, resolve_topology
+from megasft.config.schema import MixSettings, RunConfig, load_config
+from megasft.config.toml import key_lines
+from megasft.messages import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

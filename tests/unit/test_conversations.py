@@ -11,7 +11,7 @@ import pytest
 
 from megasft.data import records
 from megasft.data.conversations import Conversation, Problem, Problems, read_conversations
-from megasft.errors import UserError
+from megasft.messages import UserError
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "hello"}

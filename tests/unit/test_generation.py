@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LogitsProcessorList, Qwen3MoeConfig
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from megasft.config.parallelism import TopologySettings
 from megasft.data.tokenizer import load_tokenizer
-from megasft.errors import UserError
 from megasft.generation.prompts import encode, write
 from megasft.generation.request import Request, find_model_and_adapter, read_tools, template_variables
 from megasft.generation.run import stop_tokens
 from megasft.generation.sampling import Sampler
 from megasft.generation.text import UNFINISHED, TextStream
-from megasft.topology_sizes import TopologySettings
+from megasft.messages import UserError
 from tests.parity.reference import tiny_config, write_adapter
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -208,7 +208,7 @@ def test_as_few_ranks_as_hold_the_model_once(sizes, ranks):
 
 @pytest.mark.parametrize(("layout", "r", "rank"), [("per-expert", 4, 8), ("fused", 16, 16), ("per-expert", 17, 32)])
 def test_the_vllm_command_names_adapter_and_rank(tmp_path, layout, r, rank):
-    from megasft.lora.export import export_adapter
+    from megasft.adapters.export import export_adapter
     from tests.parity.reference import random_adapter
 
     adapter = random_adapter(tiny_config(mlp_only_layers=[]), r, frozenset({"q_proj", "gate_proj", "up_proj"}))

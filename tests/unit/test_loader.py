@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megasft.data.dataset import Batches, Mix, Samples
 from megasft.data.loader import AHEAD, Loader
 from megasft.data.micro_batches import MicroBatches, evaluation_rows
-from megasft.errors import UserError
+from megasft.messages import UserError
 
 CPU = torch.device("cpu")
 ROW = 32

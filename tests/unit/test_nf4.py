@@ -4,8 +4,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from megasft.config import QuantSettings
-from megasft.errors import UserError
+from megasft.config.schema import QuantSettings
+from megasft.messages import UserError
 from megasft.quant import nf4
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megasft.config import QuantSettings
-from megasft.errors import UserError
-from megasft.model.qwen3_moe import read_config
-from megasft.quant import checkpoint, nf4
-from megasft.quant.checkpoint import QuantizedCheckpoint, prepare
+from megasft.config.schema import QuantSettings
+from megasft.messages import UserError
+from megasft.model import quantized_base
+from megasft.model.hf_config import read_config
+from megasft.model.quantized_base import QuantizedCheckpoint, prepare
+from megasft.quant import nf4
 from tests.parity.quantized import config_in_blocks, linears
 from tests.parity.reference import random_model
 
@@ -62,7 +63,7 @@ def made(monkeypatch) -> list[str]:
 
 def _processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
+    context.set_forkserver_preload(["tests.support.preload"])
     return context
 
 
@@ -134,7 +135,7 @@ def test_another_checkpoint_or_format_is_quantized_anew(quantize, model):
 def test_a_cache_that_is_not_whole_is_named_and_made_again(quantize, damage, capsys, made):
     folder = quantize()
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    layer, manifest = folder / "layer-00001.safetensors", folder / checkpoint.MANIFEST
+    layer, manifest = folder / "layer-00001.safetensors", folder / quantized_base.MANIFEST
     if damage == "truncated":
         os.truncate(layer, layer.stat().st_size - 100)
     elif damage == "a file short":
@@ -172,7 +173,7 @@ def test_a_cache_of_another_checkpoint_is_named_and_made_again(quantize, model, 
 @pytest.mark.parametrize("field", ["packed", "scales", "groups", "mean", "sums"])
 def test_a_flipped_bit_is_refused_by_name_and_a_deleted_folder_made_again(quantize, model, field):
     folder = quantize()
-    file = checkpoint.TensorFile(folder / "layer-00002.safetensors")
+    file = quantized_base.TensorFile(folder / "layer-00002.safetensors")
     stack, name = "model.layers.2.mlp.experts.up_proj", "model.layers.2.mlp.experts.6.up_proj.weight"
     entry = file.tensor(f"{stack}.{field}")
     flip_a_bit(file.path, file.offsets[f"{stack}.{field}"] + 6 * entry[0].nbytes + entry[0].nbytes // 2)
@@ -191,7 +192,7 @@ def test_a_flipped_bit_is_refused_by_name_and_a_deleted_folder_made_again(quanti
 )
 def test_parts_that_are_zero_or_from_elsewhere_are_refused_by_name(quantize, model, damage):
     folder = quantize()
-    file = checkpoint.TensorFile(folder / "layer-00002.safetensors")
+    file = quantized_base.TensorFile(folder / "layer-00002.safetensors")
     stack, name = "model.layers.2.mlp.experts.up_proj", "model.layers.2.mlp.experts.6.up_proj.weight"
     fields = [field for field in file.specs if field.startswith(stack)]
     assert len(fields) == 5
@@ -247,16 +248,16 @@ def test_a_file_of_other_tensors_is_refused_by_name(quantize, model, damage):
 
 def test_a_check_sum_sees_what_changes_together_with_something_else():
     """Two changes a plain sum of words or one with odd weights would not see, in pieces large and small."""
-    for words in (2, 7, checkpoint._PIECE + 5):
+    for words in (2, 7, quantized_base._PIECE + 5):
         value = torch.zeros(words, dtype=torch.int32)
         changed = [value]
         for first, last in ((1, 2**31 - 1), (-(2**31), -(2**31)), (3, -3)):
             changed.append(value.clone())
             changed[-1][0], changed[-1][-1] = first, last
             changed.append(changed[-1].flip(0))
-        sums = {tuple(one.tolist()): int(checkpoint._sum(one, "key")) for one in changed}
+        sums = {tuple(one.tolist()): int(quantized_base._sum(one, "key")) for one in changed}
         assert len(set(sums.values())) == len(sums)
-        assert int(checkpoint._sum(value, "another key")) not in sums.values()
+        assert int(quantized_base._sum(value, "another key")) not in sums.values()
 
 
 @pytest.mark.parametrize(("value", "said"), [(float("nan"), "values not finite"), (1e5, "beyond fp16's 65504")])
@@ -280,10 +281,10 @@ def test_a_missing_tensor_is_refused_before_anything_is_quantized(quantize, mode
 
 
 def test_a_checkpoint_that_changes_while_it_is_read_is_refused(quantize, model, monkeypatch):
-    sums = checkpoint._sums
+    sums = quantized_base._sums
     config = (model / "config.json").read_text()
     monkeypatch.setattr(
-        checkpoint, "_sums", lambda *args: (model / "config.json").write_text(config + " ") and sums(*args)
+        quantized_base, "_sums", lambda *args: (model / "config.json").write_text(config + " ") and sums(*args)
     )
     with pytest.raises(UserError, match="changed while it was read"):
         quantize()
@@ -301,7 +302,7 @@ def test_one_killed_halfway_leaves_nothing_that_is_taken_for_whole(quantize, mod
     process.join()
     folder = quantize()
     assert {path.name for path in root.iterdir()} == {folder.name, f"{folder.name}.lock"}
-    assert json.loads((folder / checkpoint.MANIFEST).read_text())["key"] == folder.name
+    assert json.loads((folder / quantized_base.MANIFEST).read_text())["key"] == folder.name
 
 
 def _slowly(model: Path, cache: Path) -> None:

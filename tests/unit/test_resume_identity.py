@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megasft.config import RunConfig
-from megasft.errors import UserError
-from megasft.train.resume import identity, refuse_changes
+from megasft.config.schema import RunConfig
+from megasft.messages import UserError
+from megasft.train.checkpoint.resume import identity, refuse_changes
 
 
 @pytest.mark.parametrize(("then", "now", "said"), [

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from megasft.data.validate import print_report, show, validate_dataset
-from megasft.errors import UserError
+from megasft.messages import UserError
 
 
 def chat(question, answer):

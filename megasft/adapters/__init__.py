@@ -1,0 +1,1 @@
+"""PEFT adapters: files in and out, their layouts, merging into the base."""

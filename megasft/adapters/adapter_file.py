@@ -1,0 +1,315 @@
+"""Adapter folders of peft's, in either layout: opened and checked without a model, and written in place."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megasft.adapters.peft_layout import (
+    CONFIG,
+    MLP_TARGETS,
+    PREFIX,
+    WEIGHTS,
+    Layout,
+    LayoutName,
+    Place,
+    Shape,
+    layout_for,
+    peft_config,
+    with_zeros,
+)
+from megasft.config.schema import LoraSettings
+from megasft.messages import UserError
+from megasft.storage.new_folder import NewFolder
+from megasft.storage.safetensors import TensorFile, TensorFileWriter, TensorSpec
+from megasft.storage.shards import leaf
+
+# Settings of peft's that change what the tensors mean, and the values that do not.
+_PLAIN: dict[str, tuple] = {
+    "use_dora": (False, None), "lora_bias": (False, None), "fan_in_fan_out": (False, None), "kasa_config": (None,),
+    "modules_to_save": (None, []), "layer_replication": (None, []), "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    # The others take what they put into A and B out of the base weights.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}  # fmt: skip
+_TENSOR = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.lora_(?P<matrix>[AB])\.weight")
+_WRAPPER = re.compile(r"(?P<experts>.+\.mlp\.experts)(?P<inner>\.base_layer)?")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The adapter of one linear layer: delta W [N, K] = scaling * B A, with A [r, K] and B [N, r]."""
+
+    A: Place
+    B: Place
+    A_shape: Shape
+    B_shape: Shape
+    scaling: float
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.A_shape[0]
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """One projection, or gate and up, of all experts of a layer."""
+
+    experts: str
+    kinds: tuple[str, ...]
+    count: int
+    r: int
+    scaling: float
+    nested: bool
+
+
+class AdapterFile:
+    """A peft LoRA adapter, opened for reading; its tensors' values are not looked at before they are asked for.
+
+    Raises UserError for a folder that is no such adapter, is damaged, holds pickled weights, or contradicts itself.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / WEIGHTS
+        self.config = _read_config(self.folder)
+        if not self.path.is_file() and (self.folder / "adapter_model.bin").exists():
+            raise UserError(f"{self.folder}/adapter_model.bin: pickled adapters are never read; save it as {WEIGHTS}")
+        self.file = TensorFile(self.path)
+        self._plain: dict[str, tuple[Shape, Shape]] = {}
+        self._fused: list[_Fused] = []
+        self._sort()
+
+    def pairs(self, split: bool) -> dict[str, Pair]:
+        """The adapter of every linear layer by its name in a hub checkpoint, experts one by one.
+
+        `split` takes a fused gate and up of twice the configured rank apart into one half of the rank each, which is
+        right if its B is block-diagonal; otherwise each has the whole of A.
+        """
+        pairs = {}
+        for layer, (a, b) in self._plain.items():
+            pairs[layer] = self._pair(Layout(), layer, a, b, self._scaling(self._alpha(layer), a[0]))
+        for fused in self._fused:
+            halves = split and self._may_split(fused)
+            r = fused.r // 2 if halves else fused.r
+            layout = Layout(fused.count, not halves, fused.nested)
+            A, B = self._wrapper(fused)
+            n = self.file.specs[B].shape[0] // len(fused.kinds)
+            k = self.file.specs[A].shape[1]
+            for e in range(fused.count):
+                for kind in fused.kinds:
+                    layer = f"{fused.experts}.{e}.{kind}"
+                    pairs[layer] = self._pair(layout, layer, (r, k), (n, r), fused.scaling)
+        return pairs
+
+    @property
+    def fused(self) -> bool:
+        """Whether experts are in the fused layout."""
+        return bool(self._fused)
+
+    def settings(self) -> LoraSettings:
+        """The [lora] settings with which a model takes this adapter, and computes nothing else."""
+        pairs = self.pairs(self.splits())
+        widest = max(pairs.values(), key=lambda pair: pair.r)
+        targets = tuple(sorted(self.adapted(pairs)))
+        # Not checked: there may be no target, if all of B is zero.
+        return LoraSettings.model_construct(
+            r=widest.r, alpha=widest.scaling * widest.r, dropout=0.0, target_modules=targets
+        )
+
+    def tensor(self, place: Place) -> Tensor:
+        """A view of the file."""
+        return place.within(self.file.tensor(place.name))
+
+    def splits(self) -> bool:
+        """Whether gate and up of fused experts have nothing in common; reads until it finds that they do."""
+        for fused in filter(self._may_split, self._fused):
+            B = self.file.tensor(self._wrapper(fused)[1])
+            halves = B.view(2, B.shape[0] // 2, 2, fused.r // 2, fused.count)
+            if halves[0, :, 1].any() or halves[1, :, 0].any():
+                return False
+            self.file.release()
+        return True
+
+    def require_finite(self) -> None:
+        """Raise UserError for a value that is not finite; reads everything."""
+        for name in self.file.specs:
+            if not torch.isfinite(self.file.tensor(name)).all():
+                raise UserError(f"{self.path}: tensor {name!r} holds values that are not finite")
+            self.file.release()
+
+    def adapted(self, pairs: Mapping[str, Pair], surely: frozenset[str] = frozenset()) -> set[str]:
+        """The last names of the layers that the adapter changes: those in `surely`, and those whose B is not zero."""
+        names = {leaf(layer) for layer in pairs} & surely
+        for layer, pair in pairs.items():
+            if leaf(layer) not in names and self.tensor(pair.B).any():
+                names.add(leaf(layer))
+        return names
+
+    def _sort(self) -> None:
+        """Tell plain tensors from fused ones, and check that shapes are those the configuration asks for."""
+        shapes: dict[str, dict[str, Shape]] = {}
+        for name, spec in self.file.specs.items():
+            match = _TENSOR.fullmatch(name)
+            if match is None or len(spec.shape) != 2 or not spec.dtype.is_floating_point:
+                raise UserError(f"{self.path}: tensor {name!r} is not part of a plain LoRA adapter")
+            shapes.setdefault(match["layer"], {})[match["matrix"]] = spec.shape
+        if not shapes:
+            raise UserError(f"{self.path}: holds no tensor")
+        for layer, matrices in shapes.items():
+            if len(matrices) != 2:
+                raise UserError(f"{self.path}: {layer!r} has lora_{next(iter(matrices))} and not the other matrix")
+            wrapper = _WRAPPER.fullmatch(layer)
+            if wrapper is None:
+                self._sort_plain(layer, matrices["A"], matrices["B"])
+            else:
+                nested = f"{wrapper['experts']}.base_layer" in shapes
+                self._sort_fused(wrapper["experts"], bool(wrapper["inner"]), nested, matrices["A"], matrices["B"])
+
+    def _sort_plain(self, layer: str, a: Shape, b: Shape) -> None:
+        r = self._rank(layer)
+        if a[0] != r or b[1] != r:
+            raise UserError(f"{self.path}: {layer!r} has A {list(a)} and B {list(b)}, but {CONFIG} gives it rank {r}")
+        self._plain[layer] = (a, b)
+
+    def _sort_fused(self, experts: str, inner: bool, nested: bool, a: Shape, b: Shape) -> None:
+        gate_up = inner if nested else self._only_gate_up()
+        parameter = f"{experts}.{'gate_up_proj' if gate_up else 'down_proj'}"
+        r = self._rank(parameter)
+        if a[0] != b[1] or a[0] % r or (gate_up and b[0] % 2):
+            raise UserError(
+                f"{self.path}: {parameter!r} has A {list(a)} and B {list(b)}, which do not fit experts of rank {r}"
+            )
+        kinds = ("gate_proj", "up_proj") if gate_up else ("down_proj",)
+        self._fused.append(_Fused(experts, kinds, a[0] // r, r, self._scaling(self._alpha(parameter), r), nested))
+
+    def _only_gate_up(self) -> bool:
+        """What a single wrapper of experts adapts; shapes do not always tell."""
+        named: list[str] = []
+        for key in ("target_modules", "target_parameters"):
+            value = self.config.get(key) or []
+            named += value if isinstance(value, list) else []
+        names = {leaf(str(name)) for name in named}
+        return "down_proj" not in names and bool(names & {"gate_up_proj", "gate_proj", "up_proj"})
+
+    def _wrapper(self, fused: _Fused) -> tuple[str, str]:
+        inner = ".base_layer" if fused.nested and len(fused.kinds) == 2 else ""
+        return tuple(f"{PREFIX}{fused.experts}{inner}.lora_{matrix}.weight" for matrix in "AB")  # type: ignore[return-value]
+
+    def _may_split(self, fused: _Fused) -> bool:
+        return len(fused.kinds) == 2 and fused.r == 2 * self.config["r"]
+
+    def _pair(self, layout: Layout, layer: str, a: Shape, b: Shape, scaling: float) -> Pair:
+        A, B = layout.place(f"{layer}.lora_A.weight", a), layout.place(f"{layer}.lora_B.weight", b)
+        return Pair(A, B, a, b, scaling)
+
+    def _rank(self, layer: str) -> int:
+        return self._pattern("rank_pattern", layer, self.config["r"])
+
+    def _alpha(self, layer: str) -> float:
+        return self._pattern("alpha_pattern", layer, self.config["lora_alpha"])
+
+    def _scaling(self, alpha: float, r: int) -> float:
+        return alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
+
+    def _pattern(self, key: str, layer: str, default: Any) -> Any:
+        """As peft's `get_pattern_key`; it wraps the router by its parameter, `gate.weight`."""
+        for pattern, value in (self.config.get(key) or {}).items():
+            if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in (layer, f"{layer}.weight")):
+                return value
+        return default
+
+
+class AdapterWriter:
+    """An adapter folder being written, in either layout; tensors that were not trained but must be there are zero.
+
+    Args:
+        shapes: of every trained tensor, by its name in megasft (`adapters.peft_layout`).
+        r, alpha: of all of them.
+        replace: whether a folder that holds files may be replaced.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        shapes: Mapping[str, Shape],
+        dtype: torch.dtype,
+        r: int,
+        alpha: float,
+        layout: LayoutName,
+        base_model: str,
+        replace: bool = True,
+    ) -> None:
+        self.dtype = dtype
+        complete = with_zeros(shapes)
+        self.config = peft_config(complete, r, alpha, layout, base_model)
+        order = layout_for(layout, complete)
+        self.places = {name: order.place(name, shape) for name, shape in complete.items()}
+        specs = {place.name: TensorSpec(dtype, place.shape) for place in self.places.values()}
+        self.folder = NewFolder(folder, replace)
+        try:
+            self.file = TensorFileWriter(self.folder.path / WEIGHTS, {name: specs[name] for name in sorted(specs)})
+        except OSError as error:
+            self.folder.discard()
+            raise UserError(f"{folder}: the adapter cannot be written ({error.strerror or error})") from None
+
+    def put(self, name: str, index: Any, value: Tensor) -> None:
+        """Write a part of a tensor."""
+        place = self.places[name]
+        place.within(self.file.tensor(place.name))[index] = value.detach().to("cpu", self.dtype)
+
+    def finish(self) -> None:
+        """Flush to disk and give the folder its name, in place of any adapter of that name."""
+        text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
+        with self.folder as folder:
+            self.file.close()
+            (folder.path / CONFIG).write_text(text, encoding="utf-8")
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        self.folder.discard()
+
+
+def all_layers(sparse: list[bool], experts: int) -> Iterator[str]:
+    """Every linear layer that an adapter of a model may adapt; `sparse` says which of its layers have experts."""
+    for i, has_experts in enumerate(sparse):
+        layer = f"model.layers.{i}"
+        yield from (f"{layer}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        if has_experts:
+            yield f"{layer}.mlp.gate"
+        for path in [f"experts.{e}." for e in range(experts)] if has_experts else [""]:
+            yield from (f"{layer}.mlp.{path}{name}" for name in MLP_TARGETS)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not an adapter folder: it has no {CONFIG}") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable adapter configuration ({error})") from None
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type = {kind!r}; only LORA adapters can be used")
+    for key, plain in _PLAIN.items():
+        if config.get(key) not in plain:
+            raise UserError(f"{path}: {key} = {config[key]!r} is not supported; megasft takes plain LoRA adapters")
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    try:
+        good = all(type(r) is int and r > 0 for r in (config.get("r"), *ranks.values()))
+        good = good and all(type(a) in (int, float) and a > 0 for a in (config.get("lora_alpha"), *alphas.values()))
+        for pattern in (*ranks, *alphas):
+            re.compile(pattern)
+    except (AttributeError, re.error):
+        good = False
+    if not good:
+        raise UserError(f"{path}: r, lora_alpha, rank_pattern and alpha_pattern do not give positive ranks and alphas")
+    return config

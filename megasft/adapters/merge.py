@@ -1,0 +1,278 @@
+"""Base and adapter into one checkpoint: W + alpha / r * B A, tensor by tensor, whatever the size of the model.
+
+Files are mapped, read and written in pieces: memory holds one piece of one tensor at a time.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megasft.adapters.adapter_file import AdapterFile, Pair
+from megasft.adapters.peft_layout import Shape
+from megasft.config.schema import QuantSettings
+from megasft.messages import UserError
+from megasft.model.hf_checkpoint import Checkpoint
+from megasft.model.quantized_base import through_4_bits
+from megasft.storage.new_folder import NewFolder
+from megasft.storage.safetensors import TensorFile, TensorFileWriter, TensorSpec
+
+MergeDtype = Literal["keep", "bf16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PIECE_BYTES = 64 * 2**20  # of fp32
+RELEASE_BYTES = 256 * 2**20  # of file pages that were touched and are no longer needed
+# What goes with the weights: configuration, tokenizer, chat templates, licence. Not the base model's own card.
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "additional_chat_templates/*")
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written."""
+
+    tensors: int
+    adapted: int
+    files: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """An adapter's place in a base tensor: `rows` of it, or of its expert `e`."""
+
+    pair: Pair
+    rows: slice
+    e: int | None = None
+
+
+def merge_adapter(
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    dtype: MergeDtype = "keep",
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    onto: QuantSettings | None = None,
+    trained_in: Literal["bf16", "fp32"] = "bf16",
+) -> MergeReport:
+    """Write the model folder `out`: the checkpoint in `model` with `adapter` in its weights, and the files around it.
+
+    Experts stay in the layout of the base, in `dtype` or the base's own. Sums are computed in fp32 and rounded once.
+    `progress` is called with the bytes written and their total. With `onto` the adapter is added to what a training
+    over 4 bits of these settings, in the precision `trained_in`, computed with, in place of the weights of the
+    checkpoint. `out` appears whole or not at all.
+
+    Raises UserError for an adapter that is not this model's or not finite, a damaged file, a base that is quantized,
+    an `out` that holds files, and a disk without enough room; all of that before the first tensor is written.
+    """
+    base, lora = _Base(Path(model)), AdapterFile(adapter)
+    deltas = _deltas(base, lora)
+    lora.require_finite()
+    specs = {name: _output_spec(base, name, name in deltas, dtype) for name in base.order}
+    shards = _shards(specs, max_shard_bytes)
+    companions = _companions(base.folder)
+    total = sum(spec.nbytes for spec in specs.values())
+    _check_room(Path(out), total + sum(path.stat().st_size for path in companions))
+    with NewFolder(out, replace=False) as folder:
+        _write_companions(base.folder, companions, folder.path, dtype)
+        _write_index(shards, specs, folder.path)
+        done = touched = 0
+        for file, names in shards.items():
+            writer = TensorFileWriter(folder.path / file, {name: specs[name] for name in names})
+            for name in names:
+                for piece, value in _merged(
+                    name, base.tensor(name), deltas.get(name, []), lora, specs[name].dtype, onto, DTYPES[trained_in]
+                ):
+                    writer.write(name, piece, value)
+                    touched += value.nbytes
+                    if touched >= RELEASE_BYTES:
+                        base.release()
+                        lora.file.release()
+                        touched = 0
+                done += specs[name].nbytes
+                progress(done, total)
+            writer.close()
+    return MergeReport(len(specs), len(deltas), len(shards), total)
+
+
+def find_base(adapter: str | Path) -> str:
+    """The name of the base that an adapter was trained on. Raises UserError if it does not say."""
+    name = AdapterFile(adapter).config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{adapter}: its configuration names no base model; add --model")
+    return str(name)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "5GB" or "500 MiB". Raises UserError."""
+    match = _SIZE.fullmatch(text.strip())
+    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    if size <= 0:
+        raise UserError(f"{text!r} is not a size; write it as 5GB or 500MiB")
+    return size
+
+
+class _Base:
+    """The tensors of a checkpoint, in the order in which they stand in its files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: not a model folder: it has no config.json")
+        files = Checkpoint(folder).files
+        self._open = {path: TensorFile(path) for path in sorted(set(files.values()))}
+        self.files = {name: self._open[path] for name, path in files.items()}
+        self.order = sorted(self.files, key=lambda name: (self.files[name].path, self.files[name].offsets[name]))
+
+    def spec(self, name: str) -> TensorSpec:
+        return self.files[name].specs[name]
+
+    def tensor(self, name: str) -> Tensor:
+        return self.files[name].tensor(name)
+
+    def release(self) -> None:
+        for file in self._open.values():
+            file.release()
+
+
+def _deltas(base: _Base, lora: AdapterFile) -> dict[str, list[_Delta]]:
+    """What is to be added to which base tensors. Raises UserError for an adapter without a fitting one."""
+    deltas: dict[str, list[_Delta]] = {}
+    for layer, pair in lora.pairs(lora.splits()).items():
+        n, k = pair.B_shape[0], pair.A_shape[1]
+        name, delta = f"{layer}.weight", _Delta(pair, slice(0, n))
+        want: Shape = (n, k)
+        expert = _EXPERT.fullmatch(layer)
+        if expert and name not in base.files:
+            e, kind = int(expert[2]), expert[3]
+            fused = f"{expert[1]}.{'down_proj' if kind == 'down' else 'gate_up_proj'}"
+            experts = base.spec(fused).shape[0] if fused in base.files else 0
+            if e < experts:
+                first = n if kind == "up" else 0
+                name, delta = fused, _Delta(pair, slice(first, first + n), e)
+                want = (experts, n if kind == "down" else 2 * n, k)
+        if name not in base.files:
+            raise UserError(
+                f"{lora.path}: adapts {layer!r}, which {base.folder} does not have: an adapter of another model?"
+            )
+        shape = base.spec(name).shape
+        if shape != want:
+            raise UserError(
+                f"{lora.path}: the adapter of {layer!r} has {n} outputs and {k} inputs, which do not fit "
+                f"{name!r} {list(shape)} of {base.folder}: an adapter of another model?"
+            )
+        deltas.setdefault(name, []).append(delta)
+    return deltas
+
+
+def _output_spec(base: _Base, name: str, adapted: bool, dtype: MergeDtype) -> TensorSpec:
+    spec = base.spec(name)
+    real = spec.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if adapted and not real:
+        raise UserError(
+            f"{base.files[name].path}: tensor {name!r} is quantized ({spec.dtype}); merge into the bf16 model it was "
+            "made from"
+        )
+    return TensorSpec(DTYPES[dtype] if real and dtype != "keep" else spec.dtype, spec.shape)
+
+
+def _merged(
+    name: str,
+    weight: Tensor,
+    deltas: list[_Delta],
+    lora: AdapterFile,
+    dtype: torch.dtype,
+    onto: QuantSettings | None,
+    trained_in: torch.dtype,
+) -> Iterator[tuple[tuple, Tensor]]:
+    """The pieces of a tensor of the output, with the index of each."""
+    if weight.dim() == 0:
+        yield (), weight.to(dtype)
+        return
+    for e, matrix in enumerate(weight) if weight.dim() == 3 else [(None, weight)]:
+        matrix = through_4_bits(name, matrix, onto, trained_in) if onto else matrix
+        of_matrix = [delta for delta in deltas if delta.e == e]
+        for rows in _row_pieces(matrix):
+            piece = matrix[rows]
+            if onto and piece.is_floating_point():
+                piece = piece.to(trained_in)  # as a run loads what it does not quantize
+            yield (rows,) if e is None else (e, rows), _add(piece, of_matrix, lora, rows).to(dtype)
+
+
+def _row_pieces(weight: Tensor) -> Iterator[slice]:
+    row = 4 * max(1, math.prod(weight.shape[1:]))
+    length = max(1, PIECE_BYTES // row)
+    for start in range(0, weight.shape[0], length):
+        yield slice(start, min(start + length, weight.shape[0]))
+
+
+def _add(weight: Tensor, deltas: list[_Delta], lora: AdapterFile, rows: slice) -> Tensor:
+    """`rows` of a matrix with what the adapters add to them: in fp32 where they add anything, otherwise as it is."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = None
+    for delta in deltas:
+        first, last = max(rows.start, delta.rows.start), min(rows.stop, delta.rows.stop)
+        if first < last:
+            total = weight.to(wide, copy=True) if total is None else total
+            A = lora.tensor(delta.pair.A).to(wide)
+            B = lora.tensor(delta.pair.B)[first - delta.rows.start : last - delta.rows.start].to(wide)
+            total[first - rows.start : last - rows.start].addmm_(B, A, alpha=delta.pair.scaling)
+    return weight if total is None else total
+
+
+def _shards(specs: dict[str, TensorSpec], limit: int) -> dict[str, list[str]]:
+    """Which tensors go to which file, named as transformers does."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if parts[-1] and size + spec.nbytes > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += spec.nbytes
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i:05}-of-{len(parts):05}.safetensors": names for i, names in enumerate(parts, 1)}
+
+
+def _companions(folder: Path) -> list[Path]:
+    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not path.name.endswith(".index.json"))
+
+
+def _check_room(out: Path, needed: int) -> None:
+    disk = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if free < needed:
+        raise UserError(f"{out}: needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free")
+
+
+def _write_companions(source: Path, files: list[Path], out: Path, dtype: MergeDtype) -> None:
+    for path in files:
+        target = out / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    if dtype != "keep":
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:  # the second is transformers 4's
+            config[key] = str(DTYPES[dtype]).removeprefix("torch.")
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_index(shards: dict[str, list[str]], specs: dict[str, TensorSpec], out: Path) -> None:
+    if len(shards) == 1:
+        return
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    total = sum(spec.nbytes for spec in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,211 @@
+"""A model's adapters: fresh ones, those of an adapter folder, and into one. Every rank handles its own parts."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megasft.adapters.adapter_file import AdapterFile, AdapterWriter, Pair, all_layers
+from megasft.adapters.peft_layout import CONFIG, LayoutName, stem
+from megasft.distributed.topology import derived_seed
+from megasft.messages import UserError
+from megasft.model.hf_config import sparse_layers
+from megasft.model.qwen3_moe import Qwen3Moe
+from megasft.storage.shards import Shard, leaf
+
+SEND_BYTES = 64 * 2**20
+
+
+def initialize_adapter(model: Qwen3Moe, seed: int) -> None:
+    """Fresh adapters as PEFT makes them: A Kaiming-uniform (a = sqrt 5), B zero.
+
+    Each A is drawn whole from a generator of its own, seeded by its name, and sliced: it does not depend on topology.
+    """
+    for shard in model.adapter_shards():
+        shard.local.copy_(_fresh(shard, seed))
+
+
+def load_adapter(model: Qwen3Moe, folder: str | Path, seed: int = 0) -> None:
+    """Fill this rank's adapters from a PEFT adapter of the same rank, alpha and targets, in either layout.
+
+    Where the adapter has ranks of its own for some layers (peft doubles that of fused gate and up, and lets them share
+    it), the model's rank must be the largest. The narrower adapters are widened by fresh rows of A, drawn by `seed`,
+    and columns of B that are zero: the model computes the same, and all ranks of all layers train.
+
+    Raises UserError for anything else: another rank, alpha, set of targets or shape, a missing or surplus tensor, a
+    value that is not finite, a damaged or a pickled file; all but the values are checked before any is copied.
+    """
+    adapter = AdapterFile(folder)
+    split = model.lora.r == adapter.config["r"] or adapter.splits()
+    pairs = adapter.pairs(split)
+    _check_scaling(adapter, pairs, model)
+    _check_layers(adapter, pairs, model)
+    for shard in model.adapter_shards():
+        _fill(shard, adapter, pairs[stem(shard.name)], seed)
+
+
+def save_adapter(model: Qwen3Moe, folder: str | Path, base_model: str = "", layout: LayoutName = "per-expert") -> None:
+    """Write this model's adapters to `folder` in PEFT's format; all ranks call it.
+
+    The ranks send their parts to rank 0 in pieces of 64 MiB and it writes them in place: no rank holds more of the
+    adapter than its own part and one piece. The folder appears whole or not at all. `base_model` is the name that peft
+    will load the base from; `layout` is described in `peft_layout`. Raises UserError on every rank where rank 0 cannot
+    write.
+    """
+    topology = model.topology
+    mine = [shard for shard in model.adapter_shards() if shard.writer]
+    described = [(shard.name, shard.shape, shard.index) for shard in mine]
+    everyone: list[Any] = [None] * topology.world
+    dist.gather_object(described, everyone if topology.is_first else None)
+    writer: AdapterWriter | None = None
+    with topology.together():
+        if topology.is_first:
+            shapes = {name: shape for part in everyone for name, shape, _ in part}
+            r, alpha, dtype = model.lora.r, model.lora.alpha, model.config.params_dtype
+            writer = AdapterWriter(folder, shapes, dtype, r, alpha, layout, base_model)
+    try:
+        for source in range(topology.world):
+            if writer:
+                _receive(writer, source, everyone[source], mine)
+            elif topology.rank == source:
+                for piece in _pieces(mine):
+                    dist.send(torch.cat([shard.local.detach().cpu().flatten() for shard in piece]), 0)
+    except BaseException:
+        if writer:
+            writer.discard()
+        raise
+    with topology.together():
+        if writer:
+            writer.finish()
+
+
+def _fresh(shard: Shard, seed: int) -> Tensor:
+    if not shard.name.endswith("lora_A.weight"):
+        return torch.zeros(shard.local.shape)
+    generator = torch.Generator().manual_seed(derived_seed(seed, shard.name))
+    bound = 1 / math.sqrt(shard.shape[1])  # kaiming_uniform_(a=sqrt(5)) for fan_in = K
+    return torch.empty(shard.shape).uniform_(-bound, bound, generator=generator)[shard.index]
+
+
+def _check_scaling(adapter: AdapterFile, pairs: dict[str, Pair], model: Qwen3Moe) -> None:
+    """Raise UserError unless [lora] r is the largest rank of the adapter and alpha / r the scaling of all of it."""
+    lora, config = model.lora, adapter.config
+    widest = max(pairs, key=lambda layer: pairs[layer].r)
+    r = pairs[widest].r
+    if r != lora.r:
+        own = "" if r == config["r"] else f"{leaf(widest)} has rank {r}: "
+        shared = "gate and up share it; " if own and leaf(widest) in ("gate_proj", "up_proj") else ""
+        alpha = pairs[widest].scaling * r
+        raise UserError(
+            f"{adapter.folder / CONFIG}: {own}r = {r}, but [lora] r = {lora.r}; {shared}"
+            f"set [lora] r = {r} and alpha = {alpha:g} to go on from this adapter"
+        )
+    for layer, pair in pairs.items():
+        if not math.isclose(pair.scaling, lora.alpha / lora.r):
+            raise UserError(
+                f"{adapter.folder / CONFIG}: lora_alpha = {config['lora_alpha']:g} scales {leaf(layer)} by "
+                f"{pair.scaling:g}, but [lora] alpha = {lora.alpha:g} by {lora.alpha / lora.r:g}; "
+                f"set [lora] alpha = {pair.scaling * r:g} to go on from this adapter"
+            )
+
+
+def _check_layers(adapter: AdapterFile, pairs: dict[str, Pair], model: Qwen3Moe) -> None:
+    """Raise UserError unless this is an adapter of exactly the model's targets, layers and shapes."""
+    targets, path = model.lora.targets, adapter.path
+    adapted = adapter.adapted(pairs, surely=targets)
+    if adapted != targets:
+        raise UserError(
+            f"{path}: adapts {', '.join(sorted(adapted))}, but [lora] target_modules asks for "
+            f"{', '.join(sorted(targets))}"
+        )
+    known = set(all_layers(sparse_layers(model.hf_config), model.hf_config.num_experts))
+    foreign = next((layer for layer in pairs if layer not in known), None)
+    if foreign:
+        raise UserError(f"{path}: adapts {foreign!r}, which this model does not have: an adapter of another one?")
+    missing = next((layer for layer in sorted(known) if leaf(layer) in targets and layer not in pairs), None)
+    if missing:
+        raise UserError(f"{path}: has no adapter for {missing!r}: of another model, or of some of its layers only?")
+    for shard in model.adapter_shards():
+        pair = pairs[stem(shard.name)]
+        is_A = shard.name.endswith("lora_A.weight")
+        size, want = (pair.A_shape[1], shard.shape[1]) if is_A else (pair.B_shape[0], shard.shape[0])
+        if size != want:
+            raise UserError(
+                f"{path}: the adapter of {stem(shard.name)!r} has {size} {'inputs' if is_A else 'outputs'}, "
+                f"this model's layer has {want}: an adapter of another model?"
+            )
+
+
+def _fill(shard: Shard, adapter: AdapterFile, pair: Pair, seed: int) -> None:
+    """Copy the part of a tensor that this rank keeps."""
+    rows, columns = shard.index
+    if shard.name.endswith("lora_A.weight"):
+        place, index, local = pair.A, (slice(0, pair.r), columns), shard.local[: pair.r]
+    else:
+        place, index, local = pair.B, (rows, slice(0, pair.r)), shard.local[:, : pair.r]
+        _check_block(shard, adapter, pair, rows)
+    value = adapter.tensor(place)[index]
+    if not torch.isfinite(value).all():
+        raise UserError(f"{adapter.path}: tensor {place.name!r} holds values that are not finite")
+    if pair.r < shard.shape[0 if place is pair.A else 1]:
+        shard.local.copy_(_fresh(shard, seed))
+    local.copy_(value)
+
+
+def _check_block(shard: Shard, adapter: AdapterFile, pair: Pair, rows: slice) -> None:
+    """Raise UserError where half of a fused B is taken and the rest of its rows is not zero."""
+    place = pair.B
+    if len(place.split) != 5:
+        return
+    half, _, _, _, e = place.index
+    other = adapter.file.tensor(place.name).view(place.split)[half, rows, 1 - half, :, e]  # type: ignore[operator]
+    if other.any():
+        r, alpha = 2 * pair.r, 2 * pair.r * pair.scaling
+        raise UserError(
+            f"{adapter.path}: gate and up share an A of rank {r} (B of {place.name!r} is not block-diagonal); "
+            f"set [lora] r = {r} and alpha = {alpha:g} to go on from this adapter"
+        )
+
+
+def _pieces(shards: list[Shard]) -> Iterator[list[Shard]]:
+    piece: list[Shard] = []
+    size = 0
+    for shard in shards:
+        piece.append(shard)
+        size += shard.local.numel() * shard.local.element_size()
+        if size >= SEND_BYTES:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
+def _receive(writer: AdapterWriter, source: int, described: list[Any], mine: list[Shard]) -> None:
+    """Take the parts of rank `source`, which sends them in the order it described them."""
+    if source == 0:
+        for shard in mine:
+            writer.put(shard.name, shard.index, shard.local)
+        return
+    piece: list[Any] = []
+    size = 0
+    for name, _, index in described:
+        numel = math.prod(s.stop - s.start for s in index)
+        piece.append((name, index, numel))
+        size += numel
+        if size * writer.dtype.itemsize >= SEND_BYTES:
+            _receive_piece(writer, source, piece, size)
+            piece, size = [], 0
+    if piece:
+        _receive_piece(writer, source, piece, size)
+
+
+def _receive_piece(writer: AdapterWriter, source: int, piece: list[Any], size: int) -> None:
+    buffer = torch.empty(size, dtype=writer.dtype)
+    dist.recv(buffer, source)
+    for (name, index, _), value in zip(piece, buffer.split([numel for *_, numel in piece]), strict=True):
+        writer.put(name, index, value.view([s.stop - s.start for s in index]))
+    writer.file.release()

@@ -1,0 +1,138 @@
+"""Sizes of the parallel groups: what the run file asks for, what that is on so many ranks, what would fit instead."""
+
+from dataclasses import dataclass
+from itertools import product
+from math import isqrt, log2, prod
+from typing import Annotated
+
+from pydantic import Field
+
+from megasft.config.toml import Section
+from megasft.messages import UserError
+
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class TopologySettings(Section):
+    """`[data.topology]`. Whatever is left out is derived from the rest and from the number of ranks."""
+
+    tensor_parallel: Size | None = None  # 1
+    data_parallel: Size | None = None  # fills the world
+    expert_parallel: Size | None = None  # 1
+    expert_tensor_parallel: Size | None = None  # as tensor_parallel without expert parallelism, 1 with it
+    pipeline_parallel: Size | None = None  # 1
+
+
+@dataclass(frozen=True)
+class TopologySizes:
+    """Sizes of the parallel groups, folded as in megatron-core: the world is tensor * pipeline * data ranks where
+    there are no experts, and expert_tensor * expert * pipeline * (what remains: expert data) where there are.
+    """
+
+    tensor: int
+    pipeline: int
+    data: int
+    expert: int
+    expert_tensor: int
+
+
+def resolve_topology(topology: TopologySettings, world_size: int) -> TopologySizes:
+    """The sizes on the `world_size` ranks that were launched. Raises UserError, which names topologies that fit."""
+    try:
+        return fit(topology, world_size)
+    except ValueError as error:
+        asked = asked_ranks(topology)
+        launch = f", or run `torchrun --nproc-per-node {asked}`" if asked and asked != world_size else ""
+        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+        raise UserError(f"launched {ranks}, but [data.topology] {error}{launch}") from None
+
+
+def choose_dispatcher(asked: str, sizes: TopologySizes) -> str:
+    """How tokens get to their experts: "alltoall" or "allgather", the better one where `asked` is "auto".
+
+    All-to-all sends a token to each expert that wants it, in whatever numbers. An all-gather of all tokens needs as
+    many on every rank that shares the experts, so these must be of one tensor-parallel group, and shapes that do not
+    vary between pipeline stages. Where experts are cut but not spread it moves less by the factor num_experts_per_tok.
+    Raises ValueError with the rest of a sentence that names the setting.
+    """
+    experts = f"expert_parallel {sizes.expert} x expert_tensor_parallel {sizes.expert_tensor}"
+    within_tensor_group = sizes.tensor % (sizes.expert * sizes.expert_tensor) == 0
+    if asked == "allgather" and not within_tensor_group:
+        raise ValueError(
+            "needs the ranks that share the experts within one tensor-parallel group, "
+            f"but {experts} does not divide tensor_parallel {sizes.tensor}"
+        )
+    if asked == "allgather" and sizes.pipeline > 1:
+        raise ValueError(f"needs pipeline_parallel = 1, not {sizes.pipeline}: the length of micro batches varies")
+    if asked == "auto":
+        return "allgather" if within_tensor_group and sizes.expert == 1 and sizes.pipeline == 1 else "alltoall"
+    return asked
+
+
+def asked_ranks(topology: TopologySettings) -> int | None:
+    """The number of ranks that a topology fixes; None if data parallelism fills whatever was launched."""
+    if topology.data_parallel is None:
+        return None
+    return (topology.tensor_parallel or 1) * (topology.pipeline_parallel or 1) * topology.data_parallel
+
+
+def fit(topology: TopologySettings, ranks: int) -> TopologySizes:
+    """The sizes on `ranks` ranks. Raises ValueError with the rest of a sentence that begins "[data.topology] "."""
+    sizes = derive(topology, ranks)
+    if asks := _misfit(sizes, ranks, fills_world=topology.data_parallel is None):
+        raise ValueError(f"asks for {asks}; set [data] {' or '.join(_nearest(topology, ranks))}")
+    return sizes
+
+
+def derive(topology: TopologySettings, ranks: int = 1) -> TopologySizes:
+    """All sizes from those that are set; whether they fit the ranks is not asked, and `data` is 0 where they do not."""
+    tensor, pipeline = topology.tensor_parallel or 1, topology.pipeline_parallel or 1
+    data = topology.data_parallel or ranks // (tensor * pipeline)
+    expert = topology.expert_parallel or 1
+    return TopologySizes(
+        tensor, pipeline, data, expert, topology.expert_tensor_parallel or (tensor if expert == 1 else 1)
+    )
+
+
+def _misfit(sizes: TopologySizes, ranks: int, fills_world: bool) -> str | None:
+    """What number of ranks the sizes ask for, if it is not `ranks`."""
+    dense = {"tensor_parallel": sizes.tensor, "pipeline_parallel": sizes.pipeline}
+    if not fills_world:
+        dense["data_parallel"] = sizes.data
+    experts = {
+        "expert_tensor_parallel": sizes.expert_tensor,
+        "expert_parallel": sizes.expert,
+        "pipeline_parallel": sizes.pipeline,
+    }
+    for factors, exactly in ((dense, not fills_world), (experts, False)):
+        size = prod(factors.values())
+        if ranks != size if exactly else ranks % size:
+            spelled = " x ".join(f"{name} {factor}" for name, factor in factors.items())
+            return f"{'' if exactly else 'a multiple of '}{size} ({spelled})"
+    return None
+
+
+def _nearest(topology: TopologySettings, ranks: int) -> list[str]:
+    """Up to three topologies that fit, as TOML, those with the fewest halvings and doublings first."""
+    asked = topology.model_dump(exclude_none=True)
+    free = {name: size for name, size in asked.items() if name != "data_parallel"}
+    divisors = {d for low in range(1, isqrt(ranks) + 1) if ranks % low == 0 for d in (low, ranks // low)}
+
+    def distance(sizes: dict[str, int]) -> float:
+        return sum(abs(log2(sizes[name] / size)) for name, size in asked.items())
+
+    def nearest_divisors(size: int) -> list[int]:
+        return sorted({*sorted(divisors, key=lambda divisor: abs(log2(divisor / size)))[:5], 1})
+
+    fitting = []
+    for chosen in product(*map(nearest_divisors, free.values())):
+        candidate = dict(zip(free, chosen, strict=True))
+        sizes = derive(TopologySettings(**candidate), ranks)
+        candidate["data_parallel"] = sizes.data
+        if not _misfit(sizes, ranks, fills_world=True):
+            fitting.append(candidate)
+    written = [name for name in TopologySettings.model_fields if name == "data_parallel" or name in free]
+    return [
+        f"topology = {{{', '.join(f'{name} = {sizes[name]}' for name in written)}}}"
+        for sizes in sorted(fitting, key=distance)[:3]
+    ]

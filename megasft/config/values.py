@@ -1,0 +1,118 @@
+"""What a single value of the run file may be."""
+
+import datetime
+import difflib
+import math
+import os
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
+
+REFERENCE_MODEL = "Qwen/Qwen3-Coder-30B-A3B-Instruct"
+
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes' 4-bit types
+
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj")
+
+
+def refuse_true(reason: str) -> AfterValidator:
+    """A switch that must stay off, and why."""
+
+    def check(value: bool) -> bool:
+        if value:
+            raise ValueError(reason)
+        return value
+
+    return AfterValidator(check)
+
+
+def target_modules(value: Any) -> Any:
+    """Names of layers: a list, or one text with commas; in the order of LINEAR_LAYERS, each once."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ValueError('must be a list of names, such as ["all-linear"]')
+    known = ("all-linear", *LINEAR_LAYERS)
+    names = {name.strip() for name in value}
+    if unknown := sorted(names.difference(known)):
+        nearest = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(f"{unknown[0]!r} is not a layer that takes LoRA; {hint}known: {', '.join(known)}")
+    if not names:
+        raise ValueError(f"names no layer; known: {', '.join(known)}")
+    return ("all-linear",) if "all-linear" in names else tuple(name for name in LINEAR_LAYERS if name in names)
+
+
+def check_validation_loss(value: str) -> str:
+    """The names under which other trainers know the validation loss."""
+    if value not in ("val.loss", "val_loss", "eval_loss", "loss"):
+        raise ValueError("megasft measures the validation loss only: 'val.loss'")
+    return "val.loss"
+
+
+def check_deepspeed_stage(value: int | None) -> int | None:
+    """The ZeRO stages that describe what megasft does."""
+    if value not in (None, 1, 2):
+        reason = {
+            0: "stage 0 keeps whole optimizer states on every rank; megasft always shards them",
+            3: "stage 3 shards the weights over data parallel; megasft shards them by [data.topology]",
+        }.get(value, "there is no such stage")
+        raise ValueError(f"{reason}; stage 1 or 2 (optimizer states sharded over data parallel) is what it does")
+    return value
+
+
+def check_block_size(value: int) -> int:
+    """A block size of bitsandbytes' 4-bit types."""
+    if value not in BLOCK_SIZES:
+        raise ValueError(f"bitsandbytes has blocks of {', '.join(map(str, BLOCK_SIZES))}")
+    return value
+
+
+def _tag(value: Any) -> Any:
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if not isinstance(value, str | int | float) or value in (math.inf, -math.inf) or value != value:
+        raise ValueError("a tag must be a string, a finite number, true or false")
+    return value
+
+
+def as_tuple(value: Any) -> Any:
+    """A list of tables as a tuple."""
+    if not isinstance(value, list | tuple):
+        raise ValueError('must be a list of tables, such as [{ path = "a.jsonl", weight = 0.5 }]')
+    return tuple(value)
+
+
+def list_as_tuple(value: Any) -> Any:
+    """A list as a tuple, anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+Machines = Annotated[int, Field(ge=1, lt=2**15)]
+
+
+Text = Annotated[str, Field(min_length=1), BeforeValidator(_text)]
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+TargetModules = Annotated[tuple[str, ...], BeforeValidator(target_modules)]
+
+
+Tag = Annotated[str | int | float | bool, PlainValidator(_tag)]

@@ -1,0 +1,145 @@
+"""Ranks and process groups: tensor, sequence, expert, expert-tensor, pipeline and data parallel.
+
+megatron-core's `parallel_state` makes the groups; a `Topology` carries them to whoever needs one.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megasft import host
+from megasft.config.parallelism import TopologySizes
+from megasft.launch import rendezvous
+from megasft.messages import UserError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this rank stands: world = tensor x pipeline x data = expert_tensor x expert x pipeline x expert-data."""
+
+    sizes: TopologySizes
+    groups: ProcessGroupCollection
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the world."""
+        return dist.get_rank()
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return dist.get_world_size()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that speaks and writes files."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.groups.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head and so the loss."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run the body on every rank; if it raised `UserError` on any, raise the first such rank's on all.
+
+        So that one rank's bad input ends every rank with the same words, and none is left waiting in a collective.
+        The body itself must not hold collectives that a failing rank would skip.
+        """
+        mine: str | None = None
+        try:
+            yield
+        except UserError as error:
+            mine = str(error)
+        said: list[str | None] = [None] * self.world
+        dist.all_gather_object(said, mine)
+        first = next((words for words in said if words is not None), None)
+        if first is not None:
+            raise UserError(first)
+
+
+def join_world(sizes: TopologySizes, seed: int, timeout_minutes: float = 30.0) -> Topology:
+    """Join the world, make the process groups of `sizes`, and seed every random state.
+
+    The ranks meet in their launcher's store; without a launcher, one process is a world of its own. A collective fails
+    after `timeout_minutes`, in its backend's words.
+    """
+    host.prepare()
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        if "RANK" not in os.environ:
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        own: dict[str, Any] = {}
+        if (store := rendezvous.connection(timeout)) is not None:
+            own = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        dist.init_process_group(host.backend(), timeout=timeout, **own)
+    return regroup(sizes, seed, timeout_minutes)
+
+
+def regroup(sizes: TopologySizes, seed: int, timeout_minutes: float = 30.0) -> Topology:
+    """Make the process groups of `sizes` in a world already joined, in place of any made before."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
+        distributed_timeout_minutes=math.ceil(timeout_minutes),
+    )
+    topology = Topology(sizes, ProcessGroupCollection.use_mpu_process_groups())
+    seed_step(topology, seed, 0)
+    return topology
+
+
+def seed_step(topology: Topology, seed: int, step: int) -> None:
+    """Set every random state for an optimizer step: what it draws depends on `seed` and its number alone.
+
+    So there is nothing to save of random states, and a resumed run draws what the first would have drawn. The adapters'
+    dropout has a state for each way in which ranks must draw alike or differently: ranks that hold the same input
+    (whole tokens under tensor parallel) share a state; ranks with different tokens, or different slices of their
+    features, have their own.
+    """
+    groups = topology.groups
+    seed = derived_seed(seed, "step", step) >> 1  # megatron-core adds to it
+    torch.manual_seed(derived_seed(seed, "rank", topology.rank))
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    replica = (groups.pp.rank(), groups.dp.rank())
+    expert_replica = (groups.pp.rank(), groups.expt_dp.rank(), groups.ep.rank())
+    for name, coordinates in (
+        ("lora", replica),
+        ("lora-sharded", (*replica, groups.tp.rank())),
+        ("lora-expert", expert_replica),
+        ("lora-expert-sharded", (*expert_replica, groups.expt_tp.rank())),
+    ):
+        tracker.add(name, derived_seed(seed, name, *coordinates))
+
+
+def derived_seed(seed: int, *words: object) -> int:
+    """A 63-bit seed that depends on `seed` and on every word, and on nothing else (no process state, no hash seed)."""
+    text = "/".join(map(str, (seed, *words)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def leave_world() -> None:
+    """Leave the world."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

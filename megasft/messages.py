@@ -1,0 +1,22 @@
+"""What megasft says to its user: mistakes that the user can fix, and lines on standard error."""
+
+import os
+import sys
+
+
+class UserError(Exception):
+    """Bad input: one line that says what is wrong, where (file:line, key) and what would work.
+
+    The command line prints the line and exits with code 2; nothing else in megasft does that.
+    """
+
+
+def say(message: str, details: str = "") -> None:
+    """`megasft: message`, on one line of standard error, after `details` of any length."""
+    print(f"{details}megasft: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def say_once(line: str) -> None:
+    """Tell the user on standard error, once a job."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)

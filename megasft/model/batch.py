@@ -1,0 +1,51 @@
+"""A micro batch: conversations laid end to end, and where each begins."""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor, nn
+
+IGNORED = -100  # a label that is not supervised, as in torch and transformers
+
+
+@dataclass
+class Segments(PackedSeqParams):
+    """Lengths of the conversations that lie end to end in a micro batch; attention stays inside each.
+
+    `lengths` is on the host, so that no layer waits for the device; the rest is megatron-core's description of it. The
+    last `padding` tokens are none of any conversation.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    padding: int = 0
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device, padding: int = 0) -> "Segments":
+        """The description of segments of these lengths, `padding` among them if it is not 0."""
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+        longest = max(lengths)
+        return cls(
+            "thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest, lengths=list(lengths), padding=padding
+        )
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Position of each token in its own segment: int64 [1, T]."""
+        return torch.cat([torch.arange(n, device=device) for n in self.lengths])[None]
+
+    def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, core: nn.Module) -> Tensor:
+        """The attention of layer `number`, whose kernel is `core`: q [T, h, d], k and v [T, g, d]: [T, h, d]."""
+        return core(q, k, v, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=self)
+
+
+@dataclass
+class MicroBatch:
+    """Conversations laid end to end. T is a multiple of the tensor-parallel size.
+
+    tokens, labels int64 [T]; labels[i] is the token to be predicted at position i, or IGNORED.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    segments: Segments

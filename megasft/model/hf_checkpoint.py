@@ -1,0 +1,156 @@
+"""A Hugging Face checkpoint into this rank's storage: each rank reads the slices it keeps and nothing else.
+
+Takes both layouts of experts: one tensor per expert and projection, as hub checkpoints have it, and all experts in one
+(`experts.gate_up_proj` [E, 2F, H], `experts.down_proj` [E, H, F]), as transformers 5 holds them in memory.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+from transformers import Qwen3MoeConfig
+
+from megasft.messages import UserError
+from megasft.model.hf_config import read_config, sparse_layers
+from megasft.storage.safetensors import TensorFile
+from megasft.storage.shards import Index, Shard
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def fingerprint(folder: str | Path) -> str:
+    """What tells a base model from another: its configuration, and names, shapes, sizes and samples of its weights.
+
+    Of each file of weights the header and 64 KiB at 16 evenly spaced places are read, so it takes no time on any size;
+    weights that were trained further differ nearly everywhere. Where the folder is, is no part of it.
+    """
+    config = read_config(folder).to_dict()
+    for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures"):
+        config.pop(key, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for path in sorted(set(Checkpoint(folder).files.values())):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
+            for i in range(16):
+                file.seek(size * i // 16)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()
+
+
+class Checkpoint:
+    """The safetensors files of a model folder, opened lazily, with the names and shapes of all tensors at hand."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._open: dict[Path, TensorFile] = {}
+        self.files = self._files()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in sorted(set(self.files.values())):
+            for name, spec in self._file(path).specs.items():
+                self.shapes[name] = spec.shape
+                self.files.setdefault(name, path)
+        for name, path in self.files.items():
+            if name not in self.shapes:
+                raise UserError(
+                    f"{self.folder}: the index places tensor {name!r} in {path.name}, which does not have it"
+                )
+
+    def _files(self) -> dict[str, Path]:
+        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = {str(name): self.folder / Path(file).name for name, file in weight_map.items()}
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"{index}: not a readable safetensors index ({error})") from None
+            missing = sorted({path.name for path in files.values() if not path.is_file()})
+            if missing:
+                raise UserError(
+                    f"{self.folder}: the index names {len(missing)} file(s) that are not there: {missing[0]}"
+                )
+            return files
+        if single.is_file():
+            return dict.fromkeys(self._file(single).specs, single)
+        pickled = next(self.folder.glob("pytorch_model*.bin"), None)
+        if pickled:
+            raise UserError(f"{pickled}: pickled weights are never read; convert them to safetensors")
+        raise UserError(f"{self.folder}: no model.safetensors and no model.safetensors.index.json")
+
+    def _file(self, path: Path) -> TensorFile:
+        if path not in self._open:
+            self._open[path] = TensorFile(path)
+        return self._open[path]
+
+    def locate(self, shard: Shard) -> tuple[str, Index]:
+        """Where a shard's part is: the name of the tensor in the files, and the slices to read of it."""
+        for name, index, shape in _candidates(shard):
+            if name in self.shapes:
+                found = self.shapes[name]
+                if len(found) != len(shape) or any(want not in (None, n) for n, want in zip(found, shape, strict=True)):
+                    raise UserError(
+                        f"{self.files[name]}: tensor {name!r} has shape {list(found)}, config.json asks for "
+                        f"{['experts' if n is None else n for n in shape]}"
+                    )
+                if index[0].stop is not None and index[0].stop > found[0]:
+                    raise UserError(
+                        f"{self.files[name]}: tensor {name!r} holds {found[0]} experts, too few for config.json"
+                    )
+                return name, index
+        raise UserError(f"{self.folder}: the checkpoint has no tensor {shard.name!r}, which config.json asks for")
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """The slice of a tensor, a view of the file: only its bytes are read, when they are used."""
+        piece = self._file(self.files[name]).tensor(name)[index]
+        return piece[0] if len(index) == 3 else piece
+
+    def release(self) -> None:
+        """Forget what was read."""
+        for file in self._open.values():
+            file.release()
+
+    def refuse_surplus(self, config: Qwen3MoeConfig) -> None:
+        """Raise UserError for a tensor that the architecture in config.json has no place for."""
+        known = set(expected_names(config))
+        surplus = sorted(name for name in self.shapes if name not in known)
+        if surplus:
+            raise UserError(
+                f"{self.files[surplus[0]]}: {len(surplus)} tensor(s) have no place in the model that config.json "
+                f"describes, the first is {surplus[0]!r}"
+            )
+
+
+def _candidates(shard: Shard) -> Iterator[tuple[str, Index, tuple[int | None, ...]]]:
+    """Names under which a checkpoint may hold a shard, with the index and shape there (None: any number of experts)."""
+    yield shard.name, shard.index, shard.shape
+    expert = _EXPERT.fullmatch(shard.name)
+    if expert:
+        e, kind = int(expert[2]), expert[3]
+        rows, columns = shard.index
+        (n, k), up = shard.shape, kind == "up"
+        if kind == "down":
+            yield f"{expert[1]}.down_proj", (slice(e, e + 1), rows, columns), (None, n, k)
+        else:
+            rows = slice(rows.start + n * up, rows.stop + n * up)
+            yield f"{expert[1]}.gate_up_proj", (slice(e, e + 1), rows, columns), (None, 2 * n, k)
+
+
+def expected_names(config: Qwen3MoeConfig) -> Iterator[str]:
+    """Every name a checkpoint of this architecture may hold, on any rank and in either layout of experts."""
+    yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    for i, sparse in enumerate(sparse_layers(config)):
+        layer = f"model.layers.{i}"
+        yield from (f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight")
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
+            yield f"{layer}.self_attn.{name}.weight"
+        projections = ("gate_proj", "up_proj", "down_proj")
+        if not sparse:
+            yield from (f"{layer}.mlp.{name}.weight" for name in projections)
+            continue
+        yield from (f"{layer}.mlp.gate.weight", f"{layer}.mlp.experts.gate_up_proj", f"{layer}.mlp.experts.down_proj")
+        for e in range(config.num_experts):
+            yield from (f"{layer}.mlp.experts.{e}.{name}.weight" for name in projections)

@@ -1,0 +1,66 @@
+"""A folder that appears complete or not at all."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Self
+
+from megasft.messages import UserError
+
+
+class NewFolder:
+    """A folder made under another name, beside its own, that takes its own when whole: `with NewFolder(x) as new:`.
+
+    In the block, files go to `new.path`; the way out gives the name, an exception removes all. A folder of that name
+    is replaced, unless `replace` is false and it holds something. Raises UserError where the disk does not allow it.
+    """
+
+    def __init__(self, folder: str | Path, replace: bool = True) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{folder}: exists and is not a folder")
+        if not replace and self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{folder}: already holds files; name a folder that does not exist yet, or empty this one")
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            self.finish()
+            return
+        self.discard()
+        if isinstance(error, OSError):
+            raise self._failed(error) from None
+
+    def _failed(self, error: OSError) -> UserError:
+        return UserError(f"{self.folder}: cannot be written ({error.strerror or error})")
+
+    def finish(self) -> None:
+        """Flush to disk and give the folder its name."""
+        try:
+            for path in (*self.path.rglob("*"), self.path):
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            self.path.chmod(0o755)
+            if self.folder.exists():
+                retired = self.path.with_name(self.path.name + ".old")
+                self.folder.rename(retired)
+                self.path.rename(self.folder)
+                shutil.rmtree(retired, ignore_errors=True)
+            else:
+                self.path.rename(self.folder)
+        except OSError as error:
+            self.discard()
+            raise self._failed(error) from None
+
+    def discard(self) -> None:
+        """Remove what was made so far."""
+        shutil.rmtree(self.path, ignore_errors=True)

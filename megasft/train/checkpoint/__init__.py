@@ -1,0 +1,1 @@
+"""Checkpoints of a run: the folder, the optimizer shards in it, writing in the background, resuming."""

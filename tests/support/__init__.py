@@ -1,0 +1,1 @@
+"""What tests share: ranks, a tiny job on disk, commands that fail on purpose."""

@@ -1,0 +1,16 @@
+"""What the server of `tests.support.ranks` imports once, before any rank is forked from it."""
+
+import os
+import warnings
+
+os.environ["OMP_NUM_THREADS"] = "1"
+warnings.filterwarnings("ignore")
+
+import torch
+
+torch.set_num_threads(1)
+
+from megasft import host
+from tests.support import on_ranks  # noqa: F401
+
+host.prepare()
