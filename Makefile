@@ -15,6 +15,8 @@ install: .venv/installed
 	else $$(command -v python3.12 || echo python3) -m venv .venv; fi
 	@command -v uv >/dev/null || [ -x .venv/bin/uv ] || $(PYTHON) -m pip install --quiet uv
 	@PATH="$$PATH:.venv/bin" uv pip install --quiet --python $(PYTHON) --constraint constraints.txt --editable '.[test]'
+	@# Compiled once here: where bytecode is not written, each process would compile megatron-core and torch again.
+	@$(PYTHON) -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	@touch $@
 
 demo: install
