@@ -65,15 +65,15 @@ def measure(run: megasft.Trainer, rounds: int, plain: int) -> dict[str, Any]:
         started = time.perf_counter()
         run.train_step()
         begun = time.perf_counter()
-        run._checkpoint()
+        run.checkpoint()
         saving.append(time.perf_counter() - started)
-        assert run.saver._pending is not None
-        while not run.saver._pending.done():
+        assert run.writer._pending is not None
+        while not run.writer._pending.done():
             step = time.perf_counter()
             run.train_step()
             during.append(time.perf_counter() - step)
-        run.saver.wait()
-        assert run.saver.failure is None, run.saver.failure
+        run.writer.wait()
+        assert not (failure := run.writer.wait()), failure
         written.append(time.perf_counter() - begun)
         print(
             f"without {without[-1]:.2f} s, saving {saving[-1]:.2f} s, on disk after {written[-1]:.2f} s",
@@ -82,7 +82,7 @@ def measure(run: megasft.Trainer, rounds: int, plain: int) -> dict[str, Any]:
         if not i:  # by itself, since it may find caches cold
             first = saving[0]
             without, saving, during, written = [], [], [], []
-    folder = run.saver.checkpoints.of(run.state.saved)
+    folder = run.writer.checkpoints.of(run.state.saved)
     usual = statistics.median(without)
     return {
         "step_without_seconds": usual,

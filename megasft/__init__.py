@@ -34,7 +34,10 @@ __all__ = [*_MODULES]
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'megasft' has no attribute {name!r}")
-    return getattr(import_module(f"megasft.{_MODULES[name]}"), name)
+    module = _MODULES[name]
+    if module.partition(".")[0] not in ("config", "messages"):
+        import_module("megasft.host").import_megatron()
+    return getattr(import_module(f"megasft.{module}"), name)
 
 
 def __dir__() -> list[str]:

@@ -13,7 +13,7 @@ import typer
 from megasft.config.parallelism import TopologySettings, resolve_topology
 from megasft.config.schema import RunConfig, load_config
 from megasft.launch import rendezvous
-from megasft.launch.exit import REFUSED, first_to_tell
+from megasft.launch.exit import REFUSED, first_to_report
 from megasft.messages import UserError, say
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -48,17 +48,20 @@ def train(
     overrides = [*set_, f"checkpoint.resume={json.dumps(resume)}"] if resume else set_
     settings = load_config(config, overrides, dataset)
     if "RANK" in os.environ:
-        from megasft.rank import train
+        _import_rank()
+        from megasft import rank
 
-        train(settings)
+        rank.train(settings)
     else:
-        from megasft import preflight
         from megasft.launch.exit import interrupted
-        from megasft.launch.launcher import launch
+        from megasft.launch.launcher import launch, use_cores
 
         ranks = ranks or settings.world_size() or 1
+        use_cores(ranks)
+        from megasft import preflight
+
         preflight.check(settings, resolve_topology(settings.data.topology, ranks))
-        launch(ranks, interrupted(settings), max_restarts)
+        launch(ranks, interrupted(settings), main, _import_rank, max_restarts)
 
 
 @app.command()
@@ -125,16 +128,18 @@ def generate(
         (config or RunConfig.from_dict({})).quant if in_4_bits else None,
     )
     if "RANK" in os.environ:
+        _import_rank()
         from megasft.generation.run import run
         from megasft.rank import run_rank
 
         run_rank(lambda _: run(request), "interrupted")
     else:
-        from megasft.launch.launcher import launch
+        from megasft.launch.launcher import launch, use_cores
 
         ranks = request.ranks()
+        use_cores(ranks)
         request.check(request.sizes(ranks))
-        launch(ranks, "interrupted", asks_rank_0=True)
+        launch(ranks, "interrupted", main, _import_rank, asks_rank_0=True)
 
 
 @app.command()
@@ -226,6 +231,17 @@ def merge(
     )
 
 
+def _import_rank() -> None:
+    """Import what a rank uses: in each rank, or once in a launcher that forks them."""
+    from megasft import host
+
+    host.import_megatron()
+    import megasft.generation.run
+    import megasft.rank  # noqa: F401
+
+    host.prepare()
+
+
 def main() -> None:
     """Run the command; a user's mistake is one line and exit code 2."""
     _quieten()
@@ -244,7 +260,7 @@ def _refuse(message: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     # Whichever rank comes first, for torchrun ends the others when it exits.
     store = rendezvous.connect() if rendezvous.launcher_hosts() else None
-    if first_to_tell(store, rank, otherwise=os.environ.get("LOCAL_RANK", "0") == "0"):
+    if first_to_report(store, rank, otherwise=os.environ.get("LOCAL_RANK", "0") == "0"):
         say(message)
     sys.exit(REFUSED)
 

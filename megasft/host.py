@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,6 +112,27 @@ def dot_product_attention() -> type | None:
     except ImportError:
         return None
     return TEDotProductAttention
+
+
+def import_megatron() -> None:
+    """Import megatron-core; where there is no CUDA, without its `torch.compile` decorators.
+
+    They import dynamo and inductor, 40% of a rank's start, for functions that nothing here compiles on CPUs. For doors
+    that know that megatron-core comes next; whoever imports it first all the same only waits longer.
+    """
+    if "megatron.core" in sys.modules:
+        return
+    compile_ = torch.compile
+    if not CUDA:
+        torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
+    try:
+        import megatron.core.distributed
+        import megatron.core.models.gpt
+        import megatron.core.optimizer
+        import megatron.core.pipeline_parallel
+        import megatron.core.transformer.moe.moe_layer  # noqa: F401
+    finally:
+        torch.compile = compile_
 
 
 @functools.cache

@@ -132,6 +132,7 @@ class ValidationSettings(Section):
     enabled: bool = False  # when left out: whether [data] gives validation_path or validation_fraction
     evaluation_strategy: Literal["steps", "epoch", "no"] = "steps"  # "no": only the one that closes the run
     eval_steps: Count = 100  # optimizer steps from one to the next, for "steps"
+    at_start: bool = False  # measure it before the first step as well: the loss of the base model, or of init_adapter
     save_best_model_at_end: bool = True  # keep the adapter of the lowest loss in best/
     metric_for_best_model: Annotated[str, AfterValidator(check_validation_loss)] = "val.loss"
     greater_is_better: Annotated[bool, refuse_true("a loss is better when it is smaller; set it to false")] = False

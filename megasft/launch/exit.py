@@ -1,4 +1,4 @@
-"""How a job ends: the exit codes, and one voice among launcher and ranks, so that a reason is given once."""
+"""How a job ends: exit codes, and agreement between launcher and ranks on who reports the reason."""
 
 import contextlib
 import threading
@@ -11,32 +11,32 @@ if TYPE_CHECKING:
     from megasft.config.schema import RunConfig
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
-_TOLD, _STOP = "megasft/told", "megasft/stop"
+_REPORTED, _STOP = "megasft/reported", "megasft/stop"
 _ANSWER_SECONDS = 5.0
 
 
 def interrupted(config: "RunConfig") -> str:
-    """What is said of a training job that was interrupted and could not be saved as it was."""
+    """The message of a training job that was interrupted and could not be saved."""
     return f"interrupted; checkpoints written before are under {config.job.output_dir}"
 
 
-def first_to_tell(store: "Store | None", who: str, otherwise: bool = True) -> bool:
-    """Whether `who`, a rank or the launcher, is the first in this job to say why it ends: the store remembers it.
+def first_to_report(store: "Store | None", who: str, otherwise: bool = True) -> bool:
+    """Whether `who`, a rank or the launcher, is the first to report why this job ends; the store decides.
 
-    Where there is no store, or none any more, nobody can agree: the answer is `otherwise`.
+    Returns `otherwise` where there is no store, or it does not answer.
     """
     if store is None:
         return otherwise
-    return _within(_ANSWER_SECONDS, lambda: store.compare_set(_TOLD, "", who).decode() == who, otherwise)
+    return _within(_ANSWER_SECONDS, lambda: store.compare_set(_REPORTED, "", who).decode() == who, otherwise)
 
 
-def has_been_told(store: "Store | None") -> bool:
-    """Whether somebody has said why this job ends."""
-    return store is not None and _within(_ANSWER_SECONDS, lambda: store.check([_TOLD]), False)
+def was_reported(store: "Store | None") -> bool:
+    """Whether a rank or the launcher has reported why this job ends."""
+    return store is not None and _within(_ANSWER_SECONDS, lambda: store.check([_REPORTED]), False)
 
 
 def ask_to_stop(store: "Store | None") -> None:
-    """Have every rank save the run and end."""
+    """Ask every rank to save the run and end."""
     if store is not None:
         _within(_ANSWER_SECONDS, lambda: store.set(_STOP, "1"), None)
 
@@ -47,7 +47,7 @@ def stop_asked(store: "Store") -> bool:
 
 
 def _within[T](seconds: float, call: Callable[[], T], otherwise: T) -> T:
-    """What `call` gives, `otherwise` if it fails or does not return in so long: a store that is cut off may hang."""
+    """The result of `call`; `otherwise` if it fails or takes too long, as on a store that is cut off."""
     answers = []
 
     def work() -> None:

@@ -1,10 +1,10 @@
-"""Where the ranks and the launcher of one attempt at the job meet; which attempt it is, where ranks are begun again.
+"""The store where ranks and launcher of one attempt meet, and the number of the attempt where ranks are restarted.
 
 Under `megasft train` the launcher hosts a store for each attempt, at MASTER_ADDR:MASTER_PORT. torchrun hosts one store
 for all of its attempts, or none, if TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: then rank 0 does. Its restart count is each
-node's own and differs between them once an agent was started anew or a node came back. And torch 2.13 takes the store
-to be new at every attempt (`rendezvous._create_c10d_store`), so that ranks begun again would look for each other at the
-addresses of dead ones. So here the ranks agree on a number, and all that they say to each other goes under it.
+node's own and differs between nodes once an agent was restarted or a node came back. And torch 2.13 takes the store to
+be new at every attempt (`rendezvous._create_c10d_store`), so restarted ranks would look for each other at the addresses
+of dead ones. So the ranks agree on a number here, and prefix all their keys with it.
 """
 
 import functools
@@ -19,7 +19,7 @@ from megasft.messages import UserError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-PATIENCE = 600.0  # seconds for all ranks to come: those of one attempt are begun together
+JOIN_SECONDS = 600.0  # for all ranks to join; those of one attempt are started together
 ANSWER = timedelta(seconds=5)
 
 
@@ -27,14 +27,14 @@ ANSWER = timedelta(seconds=5)
 def store() -> "Store | None":
     """What launcher and ranks share in this attempt; None without a launcher. Every rank calls it.
 
-    Raises UserError where the others do not come.
+    Raises UserError where the others do not join.
     """
     _begin()
     return connection()
 
 
 def connection(answer: timedelta = ANSWER) -> "Store | None":
-    """The same, through a connection of its own on which an answer may take so long."""
+    """The same, through a connection of its own whose answers may take this long."""
     prefix, shared = _begin(), connect(answer)
     if shared is None or not prefix:
         return shared
@@ -44,12 +44,12 @@ def connection(answer: timedelta = ANSWER) -> "Store | None":
 
 
 def is_restart() -> bool:
-    """Whether the launcher has begun this run before."""
+    """Whether the launcher has restarted this run."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def launcher_hosts() -> bool:
-    """Whether the store is the launcher's, so that it is there before the ranks are and outlives them."""
+    """Whether the launcher hosts the store, so that it exists before the ranks do and outlives them."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -59,13 +59,13 @@ def is_here() -> bool:
 
 
 def connect(answer: timedelta = ANSWER) -> "Store | None":
-    """The store with what is in it of every attempt."""
+    """The store, with the keys of every attempt."""
     if not (launcher_hosts() or _is_torchrun()):
         return None
     from torch.distributed import TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE if _is_torchrun() else 20))
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=JOIN_SECONDS if _is_torchrun() else 20))
     store.set_timeout(answer)
     return store
 
@@ -97,12 +97,12 @@ def _host() -> "Store":
 
 
 def _agree(store: "Store", rank: int, world: int, restarts: int) -> tuple[int, int]:
-    """(number of this attempt in this store, how often the ranks were begun again: the most that any of them knows).
+    """(number of this attempt in this store, how often the ranks were restarted: the most that any of them knows).
 
-    Rank 0 counts, and tells each other rank under a name that rank made up: what ranks of earlier attempts left in the
-    store can be taken for nothing else.
+    Rank 0 counts, and answers each other rank under a key that this rank made up, so that keys which earlier attempts
+    left in the store cannot be mistaken for it.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + JOIN_SECONDS
     if rank:
         name = f"megasft/number for {uuid.uuid4().hex}"
         store.set(f"megasft/rank {rank}", name)
@@ -132,5 +132,8 @@ def _get(store: "Store", key: str, deadline: float, rank: int) -> bytes:
 
 def _wait(deadline: float, who: str) -> None:
     if time.monotonic() > deadline:
-        raise UserError(f"{who} waited in vain: was the job launched on all its nodes, and can they reach each other?")
+        raise UserError(
+            f"{who} waited {JOIN_SECONDS / 60:.0f} minutes: was the job launched on all its nodes, and can they reach "
+            "each other?"
+        )
     time.sleep(0.05)

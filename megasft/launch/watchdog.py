@@ -1,10 +1,10 @@
-"""Finding ranks that stand still: a time limit after which one line says which, on which host, and in what.
+"""Finding ranks that hang: after a time limit one line names them, their hosts and where they are.
 
-A thread of each rank tells the launcher's store every few seconds how far the rank has come. A rank that has come no
-further for `[job] timeout_minutes` reads what the others tell. If none has come further, or some tell nothing any more,
-it names those that the others wait for: who tells nothing, else who is in no collective.
+A thread of each rank reports the rank's progress to the launcher's store every few seconds. A rank without progress for
+`[job] timeout_minutes` reads the reports of the others. If none of them makes progress, or some have stopped reporting,
+it names the ranks that the others wait for: those that do not report, else those that are in no collective.
 
-Which collectives a rank entered PyTorch's flight recorder knows, for gloo as for NCCL (`host.collectives`).
+PyTorch's flight recorder knows which collectives a rank entered, for gloo as for NCCL (`host.collectives`).
 """
 
 import json
@@ -26,19 +26,19 @@ from megasft.launch.exit import stop_asked
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-TELL_SECONDS = 5.0
-BESIDES = ("checkpoints", "stop")  # groups of threads for which the training does not wait
+REPORT_SECONDS = 5.0
+BACKGROUND = ("checkpoints", "stop")  # groups of threads that training does not wait for
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank tells of itself.
+    """What a rank reports.
 
     Attributes:
-        number: of the report; from a rank that has stopped, or is cut off, no higher one comes.
-        idle: for so many seconds it came no further.
-        excused: it may take its time, for it reads data or weights.
-        ended: it has done its part.
+        number: of the report, counted up; it stays the same where a rank has stopped or is cut off.
+        idle: seconds without progress.
+        excused: no limit holds, because the rank reads data or weights.
+        ended: the rank is done.
         doing: such as "step 12, micro batch 3".
         last: the collective it entered last, such as "all_reduce 812 of DATA_PARALLEL_GROUP"; "" before the first.
         waits_in: the one it is still in; "" where it is in none.
@@ -58,25 +58,25 @@ class Report:
 
 
 class Watchdog:
-    """Tells of this rank, and looks at the others when it comes no further.
+    """Reports this rank's progress, and reads the others' reports when it makes none.
 
     Attributes:
         stop_asked: whether some rank has asked all to stop.
     """
 
     def __init__(self, rank: int, world: int, limit: float) -> None:
-        """Begin, where there is a launcher; `limit` in seconds."""
+        """Start, if there is a launcher; `limit` in seconds."""
         self.stop_asked = False
         self._rank, self._world, self._limit = rank, world, limit
-        self._every = min(TELL_SECONDS, limit / 12)
+        self._every = min(REPORT_SECONDS, limit / 12)
         self._main = threading.main_thread().ident
         self._progress: Callable[[], tuple[int, str]] | None = None
-        self._came: tuple[int, ...] = ()
-        # Seconds while this process ran: after a pause of all (Ctrl-Z, `scontrol suspend`) none has stood still.
+        self._last_progress: tuple[int, ...] = ()
+        # Seconds while this process ran: a pause of all ranks (Ctrl-Z, `scontrol suspend`) is no hang.
         self._idle = self._unanswered = 0.0
         self._reported = self._asked = time.monotonic()
         self._number = 0
-        self._seen: dict[int, tuple[Report | None, float]] = {}  # of each rank the last report, and since when it is
+        self._seen: dict[int, tuple[Report | None, float]] = {}  # of each rank the last report and when it came
         self._verdict: str | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
@@ -85,17 +85,17 @@ class Watchdog:
             self._thread.start()
 
     def attach(self, progress: Callable[[], tuple[int, str]]) -> None:
-        """From now on the limit holds. `progress` gives a number that grows with all that is done, and what is."""
+        """The limit holds from now on. `progress` returns a number that grows with all work done, and what is done."""
         self._progress = progress
 
     def detach(self) -> None:
-        """This rank has done its part; returns when the others know."""
+        """This rank is done; returns when the others know."""
         self._ended.set()
         if self._has_launcher:
             self._thread.join(self._limit)
 
     def verdict(self) -> str | None:
-        """Why the job does not go on, if it does not; to be asked every second. It talks to nobody: it cannot hang."""
+        """Why the job hangs, if it does; to be called every second. It talks to no other process, so it cannot hang."""
         now = time.monotonic()
         self._unanswered += min(now - self._asked, 5.0)
         self._asked = now
@@ -103,21 +103,21 @@ class Watchdog:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             return (
                 f"no answer for {_minutes(self._limit)} ([job] timeout_minutes): rank {self._rank} (host "
-                f"{socket.gethostname()}) cannot reach {address} any more, where rank 0 is"
+                f"{socket.gethostname()}) cannot reach rank 0 at {address} any more"
             )
         return self._verdict
 
     def _run(self) -> None:
         store: Store | None = None
-        tell_at = 0.0
+        report_at = 0.0
         while self._verdict is None:
             ended = self._ended.is_set()
             try:
                 store = store or rendezvous.connection(timedelta(seconds=10))
                 assert store is not None
                 self.stop_asked = self.stop_asked or stop_asked(store)
-                if ended or time.monotonic() >= tell_at:
-                    tell_at = time.monotonic() + self._every
+                if ended or time.monotonic() >= report_at:
+                    report_at = time.monotonic() + self._every
                     report = self._report(ended)
                     store.set(_key(self._rank), json.dumps(asdict(report)))
                     if report.idle > self._limit / 2:
@@ -132,11 +132,11 @@ class Watchdog:
     def _report(self, ended: bool) -> Report:
         done, doing = self._progress() if self._progress else (0, "reading data and weights")
         records = host.collectives()
-        came = (done, *(entries[-1]["record_id"] for entries in records if entries))
+        progress = (done, *(entries[-1]["record_id"] for entries in records if entries))
         now = time.monotonic()
-        self._idle = self._idle + min(now - self._reported, 4 * self._every) if came == self._came else 0.0
-        self._came, self._reported = came, now
-        entered = [entry for entries in records for entry in entries if entry["process_group"][1] not in BESIDES]
+        self._idle = self._idle + min(now - self._reported, 4 * self._every) if progress == self._last_progress else 0.0
+        self._last_progress, self._reported = progress, now
+        entered = [entry for entries in records for entry in entries if entry["process_group"][1] not in BACKGROUND]
         last = max(entered, key=lambda entry: entry["time_created_ns"], default=None)
         pending = min(
             (entry for entry in entered if not entry["retired"]),
@@ -165,7 +165,7 @@ class Watchdog:
         )
 
     def _look(self, store: "Store", mine: Report) -> None:
-        """Read what the others tell; reach a verdict if the limit is over."""
+        """Read the others' reports; reach a verdict if the limit is over."""
         now = time.monotonic()
         ranks = [rank for rank in range(self._world) if store.check([_key(rank)])]
         for rank, text in zip(ranks, store.multi_get([_key(rank) for rank in ranks]), strict=True):
@@ -174,7 +174,7 @@ class Watchdog:
             if before is None or before.number != report.number:
                 self._seen[rank] = (report, now)
         for rank in range(self._world):
-            self._seen.setdefault(rank, (None, now))  # one that never came
+            self._seen.setdefault(rank, (None, now))  # one that never reported
         if mine.idle > self._limit:
             patience = max(3 * self._every, self._limit / 3)
             silent = {
@@ -186,11 +186,11 @@ class Watchdog:
 
 
 def judge(reports: dict[int, Report | None], silent: Iterable[int], limit: float) -> str | None:
-    """What to say of ranks that stand still; None where some rank still moves and may do so.
+    """The message about ranks that hang; None while some rank makes progress or is excused.
 
     Args:
-        reports: of all ranks the last, None where one never came.
-        silent: ranks of which no new report comes.
+        reports: the last of each rank, None from a rank that never reported.
+        silent: ranks that have stopped reporting.
         limit: seconds.
     """
     silent = set(silent)
@@ -201,12 +201,12 @@ def judge(reports: dict[int, Report | None], silent: Iterable[int], limit: float
     for rank in sorted(silent):
         report = reports[rank]
         if report is None:
-            blamed.append(f"rank {rank} never began")
+            blamed.append(f"rank {rank} never started")
         else:
-            blamed.append(f"{_who(rank, report)} gives no sign of life since {report.doing}{_entered(report)}")
+            blamed.append(f"{_who(rank, report)} has not reported since {report.doing}{_entered(report)}")
     if not blamed:
         blamed = [
-            f"{_who(rank, report)} stands still in {report.place}, {report.doing}{_entered(report)}"
+            f"{_who(rank, report)} hangs in {report.place}, {report.doing}{_entered(report)}"
             for rank, report in there.items()
             if not report.waits_in
         ]

@@ -15,9 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-from megasft import host
 from megasft.config.parallelism import TopologySizes, choose_dispatcher
 from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.distributed.topology import Topology
@@ -27,6 +25,7 @@ from megasft.model.hf_config import check_fits, head_dim, sparse_layers
 from megasft.model.loss import supervised_loss
 from megasft.model.mlp import DenseMLP, Router, SparseMLP
 from megasft.model.norm import RMSNorm
+from megasft.model.rotary import RotaryEmbedding
 from megasft.storage.shards import Shard, part, whole
 
 
@@ -133,8 +132,7 @@ class Qwen3Moe(GPTModel):
             position_embedding_type="none",
             pg_collection=topology.groups,
         )
-        # transformers' own, for every kind of rope scaling it knows
-        self.rotary_emb = Qwen3MoeRotaryEmbedding(hf_config).to(host.device())
+        self.rotary = RotaryEmbedding(hf_config)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("lora_" in name)
 
@@ -172,9 +170,7 @@ class Qwen3Moe(GPTModel):
         if hidden is not None and self.training and self.config.recompute_granularity and torch.is_grad_enabled():
             # Recomputation runs backward only for layers whose input asks for a gradient; frozen embeddings do not.
             hidden.requires_grad_(True)
-        like = torch.empty((), dtype=self.config.params_dtype, device=input_ids.device)
-        cos, sin = self.rotary_emb(like, position_ids)
-        prepared[1] = torch.cat([cos, sin])
+        prepared[1] = torch.cat(self.rotary(position_ids, self.config.params_dtype))
         prepared[5] = self._padding_mask(input_ids, packed_seq_params.padding)
         return tuple(prepared)
 

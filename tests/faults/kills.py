@@ -81,7 +81,7 @@ MOMENTS: dict[str, list[Point]] = {
     ],
     "metrics": [*_around("megasft.train.metrics:Metrics", "_write"), Point("megasft.train.metrics:Metrics", "_write", "half")],
     "validation": [
-        *_around(TRAINER + "Trainer", "_validate", False), *_around(TRAINER + "Trainer", "evaluate", False),
+        *_around(TRAINER + "Trainer", "validate", False), *_around(TRAINER + "Trainer", "evaluate", False),
         *_around(PATH, "rename", True, lambda path, target: "best" in path.name + Path(target).name),
     ],
     "copying and writing states": [

@@ -74,7 +74,7 @@ def steps(world: Path) -> int:
     return metrics.read_text().count('"train"') if metrics.exists() else 0
 
 
-SAVED = r"megasft: interrupted; (\S+) holds the run: the same command goes on from there"
+SAVED = r"megasft: interrupted; (\S+) holds the run: run the same command to resume"
 NOT_BEGUN = "megasft: interrupted; checkpoints written before are under {}/run"
 
 

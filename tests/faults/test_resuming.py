@@ -54,7 +54,7 @@ def killed_once_in_step_four(path: str) -> None:
 
     def step(trainer: Trainer) -> dict:
         if trainer.step == 3:
-            trainer.saver.wait()
+            trainer.writer.wait()
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(trainer)
 
@@ -82,11 +82,11 @@ def told_to_stop_in_validation(path: str) -> None:
     Trainer.evaluate = stopping  # type: ignore[method-assign]
 
 
-def start(world: Path, *settings: str, options=(), ranks=2, in_rank=launched) -> Command:
+def start(world: Path, *settings: str, options=(), in_rank=launched) -> Command:
     own = [f"data.cache_dir='{world}/cache'", "checkpoint.keep=9", *settings]
     overrides = [argument for setting in own for argument in ("--set", setting)]
     arguments = ["train", "--config", str(world / "job.toml"), *overrides, *options]
-    return Command(arguments, world / "err", ranks, in_rank, (str(world / "launched"),))
+    return Command(arguments, world / "err", in_rank, (str(world / "launched"),))
 
 
 def change_weights(world: Path) -> None:
@@ -189,8 +189,8 @@ def test_a_finished_run_has_nothing_left_to_train(world):
     command = start(world)
     assert command.wait() == 0
     assert (
-        "megasft: nothing is left to train; for a new run name another [job] output_dir, or pass --resume never"
-        in command.said()
+        "megasft: nothing is left to train; to train more raise [hyperparameters] n_epochs or max_steps; for a new run name "
+        "another [job] output_dir, or pass --resume never" in command.said()
     )
     assert (world / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -209,7 +209,7 @@ def test_never_begins_anew_and_moves_what_is_there_aside(world):
 def test_never_means_it_also_where_the_first_attempt_is_killed_before_it_began(world):
     fresh = f"data.cache_dir='{world}/fresh'"
     options = ("--resume", "never", "--max-restarts", "1")
-    command = start(world, fresh, options=options, ranks=4, in_rank=killed_once_in_data_preparation)
+    command = start(world, fresh, options=options, in_rank=killed_once_in_data_preparation)
     assert command.wait() == 0, command.said()
     assert "megasft: restart 1 of 1, from the last checkpoint" in command.said()
     assert "nothing is left to train" not in command.said()
@@ -218,7 +218,7 @@ def test_never_means_it_also_where_the_first_attempt_is_killed_before_it_began(w
 
 def test_never_is_heeded_once_where_a_later_attempt_finds_a_checkpoint_of_the_first(world):
     options = ("--resume", "never", "--max-restarts", "1")
-    command = start(world, options=options, ranks=4, in_rank=killed_once_in_step_four)
+    command = start(world, options=options, in_rank=killed_once_in_step_four)
     assert command.wait() == 0, command.said()
     assert "step-000002: 2 of 4 steps are done" in command.said()
     assert not (world / "run" / "earlier-2").exists()
@@ -231,7 +231,7 @@ def test_a_run_told_to_stop_before_a_checkpoint_was_due_speaks_of_it_later(world
     command = start(world, own, options=("--resume", "never"), in_rank=told_to_stop_in_validation)
     assert command.wait() == 130, command.said()
     holder = f"{world}/other/checkpoints/step-000002"
-    more = "the same command with --resume auto goes on from there"  # as it was, it would begin anew
+    more = "run the same command with --resume auto to resume"  # as it was, it would start from scratch
     assert f"megasft: interrupted; {holder} holds the run: {more}" in command.said()
     assert start(world, own, options=("--resume", "auto")).wait() == 0
     assert lines(world / "other") == whole

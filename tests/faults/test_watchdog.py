@@ -1,4 +1,4 @@
-"""A rank that stands still is named within the time limit, and all end."""
+"""A rank that hangs is named within the time limit, and all end."""
 
 import re
 import signal
@@ -18,19 +18,19 @@ WAITING = r"; waiting: rank 0 in \w+ \d+ of \w+"
     [
         (
             "sleep",
-            r"stands still in sleep \(misbehave.py:\d+\), step 1, micro batch 1, its last collective \w+ \d+ of \w+",
+            r"hangs in sleep \(misbehave.py:\d+\), step 1, micro batch 1, its last collective \w+ \d+ of \w+",
             1,
         ),
-        # It cannot speak for itself; its launcher kills it.
+        # It cannot report itself; its launcher kills it.
         (
             "be stopped",
-            r"gives no sign of life since step \d+(, micro batch 1)?, its last collective \w+ \d+ of \w+",
+            r"has not reported since step \d+(, micro batch 1)?, its last collective \w+ \d+ of \w+",
             -signal.SIGKILL,
         ),
     ],
 )
 def test_one_line_names_the_rank_its_host_and_the_last_collective(megasft, world, fault, finding, code):
-    # Stopped after some seconds, for what it told before is all that is known of it.
+    # Stopped after some seconds: its reports until then are all that is known of it.
     faults = ["--set", f"tags.fault={fault}", "--set", f"tags.fault_after={1 if fault == 'sleep' else 100}"]
     ended = megasft("train", "--config", str(world / "job.toml"), *faults, *LIMIT, ranks=2)
     (line,) = spoken(ended.said)

@@ -78,12 +78,14 @@ class Runs:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times and paths."""
+    """metrics.jsonl without times and paths, by step: a checkpoint's line stands where it reached the disk."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [record["step"] for record in records if record["kind"] == "train"]
+    assert trained == sorted(set(trained)), "a step is in metrics.jsonl twice, or out of order"
     for record in records:
-        for key in ("seconds", "data_wait", "tokens_per_second", "path"):
+        for key in ("time", "seconds", "data_wait", "tokens_per_second", "path"):
             record.pop(key, None)
-    return records
+    return sorted(records, key=lambda record: record["step"])
 
 
 def tensors(run: Path, checkpoint: str) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ def count_in_layer(settings, layer: int, adapted: bool):
     segments = Segments.of(SEGMENTS, torch.device("cpu"))
     torch.manual_seed(topology.rank)
     x = torch.randn(T // topology.sizes.tensor, 1, H, requires_grad=True)
-    cos_sin = torch.cat(model.rotary_emb(x, segments.positions(x.device)))
+    cos_sin = torch.cat(model.rotary(segments.positions(x.device), x.dtype))
     with Collectives() as forward:
         y, _ = model.decoder.layers[layer](x, None, rotary_pos_emb=cos_sin, packed_seq_params=segments)
     with Collectives() as backward:

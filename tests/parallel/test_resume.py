@@ -17,7 +17,9 @@ from tests.parallel.resume import CASES, EVERY, STEPS, Runs, difference, lines, 
 from tests.support import on_ranks
 
 LAST = f"step-{STEPS:06d}"
-FAR_TOO_FAST = {"learning_rate": 1.0, "warmup_ratio": 0.0}
+# After one step all activations are saturated: the validation loss is bad and stays the same to the last bit, whatever
+# the processor, so the first of several is the best.
+FAR_TOO_FAST = {"learning_rate": 100.0, "warmup_ratio": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +84,10 @@ def test_the_newest_checkpoints_stay_and_that_of_the_best_validation(runs):
     others = [runs.folder / "keep" / "checkpoints" / name for name in ("step-000002.keep", "step-mine", "latest")]
     for folder in others:  # the user's own; a link that became a folder when it was copied
         folder.mkdir(parents=True)
-    # The rate is far too high, so the validation after the second step, of those at 2, 4, 6 and 8, is the best.
     run = runs.run(CASES[0], "keep", checkpoint={"every_steps": 1, "keep": 2}, hyperparameters=FAR_TOO_FAST)
     assert all(folder.is_dir() for folder in others)
     best = min((line for line in lines(run) if line["kind"] == "validation"), key=lambda line: line["loss"])["step"]
-    assert best < STEPS - 1
+    assert best == 2
     assert saved(run) == ([best, STEPS - 1, STEPS], list(range(1, STEPS + 1)))
 
 
@@ -162,10 +163,10 @@ def failing_to_save(settings, samples):
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     trainer.output_dir.mkdir()
     (trainer.output_dir / "checkpoints").touch()
-    trainer._checkpoint()
-    first = trainer.saver.wait()
-    trainer._heed_failed_save()
-    return first, trainer.saver.wait(), trainer.saver.failure
+    trainer.checkpoint()
+    first = trainer.writer.wait()
+    trainer._report_saves()
+    return first, trainer.writer.wait(), trainer.writer.take_outcome()
 
 
 def test_who_stops_the_run_hears_of_a_failed_save_although_training_has(ranks, runs, tmp_path):

@@ -1,10 +1,6 @@
-"""`megasft train` as it is, launcher and ranks, but forked from a server that has imported everything already.
-
-The launcher is `megasft.launch.launcher`, except that it forks its ranks in place of starting a Python for each.
-"""
+"""`megasft train` as it is, launcher and ranks, but forked from a server that has imported everything already."""
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -21,7 +17,6 @@ class Command:
     """`megasft *arguments` in a session of its own, begun at once; standard error is appended to the file `errors`.
 
     Args:
-        ranks: how many the command will launch.
         in_rank: called in each rank before it runs, with `args`; must be at a module's top level.
     """
 
@@ -29,7 +24,6 @@ class Command:
         self,
         arguments: Sequence[str],
         errors: Path,
-        ranks: int = 2,
         in_rank: Callable[..., None] | None = None,
         args: tuple = (),
     ) -> None:
@@ -39,7 +33,7 @@ class Command:
         self._before = errors.stat().st_size if errors.exists() else 0
         begun, begins = context.Pipe(duplex=False)
         self._process = context.Process(
-            target=_launcher, args=(list(arguments), str(errors), ranks, in_rank, args, begins), daemon=True
+            target=_launcher, args=(list(arguments), str(errors), in_rank, args, begins), daemon=True
         )
         self._process.start()
         self.pid: int = begun.recv()
@@ -83,7 +77,6 @@ class Command:
 def _launcher(
     arguments: list[str],
     errors: str,
-    ranks: int,
     in_rank: Callable[..., None] | None,
     args: tuple,
     begins: Connection,
@@ -94,18 +87,11 @@ def _launcher(
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.argv = sys.orig_argv = ["megasft", *arguments]
     from megasft import cli
-    from megasft.launch import launcher
+    from megasft.launch import forked_rank, launcher
 
-    # Forked before the launcher has threads; each waits to be told its place in the world.
-    waiting = [_Rank(in_rank, args) for _ in range(ranks)]
-
-    def start(count: int, port: int) -> list[_Rank]:
-        launched = [waiting.pop(0) for _ in range(count)]
-        for rank, process in enumerate(launched):
-            process.begin(rank, count, port)
-        return launched
-
-    launcher._start = start  # type: ignore[assignment]
+    if in_rank:
+        run = forked_rank._run
+        forked_rank._run = lambda main, environment: run(lambda: (in_rank(*args), main()), environment)  # type: ignore[assignment,func-returns-value]
     launcher.STOP_SECONDS = 1.0  # tests/faults/test_ends.py sees to it that ranks end by themselves
     _exit_as(cli.main)
 
@@ -121,61 +107,3 @@ def _exit_as(main: Callable[[], None]) -> None:
         code = 1
     sys.stderr.flush()
     os._exit(code)
-
-
-class _Rank:
-    """Of `subprocess.Popen`, what `megasft.launch.launcher` uses."""
-
-    def __init__(self, in_rank: Callable[..., None] | None, args: tuple) -> None:
-        self.returncode: int | None = None
-        told, self._tell = os.pipe()
-        self.pid = os.fork()
-        if self.pid:
-            os.close(told)
-            return
-        os.close(self._tell)
-        with open(told, "rb") as pipe:
-            words = pipe.readline()  # nothing, if the launcher ends without launching
-        if not words:
-            os._exit(0)
-        import torch
-
-        torch.set_num_threads(1)  # while there is one thread: torch makes its pool anew after a fork, and not safely
-        os.environ.update(json.loads(words))
-        if in_rank:
-            in_rank(*args)
-        from megasft import cli
-
-        _exit_as(cli.main)
-
-    def begin(self, rank: int, ranks: int, port: int) -> None:
-        world = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": os.environ["TORCHELASTIC_RESTART_COUNT"],
-        }  # fmt: skip
-        os.write(self._tell, json.dumps(world).encode() + b"\n")
-        os.close(self._tell)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self) -> int:
-        while self.poll() is None:
-            time.sleep(0.01)
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)

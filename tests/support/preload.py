@@ -11,6 +11,9 @@ import torch
 torch.set_num_threads(1)
 
 from megasft import host
+
+host.import_megatron()
+
 from tests.support import on_ranks  # noqa: F401
 
 host.prepare()

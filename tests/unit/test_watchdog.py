@@ -1,4 +1,4 @@
-"""Who is named when a job stands still, from what its ranks told."""
+"""Which ranks are named when a job hangs, given their reports."""
 
 from dataclasses import replace
 
@@ -25,19 +25,17 @@ def test_nobody_is_named_while_another_rank(moving):
 
 def test_the_rank_that_is_in_no_collective_is_named_and_where_the_others_wait():
     assert judge({0: WAITS, 1: SLEEPS, 2: WAITS, 3: ENDED}, [], LIMIT) == (
-        "no progress for 10 minutes ([job] timeout_minutes): rank 1 (host b, process 42) stands still in sleep (job.py:3), "
+        "no progress for 10 minutes ([job] timeout_minutes): rank 1 (host b, process 42) hangs in sleep (job.py:3), "
         "step 12, its last collective all_reduce 812 of DP; waiting: ranks 0, 2 in all_gather 30 of TP"
     )
 
 
 @pytest.mark.parametrize("others", [WAITS, READS], ids=["wait", "read data"])
-def test_a_rank_that_tells_nothing_is_named_whatever_it_told_last(others):
+def test_a_rank_that_stopped_reporting_is_named_whatever_it_reported_last(others):
     verdict = judge({0: others, 1: SILENT, 2: None}, [1, 2], LIMIT)
     assert verdict is not None
-    assert (
-        "rank 1 (host b, process 42) gives no sign of life since step 12, its last collective all_reduce 811" in verdict
-    )
-    assert "rank 2 never began" in verdict
+    assert "rank 1 (host b, process 42) has not reported since step 12, its last collective all_reduce 811" in verdict
+    assert "rank 2 never started" in verdict
 
 
 def test_a_silent_rank_is_not_named_while_another_still_trains():

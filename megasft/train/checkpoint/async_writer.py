@@ -7,8 +7,10 @@ their own. A failure on any rank is known to all, removes what was written and l
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,26 @@ from megasft.train.checkpoint.folder import Checkpoints, RunState, manifest, opt
 from megasft.train.checkpoint.optimizer_shards import OptimizerShards, SavedShards
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended: the checkpoint of `step` is in `folder`, or `failure` says why it is not."""
+
+    step: int
+    folder: Path
+    failure: str | None
+
+
 class CheckpointWriter:
     """Saves a run's states now and then. Every rank makes one and calls `save` at the same steps.
 
-    Attributes:
-        failure: why a save came to nothing, until somebody who has made it known sets None.
+    `take_outcome` tells, once, how each save ended.
     """
 
     def __init__(
         self, config: RunConfig, model: Qwen3Moe, optimizer: MegatronOptimizer, base_model: str, folder: Path
     ) -> None:
         self.checkpoints = Checkpoints(folder)
-        self.failure: str | None = None
+        self._outcomes: deque[Outcome] = deque()
         self._config, self._model, self._base_model = config, model, base_model
         self._topology = model.topology
         self._states = OptimizerShards(model, optimizer)
@@ -58,8 +68,17 @@ class CheckpointWriter:
         """Return when nothing is being written any more: why the last save came to nothing, None if it did not."""
         return None if self._pending is None else self._pending.result()
 
+    def take_outcome(self) -> "Outcome | None":
+        """How the oldest save ended that nobody has asked about yet; None if there is none."""
+        return self._outcomes.popleft() if self._outcomes else None
+
     @property
-    def written(self) -> int:
+    def has_outcome(self) -> bool:
+        """Whether `take_outcome` has one."""
+        return bool(self._outcomes)
+
+    @property
+    def parts_written(self) -> int:
         """Grows while a checkpoint is written."""
         return self._states.written
 
@@ -78,13 +97,14 @@ class CheckpointWriter:
             name = optimizer_file(self._topology.rank, self._topology.world)
             digests = dict(self._together(lambda: (name, self._states.write(work / name))))
             self._together(lambda: self._finish(work, state, digests) if self._topology.is_first else None)
+            self._outcomes.append(Outcome(state.step, self.checkpoints.of(state.step), None))
             return None
         except (UserError, OSError, RuntimeError) as error:  # RuntimeError: torch.distributed's, if a rank is gone
             self._saved_step = None
-            self.failure = str(error)
             if work and self._topology.is_first:
                 shutil.rmtree(work, ignore_errors=True)
-            return self.failure
+            self._outcomes.append(Outcome(state.step, self.checkpoints.of(state.step), str(error)))
+            return str(error)
 
     def _finish(self, work: Path, state: RunState, digests: dict[str, str]) -> None:
         self._write_adapter(work, SavedShards(work / name for name in digests))

@@ -42,7 +42,8 @@ class RunState:
         updates: of them, those that changed the weights: what Adam counts.
         skipped: how many of the last steps, in a row, were skipped because loss or gradient was not finite.
         tokens: fed so far.
-        validated, saved: the steps of the last validation and the last checkpoint that metrics.jsonl tells of, or 0.
+        validated: the step of the last validation, -1 before the first.
+        saved: the step of the last checkpoint that was due, 0 before the first.
         best, best_step: the lowest validation loss and its step; None and 0 before the first.
         loader: `Loader.state_dict`, from which the next step's batch follows.
         metrics_bytes: length of metrics.jsonl.
@@ -53,7 +54,7 @@ class RunState:
     updates: int = 0
     skipped: int = 0
     tokens: int = 0
-    validated: int = 0
+    validated: int = -1
     saved: int = 0
     best: float | None = None
     best_step: int = 0
@@ -193,6 +194,7 @@ def read_state(folder: Path) -> RunState:
         found = json.loads((folder / STATE).read_text(encoding="utf-8"))
         state = RunState(**{field.name: found[field.name] for field in fields(RunState)})
         counts = [getattr(state, field.name) for field in fields(RunState) if field.type is int]
+        counts[counts.index(state.validated)] = state.validated + 1  # -1 before the first validation
         wrong = not all(map(_is_count, [*counts, state.loader["epoch"], state.loader["row"]]))
         wrong |= max(state.updates, state.skipped, state.validated, state.best_step, state.saved) > state.step
         wrong |= not (isinstance(state.loader["data"], dict) and isinstance(state.identity, dict))

@@ -1,12 +1,9 @@
 """Whether and from where a run goes on, and what may not have changed since."""
 
 import contextlib
-import json
-import math
 import os
 import shutil
 import tomllib
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ from megasft.data.loader import data_identity, refuse_other_data
 from megasft.distributed.topology import Topology
 from megasft.launch import rendezvous
 from megasft.messages import UserError, say
-from megasft.train.checkpoint.folder import RUN_FILE, Checkpoints, RunState, damage, read_state, write_text
+from megasft.train.checkpoint.best import BEST, step_of_best
+from megasft.train.checkpoint.folder import RUN_FILE, Checkpoints, RunState, damage, read_state
 
 
 def find(config: RunConfig, topology: Topology) -> tuple[Path, RunState] | None:
@@ -74,7 +72,7 @@ def tidy(config: RunConfig, found: tuple[Path, RunState] | None) -> None:
             if later := own.after(found[1].step):  # they are damaged, or given up by going back to this one
                 own.point_latest_at(found[0])
                 best = output / BEST
-                given_up = [output / "adapter", *([best] if _step_of_best(best) > found[1].step else [])]
+                given_up = [output / "adapter", *([best] if step_of_best(best) > found[1].step else [])]
                 _set_aside(output, [*later, *given_up])
         elif found or _setting(config) == "never" or (output / "adapter").exists():  # of a run that came to its end
             _set_aside(output, (output / name for name in RUN_FILES))
@@ -85,40 +83,7 @@ def tidy(config: RunConfig, found: tuple[Path, RunState] | None) -> None:
             (output / _LAUNCH).write_text(_launch())
 
 
-BEST = "best"
 RUN_FILES = ("checkpoints", "metrics.jsonl", "tensorboard", BEST, "adapter")
-_OF = "validation.json"  # in best/: the step and the data of the validation it was best in
-
-
-def label_best(folder: Path, step: int, validation: Mix) -> None:
-    """Note in `best/` which validation it is of. Raises UserError."""
-    try:
-        write_text(folder / _OF, json.dumps({"step": step, "content": _content(validation)}))
-    except OSError as error:
-        raise UserError(f"{folder / _OF}: cannot be written ({error.strerror})") from None
-
-
-def best_stands(output_dir: Path, state: RunState, validation: Mix) -> bool:
-    """Whether `best/` is of a state's best validation and of these data: a later validation may have replaced it."""
-    return _label(output_dir / BEST) == {"step": state.best_step, "content": _content(validation)}
-
-
-def _content(validation: Mix) -> list[Any]:
-    # Samples that were made in memory have no digest.
-    return [zlib.crc32(validation.lengths.tobytes()), *(source.digest for source in validation.sources)]
-
-
-def _label(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads((folder / _OF).read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-def _step_of_best(folder: Path) -> float:
-    """Unknown counts as late."""
-    step = _label(folder).get("step")
-    return step if isinstance(step, int) else math.inf
 
 
 def check(config: RunConfig, base: str, data_parallel: int) -> None:
