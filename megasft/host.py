@@ -35,8 +35,8 @@ def device_memory() -> int:
 
 @contextlib.contextmanager
 def copying() -> Iterator[None]:
-    """Around copies from the device to pinned memory, in any thread: they are complete after it, and do not wait for
-    what the device is busy with. What they copy must be complete before.
+    """Around copies from the device to pinned memory, in any thread: they are complete afterwards, and do not wait for
+    other work on the device. What they copy must be complete before.
     """
     if not CUDA:
         yield
@@ -52,17 +52,17 @@ def _own() -> int:
 
 
 def synchronize() -> None:
-    """Wait for the device, so that a clock read next is honest."""
+    """Wait for the device, so that a time taken next includes its work."""
     if CUDA:
         torch.cuda.synchronize()
 
 
 def collectives() -> list[list[dict[str, Any]]]:
-    """The last collectives that this process entered, as PyTorch's flight recorders of gloo and NCCL know them.
+    """The last collectives that this process entered, from PyTorch's flight recorders of gloo and NCCL.
 
-    An entry says what (`profiling_name`), in which group (`process_group`: name, description), which one of that group
-    (`collective_seq_id`) and whether it is over (`retired`). torch 2.13 records by default, TORCH_FR_BUFFER_SIZE of
-    them; reading 2,000 takes 20 ms, from any thread.
+    An entry has the kind (`profiling_name`), the group (`process_group`: name, description), the number within the
+    group (`collective_seq_id`) and whether it has ended (`retired`). torch 2.13 records TORCH_FR_BUFFER_SIZE of them by
+    default; reading 2,000 takes 20 ms, from any thread.
     """
     import torch._C._distributed_c10d
 
@@ -76,8 +76,8 @@ def collectives() -> list[list[dict[str, Any]]]:
 def grouped_rows(dtype: torch.dtype) -> int:
     """Multiple to which each expert's rows are padded in a grouped GEMM.
 
-    oneDNN compiles a bf16 kernel for every row count it meets (about 1 ms each) and routing makes new counts all the
-    time; with counts rounded up to 32 they soon repeat. fp32 on the CPU, and CUDA, take any count.
+    oneDNN compiles a bf16 kernel for each new row count (about 1 ms) and routing produces new counts all the time;
+    rounded up to multiples of 32 they soon repeat. fp32 on the CPU, and CUDA, take any count.
     """
     return 32 if not CUDA and dtype == torch.bfloat16 else 1
 
@@ -90,10 +90,10 @@ def experts_at_once() -> int:
 
 
 def be_deterministic() -> None:
-    """Choose, wherever there is a choice, what gives the same bits again; call it before CUDA or NCCL is used.
+    """Make runs bitwise reproducible where there is a choice; call it before CUDA or NCCL is used.
 
-    torch raises where an operation has no such kernel. Of NCCL's algorithms the ones that add up in the switch (NVLS)
-    are left out, as Megatron-LM's `--deterministic-mode` asks; those of the environment are kept.
+    torch raises where an operation has no deterministic kernel. NCCL's algorithms that sum in the switch (NVLS) are
+    excluded, as by Megatron-LM's `--deterministic-mode`; variables set in the environment are kept.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")

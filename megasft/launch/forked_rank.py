@@ -78,10 +78,8 @@ def _run(main: Callable[[], None], environment: dict[str, str]) -> NoReturn:
     code = 1
     try:
         os.environ.update(environment)
-        import torch
-
-        # While there is one thread: after a fork torch does not remake its pool safely.
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+        if "torch" in sys.modules:  # while there is one thread: after a fork torch does not remake its pool safely
+            sys.modules["torch"].set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
         main()
         code = 0
     except SystemExit as error:

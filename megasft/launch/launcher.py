@@ -128,9 +128,9 @@ def _start(
     use_cores(ranks)
     from megasft import host
 
-    forks = not host.CUDA
-    if forks:
+    if forks := not host.CUDA:
         preload()
+        forks = len(os.listdir("/proc/self/task")) == 1  # thread pools, of OpenMP for one, do not survive a fork
     world = {
         "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",

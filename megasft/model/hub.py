@@ -1,5 +1,6 @@
 """Where a model is: a local folder, or a Hugging Face hub id."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -16,8 +17,11 @@ def find_model(name: str) -> Path:
     Raises UserError if it cannot be had, within seconds if there is no network.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    return folder if folder.is_dir() else _from_hub(name)
+
+
+@functools.cache  # a process asks several times on the way of one job
+def _from_hub(name: str) -> Path:
     check_name(name)
     from huggingface_hub import HfApi, snapshot_download
 

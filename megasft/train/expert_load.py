@@ -1,4 +1,4 @@
-"""How many tokens each expert gets: counted, reported, and evened out by a load-balancing loss where one is asked for.
+"""Tokens per expert: counted, reported, and balanced by an optional loss.
 
 With C_e the tokens sent to expert e and Q_e its router probability (softmax over all experts), both summed over all
 tokens of the global batch and all sparse layers, R tokens x sparse layers, and E experts, the loss is
@@ -34,8 +34,8 @@ from megasft.model.qwen3_moe import Qwen3Moe
 class ExpertLoad:
     """The load of every expert over one global batch.
 
-    Begin it with `start`; add up `counted` over all ranks, with whatever else is to be added up, and hand that to
-    `settle`. Then `tokens` int64 [sparse layers, experts] holds the whole counts, on the host.
+    Call `start`, sum `counted` over all ranks (together with whatever else is summed), and pass the sum to `settle`.
+    Then `tokens` int64 [sparse layers, experts] holds the total counts, on the host.
 
     Args:
         coefficient: of the load-balancing loss; 0: none, and no forward to count.
@@ -49,10 +49,10 @@ class ExpertLoad:
         self.tokens = torch.zeros(len(layers), self.experts, dtype=torch.int64)
         self.capacity = model.config.moe_expert_capacity_factor is not None
         self.balance_loss = 0.0
-        self.dropped = 0  # of all choices of an expert, those that came to nothing
+        self.dropped = 0  # of all choices of an expert, those that its capacity dropped
 
     def start(self, batches: MicroBatches | list[MicroBatch], training: bool) -> None:
-        """Forget what was counted; if training with a balancing loss, weigh the experts for it (a forward)."""
+        """Reset the counts; when training with a balancing loss, compute the experts' weights in it (a forward)."""
         self._clear(None)
         if training and self.coefficient and len(self.tokens):
             self._clear(self._weights(batches))

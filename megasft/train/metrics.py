@@ -21,7 +21,11 @@ class Metrics:
     and another when they are written.
 
     Args:
-        step, length: of a resumed run; what `metrics.jsonl` holds beyond `length` bytes was written after `step`.
+        step, length: of a resumed run: its step, and the bytes of `metrics.jsonl` when that step was saved. Of later
+            lines only those of checkpoints up to `step` stay: they are written when a checkpoint is on disk.
+
+    Attributes:
+        checkpoints: the steps of the checkpoints among these lines.
     """
 
     def __init__(self, folder: Path, total_steps: int, step: int = 0, length: int = 0) -> None:
@@ -30,7 +34,11 @@ class Metrics:
         self._file = open(folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._unwritten: list[bytes] = []
         self._length = min(length, self._file.tell())  # of complete lines
+        kept = _checkpoint_lines(folder / "metrics.jsonl", self._length, step) if length else []
         self._file.truncate(self._length)
+        self.checkpoints = [number for number, _ in kept]
+        for _, line in kept:
+            self._write(line)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.display = open_display(total_steps, step)
 
@@ -85,3 +93,16 @@ class Metrics:
         with contextlib.suppress(OSError):
             self._board.close()
         self._file.close()
+
+
+def _checkpoint_lines(path: Path, start: int, step: int) -> list[tuple[int, str]]:
+    """(step, line) of the checkpoints up to `step`, from byte `start` on."""
+    found = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        file.seek(start)
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be cut off
+                record = json.loads(line)
+                if record["kind"] == "checkpoint" and record["step"] <= step and line.endswith("\n"):
+                    found.append((record["step"], line))
+    return found

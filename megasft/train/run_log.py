@@ -38,10 +38,10 @@ class RunLog:
         if self._metrics:
             self._metrics.record(kind, step, **values)
 
-    def rewrite(self, kind: str, step: int, **values: Any) -> None:
-        """A line that metrics.jsonl lost when the run resumed; the terminal showed it before."""
-        if self._metrics:
-            self._metrics.write(kind, step, **values)
+    def resumed_from(self, folder: Path, step: int) -> None:
+        """Record the checkpoint a run resumes from, if the run was killed before its line was written."""
+        if self._metrics and step not in self._metrics.checkpoints:
+            self._metrics.write("checkpoint", step, path=str(folder))
 
     def say(self, message: str) -> None:
         """One line on standard error."""

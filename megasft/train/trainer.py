@@ -251,8 +251,7 @@ class Trainer:
             )
         self.log.open(self.total_steps, self.step, self.state.metrics_bytes if restored.same_run else 0)
         if restored.same_run and self.state.saved == self.step:
-            # Its line was written after the checkpoint, so the checkpoint's metrics_bytes leave it out.
-            self.log.rewrite("checkpoint", self.step, path=str(restored.folder))
+            self.log.resumed_from(restored.folder, self.step)
 
     def _plan(self, ahead: int) -> None:
         """Set the number of steps and their learning rates, for a run that is `ahead` steps of its place in the data.

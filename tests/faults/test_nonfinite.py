@@ -141,7 +141,7 @@ def test_steps_that_are_skipped_are_counted_and_their_samples_written_down(runs)
 
 def test_too_many_in_a_row_stop_the_run_which_goes_on_where_it_was(runs):
     folder, said = run(runs, "stopping", broken=True, most=2)
-    assert "of 2 steps in a row, the last of them step 5, was not finite" in said
+    assert "not finite in 2 steps in a row, the last of them step 5" in said
     assert "metrics.jsonl" in said
     assert "\n" not in said
     assert [line["step"] for line in lines(folder) if line["kind"] == "event"] == [4, 5]

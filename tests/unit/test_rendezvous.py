@@ -12,7 +12,7 @@ from megasft.messages import UserError
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(rendezvous, "PATIENCE", 10.0)
+    monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 10.0)
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
@@ -44,7 +44,7 @@ def test_where_the_store_is_new_the_highest_count_tells_a_restart(server):
 
 
 def test_a_rank_that_never_comes_is_named(server, monkeypatch):
-    monkeypatch.setattr(rendezvous, "PATIENCE", 0.3)
+    monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 0.3)
     with pytest.raises(
         UserError, match=r"rank 0 for ranks 1, 2 waited .* minutes: was the job launched on all its nodes"
     ):

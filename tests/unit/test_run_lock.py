@@ -41,7 +41,7 @@ def holder(tmp_path):
 
 
 def test_a_second_job_is_refused_with_host_and_process_of_the_first(tmp_path, holder, monkeypatch):
-    monkeypatch.setattr(run_lock, "PATIENCE", 0.2)
+    monkeypatch.setattr(run_lock, "WAIT_SECONDS", 0.2)
     first = holder(60)
     with pytest.raises(UserError, match=rf"output_dir = '{tmp_path}': process {first.pid} on {os.uname().nodename} is"):
         run_lock.hold(tmp_path)

@@ -1,8 +1,8 @@
-"""Writing checkpoints while training goes on.
+"""Writing checkpoints in the background.
 
-A save copies this rank's states to host memory and returns. A thread of each rank then writes its own file; that of
-rank 0 makes the adapter of them, adds the rest and gives the folder its name. The threads speak over a gloo group of
-their own. A failure on any rank is known to all, removes what was written and leaves the checkpoints before it alone.
+A save copies this rank's states to host memory and returns. A thread of each rank then writes the rank's file; that of
+rank 0 makes the adapter from the files, adds the rest and gives the folder its name. The threads have a gloo group of
+their own. A failure on any rank reaches all; what was written is removed and earlier checkpoints stay as they are.
 """
 
 import os
@@ -37,7 +37,7 @@ class Outcome:
 
 
 class CheckpointWriter:
-    """Saves a run's states now and then. Every rank makes one and calls `save` at the same steps.
+    """Writes checkpoints of a run. Every rank makes one and calls `save` at the same steps.
 
     `take_outcome` tells, once, how each save ended.
     """
@@ -56,16 +56,18 @@ class CheckpointWriter:
         self._saved_step: int | None = None
 
     def save(self, state: RunState) -> Path:
-        """Begin to save the state as it is now: the folder it will be in. Waits for the save before, if need be."""
+        """Start to save the current state; returns its folder. Waits for the previous save, if it is not done."""
         if self._saved_step != state.step:
             self.wait()
             self._states.copy()
             self._saved_step = state.step
             self._pending = self._thread.submit(self._write, state)
+        else:  # the run was resumed from it
+            self._outcomes.append(Outcome(state.step, self.checkpoints.of(state.step), None))
         return self.checkpoints.of(state.step)
 
     def wait(self) -> str | None:
-        """Return when nothing is being written any more: why the last save came to nothing, None if it did not."""
+        """Return once nothing is being written: why the last save failed, None if it did not."""
         return None if self._pending is None else self._pending.result()
 
     def take_outcome(self) -> "Outcome | None":
@@ -113,7 +115,7 @@ class CheckpointWriter:
         self.checkpoints.prune(self._config.checkpoint.keep, state.best_step)
 
     def _write_adapter(self, work: Path, saved: SavedShards) -> None:
-        """The adapter that the master weights are."""
+        """The adapter, from the master weights."""
         lora, dtype, shapes = self._model.lora, self._model.config.params_dtype, saved.shapes("master")
         folder, base = work / "adapter", self._base_model
         writer = AdapterWriter(folder, shapes, dtype, lora.r, lora.alpha, "per-expert", base)
@@ -129,7 +131,7 @@ class CheckpointWriter:
         os.rmdir(folder)
 
     def _together(self, do: Callable[[], Any]) -> list[Any]:
-        """What `do` gives on each rank. Raises UserError on all where it fails on any."""
+        """The results of `do` on all ranks. Raises UserError on all where it fails on any."""
         answer: Any = None
         failure: str | None = None
         try:

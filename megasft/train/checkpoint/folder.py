@@ -1,4 +1,4 @@
-"""A checkpoint on disk: a folder that appears whole or not at all and says of itself whether it is undamaged.
+"""A checkpoint on disk: a folder that appears complete or not at all, with checksums of its files.
 
     checkpoints/
       latest -> step-000100
@@ -9,7 +9,7 @@
         config.toml                                      the resolved run file
         manifest.json                                    size and SHA-256 of each of these; written last
 
-Of random states there is nothing to save: those of a step derive from the seed and its number.
+No random states are saved: those of a step derive from the seed and the step's number.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ _FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # in the checkpoint's own 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands between two steps.
+    """The state of a run between two steps.
 
     Attributes:
         step: optimizer steps taken, those skipped included.
-        updates: of them, those that changed the weights: what Adam counts.
-        skipped: how many of the last steps, in a row, were skipped because loss or gradient was not finite.
-        tokens: fed so far.
+        updates: of these, the steps that changed the weights; Adam counts them.
+        skipped: how many of the last steps in a row were skipped because loss or gradient was not finite.
+        tokens: trained on so far.
         validated: the step of the last validation, -1 before the first.
         saved: the step of the last checkpoint that was due, 0 before the first.
         best, best_step: the lowest validation loss and its step; None and 0 before the first.
-        loader: `Loader.state_dict`, from which the next step's batch follows.
+        loader: `Loader.state_dict`, which determines the next batch.
         metrics_bytes: length of metrics.jsonl.
-        identity: what must not change in a run, by name (`resume.identity`).
+        identity: settings that must not change within a run, by name (`resume.identity`).
     """
 
     step: int = 0
@@ -70,11 +70,11 @@ class Checkpoints:
         self.folder = Path(folder)
 
     def of(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """The folder of a step's checkpoint, whether it exists or not."""
         return self.folder / f"step-{step:06d}"
 
     def all(self) -> list[Path]:
-        """Those there are, the newest first."""
+        """All checkpoints, the newest first."""
         with contextlib.suppress(OSError):
             found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
             return sorted(found, key=_step, reverse=True)
@@ -85,14 +85,14 @@ class Checkpoints:
         return [folder for folder in self.all() if _step(folder) > step]
 
     def begin(self, step: int) -> Path:
-        """An empty folder in which the checkpoint of a step is made. Raises OSError."""
+        """An empty folder to make the checkpoint of a step in. Raises OSError."""
         work = self.folder / f".step-{step:06d}.part"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         return work
 
     def finish(self, work: Path, step: int, state: RunState, config: RunConfig, files: dict[str, str]) -> Path:
-        """Give a checkpoint whose other files are there its name. Raises OSError.
+        """Complete a checkpoint whose other files exist, and give it its name. Raises OSError.
 
         Args:
             files: SHA-256 of each file in `work`, by name.
@@ -115,7 +115,7 @@ class Checkpoints:
         return folder
 
     def point_latest_at(self, folder: Path) -> None:
-        """Have `latest` lead to a checkpoint of this folder. If it cannot, that is said; resuming does not need it."""
+        """Point `latest` at a checkpoint of this folder; warn where that fails, as resuming does not need it."""
         link = self.folder / f".{LATEST}"
         try:
             link.unlink(missing_ok=True)
@@ -123,24 +123,24 @@ class Checkpoints:
             link.rename(self.folder / LATEST)
             _sync(self.folder)
         except OSError as error:
-            say(f"{self.folder / LATEST}: cannot be a link to {folder.name} ({error.strerror})")
+            say(f"{self.folder / LATEST}: cannot be linked to {folder.name} ({error.strerror})")
 
     def prune(self, keep: int, best_step: int) -> None:
-        """Remove all but the newest `keep` and that of the best validation loss."""
+        """Remove all but the newest `keep` and the one of the best validation loss."""
         for folder in self.all()[keep:]:
             if _step(folder) != best_step:
                 with contextlib.suppress(OSError):
                     self._retire(folder)
 
     def clear_leftovers(self) -> None:
-        """Remove what killed runs left unfinished."""
+        """Remove incomplete checkpoints of killed runs."""
         for path in self.folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
             (self.folder / f".{LATEST}").unlink()
 
     def _retire(self, folder: Path) -> None:
-        """Remove a checkpoint; half removed, it has not its name any more."""
+        """Remove a checkpoint, after renaming it: half removed, it must not look complete."""
         gone = self.folder / f".{folder.name}.old"
         shutil.rmtree(gone, ignore_errors=True)
         folder.rename(gone)
@@ -148,9 +148,9 @@ class Checkpoints:
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is; checksums of every `parts`-th file from `part` on only.
+    """What is wrong with a checkpoint; None if nothing is.
 
-    With `parts` 0 of no file.
+    Checksums are verified of every `parts`-th file from `part` on, and of none where `parts` is 0.
     """
     try:
         for i, (name, (size, digest)) in enumerate(sorted(manifest(folder).items())):
@@ -158,7 +158,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
                 if (folder / name).stat().st_size != size:
                     return f"{name} has {(folder / name).stat().st_size:,} bytes instead of {size:,}"
                 if parts and i % parts == part and file_sha256(folder / name) != digest:
-                    return f"{name} is damaged: its checksum is not that of {MANIFEST}"
+                    return f"{name} is corrupted: its checksum is not that of {MANIFEST}"
             except OSError as error:
                 return f"{name} cannot be read ({error.strerror})"
         read_state(folder)
@@ -180,11 +180,11 @@ def manifest(folder: Path) -> dict[str, tuple[int, str]]:
     except OSError as error:
         raise UserError(f"{MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{MANIFEST} is damaged") from None
+        raise UserError(f"{MANIFEST} is corrupted") from None
     if version != FORMAT:
         raise UserError(f"{MANIFEST} is of format {str(version)[:20]}, this megasft reads {FORMAT}")
     if not whole or not {STATE, RUN_FILE} <= files.keys():
-        raise UserError(f"{MANIFEST} is damaged")
+        raise UserError(f"{MANIFEST} is corrupted")
     return files
 
 
@@ -213,7 +213,7 @@ def _is_count(value: Any) -> bool:
 
 
 def optimizer_file(rank: int, world: int) -> str:
-    """The name of a rank's file."""
+    """The name of a rank's optimizer file."""
     return f"optimizer-{rank:05d}-of-{world:05d}.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""Between two changes a run can be saved: another thread than the one that trains may hold it there."""
+"""Lets another thread stop a run between two changes of its state, so that it can be saved there."""
 
 import contextlib
 import datetime
@@ -15,7 +15,7 @@ AGREEMENT = datetime.timedelta(seconds=60)  # of the ranks, where to hold
 
 
 class Gate:
-    """What changes weights, optimizer and counters passes through it, and none does any more once it is held.
+    """Every change of weights, optimizer and counters passes through it; once it is held, none does.
 
     Every rank makes one, at the same time.
 
@@ -36,7 +36,7 @@ class Gate:
 
     @contextlib.contextmanager
     def change(self, step: int) -> Iterator[None]:
-        """Change, in the body, what is saved, on the way to the state after `step`. Waits for ever once it may not."""
+        """Change, in the body, what is saved, towards the state after `step`. Blocks forever once the gate is held."""
         with self._condition:
             self._condition.wait_for(lambda: self._limit == math.inf or (step == self._limit and step > self.rest.step))
             self._changing = step > self.rest.step
@@ -52,18 +52,18 @@ class Gate:
                 do()
 
     def hold(self) -> None:
-        """Return when the run rests after the last step that all ranks took, and will stay so; every rank calls it.
+        """Return once the run rests after the last step that all ranks took; it stays there. Every rank calls it.
 
-        The step under way is given up, unless a rank has begun to change its weights. Raises RuntimeError where the
-        ranks do not come to rest after the same step within a minute.
+        The step in progress is abandoned, unless a rank has begun to change its weights. Raises RuntimeError where the
+        ranks do not rest after the same step within a minute.
         """
         with self._condition:
             self._limit = self.rest.step + self._changing
         limits: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(limits, self._limit, group=self._group)
         with self._condition:
-            # Where one rank is changing its weights all are about to, for it waits for them: they may.
+            # Where one rank is changing its weights, all are about to: it waits for them. They may.
             self._limit = max(limits)
             self._condition.notify_all()
             if not self._condition.wait_for(lambda: self.rest.step == self._limit, AGREEMENT.total_seconds()):
-                raise RuntimeError("the ranks stand after different steps")
+                raise RuntimeError("the ranks rest after different steps")

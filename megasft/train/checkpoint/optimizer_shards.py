@@ -1,4 +1,4 @@
-"""The optimizer's states of this rank as rectangles of whole adapter tensors, into a file and out of any set of files.
+"""This rank's optimizer states as rectangles of the full adapter tensors: into a file, and from any set of files.
 
 The distributed optimizer cuts the flattened parameters of a rank into equal shares wherever the cut falls, and the
 parameters stack the factors of several linear layers. In a checkpoint each state is a rectangle of one factor under
@@ -6,8 +6,8 @@ that factor's own name, such as
 
     exp_avg/model.layers.0.mlp.experts.7.up_proj.lora_A.weight[0:16,0:2048]
 
-in an ordinary safetensors file, so that any number of ranks in any topology finds what it needs. A factor that several
-tensor-parallel ranks hold is written by the first of them.
+in an ordinary safetensors file, so that any number of ranks in any topology finds what it needs. Where several
+tensor-parallel ranks hold the same factor, the first writes it.
 """
 
 import bisect
@@ -61,10 +61,10 @@ class Piece:
 
 
 class OptimizerShards:
-    """This rank's optimizer states: a copy of them for a file, and back from the files of any topology.
+    """This rank's optimizer states: copied and written to a file, or read from the files of any topology.
 
     Attributes:
-        written: how many parts of files `write` has written so far.
+        written: parts of files that `write` has written so far.
     """
 
     def __init__(self, model: Qwen3Moe, optimizer: MegatronOptimizer) -> None:
@@ -79,14 +79,14 @@ class OptimizerShards:
         self._header: bytes = b""
 
     def copy(self) -> None:
-        """Copy the states to host memory, in buffers that stay; `write` writes them while training goes on."""
+        """Copy the states to host buffers; `write` writes these while training continues."""
         with host.copying():
             for part, copies in zip(owned(self._optimizer), self._copies, strict=True):
                 for name, state in part.states.items():
                     copies[name].copy_(state.view(-1), non_blocking=True)
 
     def write(self, path: Path) -> str:
-        """Write the copy to `path`, which reaches the disk; its SHA-256. Raises OSError."""
+        """Write the copy to `path` and flush it to disk; returns its SHA-256. Raises OSError."""
         written = [
             (state, piece, copies[state])
             for state in STATES
@@ -106,7 +106,7 @@ class OptimizerShards:
     def load(self, files: Iterable[Path], adam_steps: int) -> None:
         """Fill weights, master weights and moments of this rank from a checkpoint's files.
 
-        Raises UserError where they do not hold all of it.
+        Raises UserError where something is missing.
         """
         saved = SavedShards(files)
         make_moments(self._optimizer, adam_steps)
@@ -117,13 +117,13 @@ class OptimizerShards:
             for state, tensor in part.states.items():
                 flat = tensor.view(-1)
                 if state != "master" or part.parameter.dtype != torch.float32:  # whose master weights are the weights
-                    flat.zero_()  # what belongs to no factor is padding, and always zero
+                    flat.zero_()  # elements of no factor are padding, and always zero
                     for piece in parts:
                         saved.fill(piece.of(flat), state, piece.name, piece.rectangle)
 
 
 def pieces(part: Owned, shards: list[Shard]) -> list[Piece]:
-    """What a rank owns of a parameter, as rectangles: of each factor in it the whole rows and a part row at each end.
+    """A rank's share of a parameter as rectangles: of each factor the full rows, and a partial row at each end.
 
     Args:
         shards: the rank's, in the order of their addresses.
@@ -143,7 +143,7 @@ def _address(shard: Shard) -> int:
 
 
 def _owned_of(shard: Shard, at: int, start: int, end: int) -> Iterator[Piece]:
-    """Rectangles of a shard that begins with element `at` of the flattened parameter, of which start:end count."""
+    """Rectangles of a shard that starts at element `at` of the flattened parameter, within start:end."""
     rows, columns = shard.local.shape
     stride = int(shard.local.stride(0)) if rows > 1 else columns
     first = max(0, -(-(start - at - columns + 1) // stride))
@@ -174,7 +174,7 @@ def _owned_of(shard: Shard, at: int, start: int, end: int) -> Iterator[Piece]:
 
 
 def _runs(written: Iterable[tuple[Piece, Tensor]]) -> Iterator[Tensor]:
-    """The pieces one after the other, neighbours in memory together."""
+    """The pieces in order, those adjacent in memory joined."""
     flat, start, end = torch.empty(0), 0, 0
     for piece, source in written:
         rows, columns = piece.shape
@@ -203,11 +203,11 @@ class SavedShards:
                 match = _KEY.fullmatch(key)
                 r0, r1, c0, c1 = (int(match[group]) for group in ("r0", "r1", "c0", "c1")) if match else (0,) * 4
                 if match is None or spec != TensorSpec(torch.float32, (r1 - r0, c1 - c0)):
-                    raise UserError(f"{path}: tensor {key[:200]!r} is not one of an optimizer")
+                    raise UserError(f"{path}: tensor {key[:200]!r} does not belong to an optimizer")
                 self._found.setdefault((match["state"], match["name"]), []).append((((r0, r1), (c0, c1)), file, key))
 
     def shapes(self, state: str) -> dict[str, tuple[int, int]]:
-        """Of each factor."""
+        """Rows and columns of each factor."""
         shapes: dict[str, tuple[int, int]] = {}
         for name, ((_, r1), (_, c1)), _ in self.of(state):
             rows, columns = shapes.get(name, (0, 0))
@@ -215,14 +215,14 @@ class SavedShards:
         return shapes
 
     def of(self, state: str) -> Iterator[tuple[str, Rectangle, Tensor]]:
-        """All rectangles of a state: factor, place, values."""
+        """All rectangles of a state: factor, rectangle, values."""
         for (kind, name), places in self._found.items():
             if kind == state:
                 yield from ((name, rectangle, file.tensor(key)) for rectangle, file, key in places)
 
     def fill(self, out: Tensor, state: str, name: str, wanted: Rectangle) -> None:
         """Copy the rectangle `wanted` of a factor's state to `out`."""
-        out.fill_(math.nan)  # to see what is missing, however the rectangles lie
+        out.fill_(math.nan)  # shows what is missing, however the rectangles lie
         for (rows, columns), file, key in self._found.get((state, name), ()):
             r, c = _common(rows, wanted[0]), _common(columns, wanted[1])
             if r[0] < r[1] and c[0] < c[1]:
@@ -231,7 +231,7 @@ class SavedShards:
                     raise UserError(f"{file.path}: {key} holds values that are not finite")
                 out[_within(r, wanted[0]), _within(c, wanted[1])] = source.to(out.device, out.dtype)
         if out.isnan().any():
-            raise UserError(f"the checkpoint has not all of {state} of {name!r}")
+            raise UserError(f"the checkpoint lacks parts of {state} of {name!r}")
 
 
 def _common(one: Span, other: Span) -> Span:

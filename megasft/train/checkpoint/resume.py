@@ -1,4 +1,4 @@
-"""Whether and from where a run goes on, and what may not have changed since."""
+"""Whether a run resumes and from which checkpoint, and what may not have changed since."""
 
 import contextlib
 import os
@@ -21,10 +21,10 @@ from megasft.train.checkpoint.folder import RUN_FILE, Checkpoints, RunState, dam
 
 
 def find(config: RunConfig, topology: Topology) -> tuple[Path, RunState] | None:
-    """The checkpoint to go on from and its state, None for a run from the start; every rank calls it.
+    """The checkpoint to resume from and its state, None for a run from the start; every rank calls it.
 
-    The ranks share the work of its checksums. One that is damaged is passed over for the one before it, which is said.
-    Raises UserError where the one asked for is damaged, or all are.
+    The ranks share the work of its checksums. A corrupted one is skipped with a warning, for the one before it. Raises
+    UserError where the one asked for is corrupted, or all are.
     """
     output = Path(config.job.output_dir)
     own = Checkpoints(output / "checkpoints")
@@ -46,20 +46,20 @@ def find(config: RunConfig, topology: Topology) -> tuple[Path, RunState] | None:
         if setting != "auto":
             raise UserError(f'[checkpoint] resume = {setting!r}: {folder}: {wrong}; name another checkpoint, or "auto"')
         if topology.is_first:
-            say(f"{folder}: {wrong}; going back to the checkpoint before it")
+            say(f"{folder}: {wrong}; using the checkpoint before it")
     if candidates and found is None:
         raise UserError(
-            f'{own.folder}: no checkpoint in it is undamaged; start again with [checkpoint] resume = "never", or in '
-            "another [job] output_dir"
+            f"{own.folder}: all checkpoints in it are corrupted; start from scratch with --resume never, or in another "
+            "[job] output_dir"
         )
     return found
 
 
 def tidy(config: RunConfig, found: tuple[Path, RunState] | None) -> None:
-    """Make of `output_dir` what it was when the checkpoint was written from which the run goes on; rank 0 calls it.
+    """Restore `output_dir` to what it was when the checkpoint to resume from was written; rank 0 calls it.
 
-    What is there of another run, or of a later part of this one, is moved to a folder `earlier-<n>`; what killed runs
-    left unfinished is removed. Raises UserError.
+    Files of another run, or of a later part of this one, are moved to a folder `earlier-<n>`; incomplete files of
+    killed runs are removed. Raises UserError.
     """
     output = Path(config.job.output_dir)
     own = Checkpoints(output / "checkpoints")
