@@ -33,7 +33,7 @@ def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None)
         if topology.is_first:
             preflight.check(config, topology.sizes)
             run_lock.refuse_second(config.job.output_dir)
-    # The data before the weights: a bad line, or data other than a checkpoint's, are found in seconds.
+    # Data before weights: a bad line, or other data than the checkpoint's, is found in seconds.
     train, validation = load_data(config, topology)
     with topology.together():
         if topology.is_first:
@@ -51,7 +51,7 @@ def initialize(config: RunConfig) -> Topology:
     sizes = resolve_topology(config.data.topology, int(os.environ.get("WORLD_SIZE", 1)))
     if config.job.deterministic:
         host.be_deterministic()
-    # What finds ranks that stand still (megasft.launch.watchdog) comes first: it can say which.
+    # Longer than the watchdog's limit, which can name the rank that hangs.
     return join_world(sizes, config.job.seed, max(30.0, 2 * config.job.timeout_minutes))
 
 
@@ -83,9 +83,9 @@ def load_model(
     quant: QuantSettings | None = None,
     **settings: Any,
 ) -> qwen3_moe.Qwen3Moe:
-    """The base model `name`, a folder or hub id, with the adapter in the folder `adapter`, or fresh ones if `lora` asks
-    for any and there is none; with `quant` over 4 bits. `settings` are the others of `qwen3_moe.build_model`. Raises
-    UserError on every rank.
+    """The base model `name`, a folder or hub id, with the adapter in the folder `adapter`, else fresh adapters if
+    `lora` names targets; with `quant` over a 4-bit base. `settings` go to `qwen3_moe.build_model`. Raises UserError on
+    every rank.
     """
     with topology.together():
         folder = find_model(name)
@@ -93,7 +93,7 @@ def load_model(
         check_fits(hf_config, topology.sizes, quant)
     model = qwen3_moe.build_model(hf_config, topology, lora, dtype, quant=quant, **settings)
     with topology.together():
-        # The adapter before the weights: one that does not fit is refused before a large file is read.
+        # Adapter before weights: one that does not fit is refused before a large file is read.
         if adapter:
             load_adapter(model, adapter)
         elif lora:
@@ -119,7 +119,7 @@ def load_data(config: RunConfig, topology: Topology) -> tuple[Mix, Mix | None]:
 
 
 def _tokenized(config: RunConfig, more: list[str]) -> list[Path]:
-    """The cache's folders of the training data and of `more` files, made now if need be."""
+    """The token cache's folders of the training data and of `more` files; those missing are made."""
     folder = find_model(config.job.model)
     tokenizer = load_tokenizer(folder)
     tokenizer.check_vocabulary(read_config(folder).vocab_size)

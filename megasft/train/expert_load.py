@@ -68,7 +68,7 @@ class ExpertLoad:
         return torch.cat([counts.flatten(), sums])
 
     def settle(self, total: Tensor) -> None:
-        """Take what `counted` adds up to over all ranks."""
+        """Take the sum of `counted` over all ranks."""
         counts, sums, dropped = total.cpu().split([self.tokens.numel(), self.experts, 1])
         self.dropped = int(dropped)
         self.tokens = counts.view_as(self.tokens).long()
@@ -76,10 +76,10 @@ class ExpertLoad:
         self.balance_loss = float(self.experts * (share @ sums)) / max(1.0, rows) ** 2
 
     def report(self) -> dict[str, float | None]:
-        """For a line of metrics: the busiest expert's tokens over the mean of all, as a mean over layers and at worst.
+        """For a line of metrics: the busiest expert's tokens over the mean of all, averaged over layers and at worst.
 
-        1 is even, experts / top-k the most there can be. The share of all choices that an expert's capacity left out,
-        where there is one; the load-balancing loss, before its coefficient.
+        1 is even, experts / top-k the maximum. With a capacity also the share of choices it dropped, with a balancing
+        loss its value before the coefficient.
         """
         if not self.tokens.numel():
             return {}
@@ -115,10 +115,10 @@ class ExpertLoad:
                 micro_batch_size=1,
                 forward_only=True,
             )
-        tracker.set_states(states)  # the step drops what the count dropped, so its tokens go where they were counted
+        tracker.set_states(states)  # the step draws the same dropout, so its tokens go to the experts counted here
         groups, here = self.model.topology.groups, self.counted()
-        speaks = groups.tp.rank() == 0 and groups.pp.rank() == 0  # of the ranks that have the same micro batches
-        supervised = sum(int((batch.labels >= 0).sum()) for batch in batches) if speaks else 0
+        counts_labels = groups.tp.rank() == 0 and groups.pp.rank() == 0  # of the ranks that have the same micro batches
+        supervised = sum(int((batch.labels >= 0).sum()) for batch in batches) if counts_labels else 0
         total = torch.cat([here, here.new_tensor([supervised])])
         dist.all_reduce(total)
         share = total[: self.tokens.numel()].view_as(self.tokens).sum(0)

@@ -369,7 +369,7 @@ class Trainer:
             forward_only=not training,
         )
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        # Every rank of a tensor-parallel group of the last stage holds the same sums; the first speaks for it.
+        # Every rank of a tensor-parallel group of the last stage holds the same sums; count the first rank's.
         if outcomes and self.topology.groups.tp.rank() == 0:
             total += torch.stack(outcomes).sum(0)
         total = torch.cat([total, self.load.counted()])
