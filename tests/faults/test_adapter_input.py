@@ -81,21 +81,21 @@ def of_other_width(tensors):
 # What is wrong, how to bring it about, and what the line says. These are wrong whatever is done with the adapter.
 BROKEN = {
     "no such folder": (lambda folder: (folder / CONFIG).unlink(), "it has no adapter_config.json"),
-    "not JSON": (lambda folder: (folder / CONFIG).write_text("{"), "not a readable adapter configuration"),
-    "not an object": (lambda folder: (folder / CONFIG).write_text("[]"), "not a readable adapter configuration"),
+    "not JSON": (lambda folder: (folder / CONFIG).write_text("{"), "cannot be read as an adapter configuration"),
+    "not an object": (lambda folder: (folder / CONFIG).write_text("[]"), "cannot be read as an adapter configuration"),
     "another method": (lambda folder: edit_config(folder, peft_type="IA3"), "peft_type = 'IA3'"),
     "DoRA": (lambda folder: edit_config(folder, use_dora=True), "use_dora = True is not supported"),
     "PiSSA": (lambda folder: edit_config(folder, init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
-    "no rank": (lambda folder: edit_config(folder, r=None), "do not give positive ranks"),
-    "bad pattern": (lambda folder: edit_config(folder, rank_pattern={"(": 4}), "do not give positive ranks"),
-    "rank not of the tensors": (lambda folder: edit_config(folder, r=8), "gives it rank 8"),
+    "no rank": (lambda folder: edit_config(folder, r=None), "ranks in rank_pattern must be positive"),
+    "bad pattern": (lambda folder: edit_config(folder, rank_pattern={"(": 4}), "patterns valid regular expressions"),
+    "rank not of the tensors": (lambda folder: edit_config(folder, r=8), "sets its rank to 8"),
     "pickled": (pickled, "pickled adapters are never read"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "no such file"),
     "truncated": (truncate, "damaged or not a safetensors file"),
     "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "damaged or not a safetensors file"),
     "NaN": (lambda folder: edit_tensors(folder, set_nan), "lora_B.weight' holds values that are not finite"),
     "infinite": (lambda folder: edit_tensors(folder, set_infinite), "lora_A.weight' holds values that are not finite"),
-    "A without B": (lambda folder: edit_tensors(folder, lambda t: t.pop(f"{Q}.lora_B.weight")), "and not the other"),
+    "A without B": (lambda folder: edit_tensors(folder, lambda t: t.pop(f"{Q}.lora_B.weight")), "lora_A but no lora_B"),
     "a bias too": (
         lambda folder: edit_tensors(folder, lambda t: t.update({f"{Q}.bias": torch.ones(4)})),
         "q_proj.bias'",
@@ -254,7 +254,7 @@ def quantized_base(world):
 @pytest.mark.parametrize(
     ("spoil", "want"),
     [
-        (lambda world, patch: full_disk(patch), "needs 0.0 GB, and its disk has 0.0 GB free"),
+        (lambda world, patch: full_disk(patch), "needs 0.0 GB, but its disk has 0.0 GB free"),
         (lambda world, patch: disk_that_fills_up(patch), "No space left on device"),
         (lambda world, patch: broken_base(world), "model.safetensors: damaged or not a safetensors file"),
         (lambda world, patch: quantized_base(world), "q_proj.weight' is quantized"),
@@ -276,4 +276,4 @@ def test_a_size_that_is_none_is_refused(world, capsys, monkeypatch):
 
 def test_an_adapter_that_names_no_base_needs_the_option(world, capsys, monkeypatch):
     arguments = ("--adapter", world / "adapter", "--out", world / "out")
-    assert "add --model" in refused(capsys, monkeypatch, "merge", *arguments)
+    assert "pass --model" in refused(capsys, monkeypatch, "merge", *arguments)

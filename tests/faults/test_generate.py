@@ -156,7 +156,7 @@ ON_THE_RANKS = {
         ["adapter_model.safetensors", "another model"],
     ),
     "adapter of a larger model": (
-        other_adapter(num_hidden_layers=4), "{}/model --adapter {}/other -p x", ["model.layers.3", "another one"]
+        other_adapter(num_hidden_layers=4), "{}/model --adapter {}/other -p x", ["model.layers.3", "another model"]
     ),
     "prompt beyond the context": (
         lambda world: short_context(world) or without_weights(world), "{}/model -p much_more_than_there_is_room_for",
