@@ -103,7 +103,7 @@ def test_megasft_train_refuses_with_one_line_and_nothing_else(world, start):
     weights.write_bytes(weights.read_bytes()[:-1000])
     process = start([str(BIN / "megasft"), "train"])
     code, said = finish(process, world, 120)
-    assert re.fullmatch(r"megasft: .*model\.safetensors: damaged.*\n", said)
+    assert re.fullmatch(r"megasft: .*model\.safetensors: corrupted.*\n", said)
     assert code == 2
 
 

@@ -167,7 +167,7 @@ BEFORE_THE_LAUNCH = {
     ),
     "no weights": (without("model/model.safetensors"), "", ["world/model", "no model.safetensors"]),
     "pickled weights": (pickled, "", ["pytorch_model.bin", "convert them to safetensors"]),
-    "truncated weights": (truncated, "", ["model.safetensors", "damaged"]),
+    "truncated weights": (truncated, "", ["model.safetensors", "corrupted"]),
     "index of a missing file": (index_of_a_missing_file, "", ["model-00002-of-00002.safetensors", "not there"]),
     "no such adapter": (nothing, "--set job.init_adapter={}/adapter", ["[job] init_adapter", "world/adapter", "no such"]),
     "no adapter in the folder": (nothing, "--set job.init_adapter={}", ["world", "adapter_config.json"]),
