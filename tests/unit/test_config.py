@@ -292,7 +292,7 @@ def test_the_demo_runs_in_fp32():
         ("training", "use_qlora", "1", "must be true or false"),
         ("quant", "type", '"fp4"', "is not what megasft does; it does 'nf4'"),
         ("quant", "double", '"yes"', "must be true or false"),
-        ("quant", "block_size", "48", "bitsandbytes has blocks of 32, 64, 128"),
+        ("quant", "block_size", "48", "must be one of 32, 64, 128"),
         ("quant", "experts_at_once", "0", "must be greater than or equal to 1"),
         ("quant", "cache_dir", '""', "must have at least 1 character"),
         ("quant", "bnb_4bit_use_double_quant", "true", "did you mean double?"),
@@ -343,7 +343,7 @@ def test_the_demo_runs_in_fp32():
         ("hyperparameters", "lora_target_modules", '["qproj"]', "did you mean 'q_proj'?"),
         ("hyperparameters", "train_kind", '"full"', "must be 'peft' or 'lora'"),
         ("hyperparameters.parallelism", "use_deepspeed", "2", "must be true or false"),
-        ("hyperparameters.parallelism", "deepspeed_stage", "0", "keeps whole optimizer states on every rank"),
+        ("hyperparameters.parallelism", "deepspeed_stage", "0", "keeps complete optimizer states on every rank"),
         ("hyperparameters.parallelism", "deepspeed_stage", "3", "megasft shards them by [data.topology]"),
         ("hyperparameters.parallelism", "deepspeed_stage", "4", "there is no such stage"),
         ("hyperparameters.parallelism", "deepspeed_stage", "true", "must be a valid integer"),
@@ -742,7 +742,7 @@ def test_a_dispatcher_that_the_topology_leaves_no_way_is_refused(topology, reaso
     message = refusal(RunConfig.from_dict, settings("allgather"))
     assert message.startswith('[hyperparameters.parallelism] token_dispatcher = "allgather": needs')
     assert reason in message
-    assert '"alltoall" goes with any topology' in message
+    assert '"alltoall" works with any topology' in message
     for dispatcher in ("auto", "alltoall"):
         RunConfig.from_dict(settings(dispatcher))
 
