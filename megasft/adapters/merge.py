@@ -20,7 +20,7 @@ from megasft.adapters.peft_layout import Shape
 from megasft.config.schema import QuantSettings
 from megasft.messages import UserError
 from megasft.model.hf_checkpoint import Checkpoint
-from megasft.model.quantized_base import through_4_bits
+from megasft.model.quantized_base import quantize_dequantize
 from megasft.storage.new_folder import NewFolder
 from megasft.storage.safetensors import TensorFile, TensorFileWriter, TensorSpec
 
@@ -200,7 +200,7 @@ def _merged(
         yield (), weight.to(dtype)
         return
     for e, matrix in enumerate(weight) if weight.dim() == 3 else [(None, weight)]:
-        matrix = through_4_bits(name, matrix, onto, trained_in) if onto else matrix
+        matrix = quantize_dequantize(name, matrix, onto, trained_in) if onto else matrix
         of_matrix = [delta for delta in deltas if delta.e == e]
         for rows in _row_pieces(matrix):
             piece = matrix[rows]

@@ -154,7 +154,7 @@ BEFORE_THE_LAUNCH = {
         nothing, "--set job.model=megasft-tests/no-such-model", ["[job] model", "no-such-model", "the hub", "a model folder"]
     ),
     "model folder without configuration": (without("model/config.json"), "", ["world/model", "no config.json"]),
-    "configuration is no JSON": (with_text("model/config.json", "{"), "", ["config.json", "not a readable"]),
+    "configuration is no JSON": (with_text("model/config.json", "{"), "", ["config.json", "cannot be read"]),
     "another kind of model": (in_model_config(model_type="llama"), "", ["config.json", "'llama'", "'qwen3_moe'"]),
     "configuration of no model": (in_model_config(num_attention_heads=0), "", ["config.json", "num_attention_heads = 0"]),
     "unknown kind of rope": (in_model_config(rope_parameters={"rope_type": "spiral"}), "", ["rope_parameters", "spiral"]),
@@ -168,7 +168,7 @@ BEFORE_THE_LAUNCH = {
     "no weights": (without("model/model.safetensors"), "", ["world/model", "no model.safetensors"]),
     "pickled weights": (pickled, "", ["pytorch_model.bin", "convert them to safetensors"]),
     "truncated weights": (truncated, "", ["model.safetensors", "corrupted"]),
-    "index of a missing file": (index_of_a_missing_file, "", ["model-00002-of-00002.safetensors", "not there"]),
+    "index of a missing file": (index_of_a_missing_file, "", ["model-00002-of-00002.safetensors", "missing"]),
     "no such adapter": (nothing, "--set job.init_adapter={}/adapter", ["[job] init_adapter", "world/adapter", "no such"]),
     "no adapter in the folder": (nothing, "--set job.init_adapter={}", ["world", "adapter_config.json"]),
     "pickled adapter": (
@@ -283,6 +283,6 @@ def test_a_hub_that_never_answers_is_given_up_in_15_seconds(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
-        with pytest.raises(UserError, match="the hub did not give it"):
+        with pytest.raises(UserError, match="the download from the hub failed"):
             find_model("megasft-tests/no-such-model")
         assert time.monotonic() - started < 15

@@ -167,7 +167,7 @@ def test_a_cache_of_another_checkpoint_is_named_and_made_again(quantize, model, 
     capsys.readouterr()
     assert quantize() == folder
     assert made
-    assert f"{folder}: is of another checkpoint ({model})" in capsys.readouterr().err
+    assert f"{folder}: belongs to another checkpoint ({model})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("field", ["packed", "scales", "groups", "mean", "sums"])
@@ -181,7 +181,7 @@ def test_a_flipped_bit_is_refused_by_name_and_a_deleted_folder_made_again(quanti
     cached.matrix("model.layers.2.mlp.experts.5.up_proj.weight")
     with pytest.raises(UserError) as error:
         cached.matrix(name)
-    for word in (str(file.path), name, "damaged", f"delete {folder}"):
+    for word in (str(file.path), name, "corrupted", f"delete {folder}"):
         assert word in str(error.value)
     shutil.rmtree(folder)
     opened(quantize(), model).matrix(name)
@@ -220,7 +220,7 @@ def test_parts_that_are_zero_or_from_elsewhere_are_refused_by_name(quantize, mod
         spoil(model, lambda tensors: tensors[name].neg_())
         data = bytearray((quantize() / file.path.name).read_bytes())
     file.path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{file.path}: {name!r} is damaged, .*; delete {folder}"):
+    with pytest.raises(UserError, match=f"{file.path}: {name!r} is corrupted: .*; delete {folder}"):
         opened(folder, model).matrix(name)
 
 
@@ -242,7 +242,7 @@ def test_a_file_of_other_tensors_is_refused_by_name(quantize, model, damage):
     else:
         data = file.read_bytes()
         file.write_bytes(bytes(100) + data[100:])
-    with pytest.raises(UserError, match=f"{file}: damaged.*; delete {folder}, and the next run makes it again"):
+    with pytest.raises(UserError, match=f"{file}: corrupted.*; delete {folder}, and the next run rebuilds it"):
         opened(folder, model).matrix("model.layers.2.mlp.experts.6.up_proj.weight")
 
 
