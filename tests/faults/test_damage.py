@@ -136,7 +136,7 @@ def test_if_all_are_damaged_one_line_says_how_to_begin_again(try_each):
             empty(folder.with_name(name) / "state.json")
 
     words = try_each({"all": all_of_them}, "auto")["all"]
-    assert 'all checkpoints in it are corrupted; start from scratch with --resume never' in words
+    assert "all checkpoints in it are corrupted; start from scratch with --resume never" in words
 
 
 def test_the_link_to_the_latest_decides_nothing(try_each):
