@@ -18,7 +18,7 @@ from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.linear import LoraLinear
 from megasft.model.batch import Segments
 from megasft.model.norm import RMSNorm
-from megasft.storage.shards import Shard, Sharded, whole
+from megasft.storage.shards import Shard, Sharded, full_index
 
 
 class SelfAttention(Sharded):
@@ -68,7 +68,7 @@ class SelfAttention(Sharded):
         yield from self.linear_qkv.base_shards()
         yield from self.linear_proj.base_shards()
         for name, norm in (("q_norm", self.q_layernorm), ("k_norm", self.k_layernorm)):
-            yield Shard(f"{name}.weight", (self.head_dim,), whole(self.head_dim), norm.weight.data)
+            yield Shard(f"{name}.weight", (self.head_dim,), full_index(self.head_dim), norm.weight.data)
 
     def adapter_shards(self) -> Iterator[Shard]:
         yield from self.linear_qkv.adapter_shards()

@@ -33,7 +33,7 @@ from megasft.quant.nf4 import Quantized
 from megasft.storage.digests import cached_sha256
 from megasft.storage.disk_cache import default_cache_dir, make_once
 from megasft.storage.safetensors import RELEASE_BYTES, TensorFile, TensorFileWriter, TensorSpec
-from megasft.storage.shards import Shard, whole
+from megasft.storage.shards import Shard, full_index
 
 MANIFEST = "manifest.json"
 REPORT_SECONDS = 10.0
@@ -150,7 +150,7 @@ def _quantize(
     for stack, (experts, n, k) in (one for layer in layers for one in layer):
         for e in range(experts):
             name = _matrix_name(stack, e)
-            places[name] = checkpoint.locate(Shard(name, (n, k), whole(n, k), None))
+            places[name] = checkpoint.locate(Shard(name, (n, k), full_index(n, k), None))
     last = time.monotonic()
     # One thread per matrix, and one inside torch: a matrix is too little work to split.
     with nf4.one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -26,7 +26,7 @@ from megasft.model.loss import supervised_loss
 from megasft.model.mlp import DenseMLP, Router, SparseMLP
 from megasft.model.norm import RMSNorm
 from megasft.model.rotary import RotaryEmbedding
-from megasft.storage.shards import Shard, part, whole
+from megasft.storage.shards import Shard, full_index, part
 
 
 def build_model(
@@ -213,14 +213,14 @@ class Qwen3Moe(GPTModel):
         if self.pre_process:
             yield self._vocabulary_shard("model.embed_tokens.weight", self.embedding.word_embeddings.weight)
         for prefix, layer in self._layers():
-            yield Shard(f"{prefix}.input_layernorm.weight", (h,), whole(h), layer.input_layernorm.weight.data)
+            yield Shard(f"{prefix}.input_layernorm.weight", (h,), full_index(h), layer.input_layernorm.weight.data)
             yield Shard(
-                f"{prefix}.post_attention_layernorm.weight", (h,), whole(h), layer.pre_mlp_layernorm.weight.data
+                f"{prefix}.post_attention_layernorm.weight", (h,), full_index(h), layer.pre_mlp_layernorm.weight.data
             )
             yield from _under(f"{prefix}.self_attn", layer.self_attention.base_shards())
             yield from _under(f"{prefix}.mlp", layer.mlp.base_shards())
         if self.post_process:
-            yield Shard("model.norm.weight", (h,), whole(h), self.decoder.final_layernorm.weight.data)
+            yield Shard("model.norm.weight", (h,), full_index(h), self.decoder.final_layernorm.weight.data)
             if not tied or not self.pre_process:
                 name = "model.embed_tokens.weight" if tied else "lm_head.weight"
                 yield self._vocabulary_shard(name, self.output_layer.weight)

@@ -46,7 +46,7 @@ def consecutive(lengths: Iterable[int]) -> Iterator[slice]:
         start += n
 
 
-def whole(*shape: int) -> Index:
+def full_index(*shape: int) -> Index:
     """The index of a full tensor of this shape."""
     return tuple(slice(0, n) for n in shape)
 
