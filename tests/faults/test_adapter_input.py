@@ -150,7 +150,7 @@ def try_all(settings, folders):
     return said
 
 
-def test_a_job_refuses_an_adapter_that_does_not_fit_on_every_rank_alike(ranks, tmp_path):
+def test_every_rank_refuses_an_unsuitable_adapter_with_the_same_error(ranks, tmp_path):
     random_model(tiny_config(mlp_only_layers=[])).save_pretrained(tmp_path / "base")
     cases = {"good": (lambda folder: None, "")} | BROKEN | FOREIGN | OTHER
     for name, (spoil, _) in cases.items():
@@ -196,7 +196,7 @@ def world(tmp_path):
 
 
 @pytest.mark.parametrize("case", [*BROKEN, *FOREIGN])
-def test_merge_refuses_it_and_leaves_nothing(world, capsys, monkeypatch, case):
+def test_merge_refuses_a_broken_or_foreign_adapter_and_leaves_no_output(world, capsys, monkeypatch, case):
     spoil, want = (BROKEN | FOREIGN)[case]
     spoil(world / "adapter")
     arguments = ("--model", world / "base", "--adapter", world / "adapter", "--out", world / "out")
@@ -206,7 +206,7 @@ def test_merge_refuses_it_and_leaves_nothing(world, capsys, monkeypatch, case):
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_export_refuses_it_and_leaves_nothing(world, capsys, monkeypatch, case):
+def test_export_refuses_a_broken_adapter_and_leaves_no_output(world, capsys, monkeypatch, case):
     spoil, want = BROKEN[case]
     spoil(world / "adapter")
     line = refused(capsys, monkeypatch, "export", world / "adapter", world / "out", "--layout", "fused")
@@ -227,7 +227,7 @@ def disk_that_fills_up(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])
-def test_an_output_that_holds_files_is_left_alone(world, capsys, monkeypatch, command):
+def test_an_output_folder_with_files_is_refused_and_unchanged(world, capsys, monkeypatch, command):
     (world / "out").mkdir()
     (world / "out" / "mine").write_text("precious")
     arguments = {
@@ -262,14 +262,14 @@ def quantized_base(world):
     ],
     ids=["no room", "disk fills up", "base truncated", "base quantized", "base without configuration"],
 )
-def test_merge_refuses_what_it_cannot_write_or_read(world, capsys, monkeypatch, spoil, want):
+def test_merge_refuses_unreadable_input_and_unwritable_output(world, capsys, monkeypatch, spoil, want):
     spoil(world, monkeypatch)
     arguments = ("--model", world / "base", "--adapter", world / "adapter", "--out", world / "out")
     assert matches(want, refused(capsys, monkeypatch, "merge", *arguments))
     assert {path.name for path in world.iterdir()} == {"base", "adapter"}
 
 
-def test_a_size_that_is_none_is_refused(world, capsys, monkeypatch):
+def test_an_invalid_size_is_refused(world, capsys, monkeypatch):
     arguments = ("--adapter", world / "adapter", "--out", world / "out", "--max-shard-size", "big")
     assert "'big' is not a size" in refused(capsys, monkeypatch, "merge", *arguments)
 

@@ -116,12 +116,12 @@ def test_every_file_is_held_against_the_manifest(runs):
     assert sorted(path.name for path in (runs.folder / "whole" / "checkpoints" / LAST).iterdir()) == FILES
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(try_each):
+def test_resume_skips_a_corrupted_checkpoint_for_the_previous_one(try_each):
     came = try_each(DAMAGES, "auto")
     assert came == dict.fromkeys(DAMAGES, "step 6")
 
 
-def test_a_damaged_checkpoint_that_was_asked_for_is_refused_naming_the_file(try_each):
+def test_a_requested_corrupted_checkpoint_is_refused_naming_the_file(try_each):
     came = try_each(DAMAGES, f"{{}}/{LAST}")
     assert_one_line_each(came)
     for name, words in came.items():
@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_naming_the_file(try_
         assert name.split()[0] in own
 
 
-def test_if_all_are_damaged_one_line_says_how_to_begin_again(try_each):
+def test_if_all_checkpoints_are_corrupted_one_line_says_how_to_restart(try_each):
     def all_of_them(folder: Path) -> None:
         for name in (LAST, BEFORE):
             empty(folder.with_name(name) / "state.json")
@@ -139,7 +139,7 @@ def test_if_all_are_damaged_one_line_says_how_to_begin_again(try_each):
     assert "all checkpoints in it are corrupted; start from scratch with --resume never" in words
 
 
-def test_the_link_to_the_latest_decides_nothing(try_each):
+def test_the_latest_link_has_no_effect_on_resuming(try_each):
     def replace_link(by: Callable[[Path], Any]) -> Callable[[Path], Any]:
         def spoil(folder: Path) -> None:
             link = folder.with_name("latest")
@@ -226,15 +226,15 @@ STATES: dict[str, Callable[[Path], Any]] = {
 }  # fmt: skip
 
 
-def test_a_manifest_that_lies_is_passed_over(try_each):
+def test_resume_skips_a_checkpoint_with_a_false_manifest(try_each):
     assert try_each(MANIFESTS, "auto") == dict.fromkeys(MANIFESTS, "step 6")
 
 
-def test_a_manifest_that_lies_is_refused_if_asked_for(try_each):
+def test_a_requested_checkpoint_with_a_false_manifest_is_refused(try_each):
     assert_one_line_each(try_each(MANIFESTS, f"{{}}/{LAST}"))
 
 
-def test_a_state_of_wrong_types_is_passed_over(try_each):
+def test_resume_skips_a_state_with_wrong_types(try_each):
     assert try_each(STATES, "auto") == dict.fromkeys(STATES, "step 6")
 
 
@@ -307,7 +307,7 @@ LIES: dict[str, Callable[[Path], Any]] = {
 }  # fmt: skip
 
 
-def test_other_lies_are_one_line(try_each):
+def test_every_false_content_is_refused_in_one_line(try_each):
     came = try_each(LIES, f"{{}}/{LAST}")
     for name, words in came.items():
         assert "Traceback" not in words, f"{name}: {words}"
@@ -316,12 +316,12 @@ def test_other_lies_are_one_line(try_each):
         assert len(words) < 700, f"{name}: {words}"
 
 
-def test_a_run_file_of_other_shape_is_no_matter(try_each):
+def test_a_malformed_saved_run_file_does_not_prevent_resuming(try_each):
     spoils = {"empty": writing("config.toml", ""), "data a number": writing("config.toml", "data = 3\n[lora]\nr = [1]")}
     assert try_each(spoils, f"{{}}/{LAST}") == dict.fromkeys(spoils, "step 8")
 
 
-def test_a_huge_step_takes_no_time(try_each):
+def test_a_huge_step_number_resumes_at_once(try_each):
     def spoil(folder: Path) -> None:
         for key in ("step", "updates"):
             changing("state.json", key, to=2**62)(folder)

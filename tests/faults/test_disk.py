@@ -119,7 +119,7 @@ def events(run: Path) -> list[str]:
     return [f"{record['event']}: {record['reason']}" for record in records if record["kind"] == "event"]
 
 
-def test_a_full_disk_costs_checkpoints_but_no_step_and_no_line(world, tmp_path):
+def test_a_full_disk_costs_checkpoints_but_no_steps_and_no_metrics(world, tmp_path):
     with small_disk(tmp_path / "small") as disk:
         run = disk / "full"
         command = start(world, run, in_rank=spoil_between, args=(str(disk), False))
@@ -135,7 +135,7 @@ def test_a_full_disk_costs_checkpoints_but_no_step_and_no_line(world, tmp_path):
         assert {path.name for path in run.rglob(".*")} == {".lock"}
 
 
-def test_lines_of_metrics_that_find_no_space_are_kept_for_when_there_is_some(tmp_path, capsys):
+def test_metrics_are_buffered_while_the_disk_is_full_and_written_later(tmp_path, capsys):
     with small_disk(tmp_path / "small") as disk:
         metrics = Metrics(disk, 200)
         metrics.record("event", 1, event="before")
@@ -154,7 +154,7 @@ def test_lines_of_metrics_that_find_no_space_are_kept_for_when_there_is_some(tmp
     ] == [True] * 2
 
 
-def test_a_read_only_folder_of_checkpoints_costs_checkpoints_only(world, tmp_path):
+def test_a_read_only_checkpoint_folder_costs_only_checkpoints(world, tmp_path):
     run = tmp_path / "readonly"
     with small_disk(run / "checkpoints") as disk:
         command = start(world, run, in_rank=spoil_between, args=(str(disk), True))
@@ -166,7 +166,7 @@ def test_a_read_only_folder_of_checkpoints_costs_checkpoints_only(world, tmp_pat
         ]
 
 
-def test_told_so_the_run_stops_with_one_line_and_goes_on_when_there_is_space(world, tmp_path):
+def test_with_on_failure_stop_a_full_disk_ends_the_run_and_it_resumes_when_there_is_space(world, tmp_path):
     with small_disk(tmp_path / "small") as disk:
         run = disk / "stops"
         command = start(world, run, "checkpoint.on_failure='stop'", "training.validation.save_best_model_at_end=false",
@@ -179,7 +179,7 @@ def test_told_so_the_run_stops_with_one_line_and_goes_on_when_there_is_space(wor
         assert_same_run(world / "whole", run)
 
 
-def test_a_final_adapter_that_finds_no_space_is_one_line_and_made_by_the_same_command(world, tmp_path):
+def test_a_full_disk_at_the_final_adapter_is_one_line_and_the_same_command_finishes_it(world, tmp_path):
     with small_disk(tmp_path / "small") as disk:
         run = disk / "end"
         command = start(world, run, in_rank=spoil_the_end, args=(str(disk),))
@@ -193,7 +193,7 @@ def test_a_final_adapter_that_finds_no_space_is_one_line_and_made_by_the_same_co
         assert {path.name for path in run.rglob(".*")} == {".lock"}
 
 
-def test_an_output_folder_that_may_not_be_written_to_is_refused_before_a_launch(world, tmp_path):
+def test_a_read_only_output_folder_is_refused_before_the_launch(world, tmp_path):
     with small_disk(tmp_path / "small") as disk:
         mount("-o", "remount,ro", str(disk))
         command = start(world, disk / "run")

@@ -56,7 +56,7 @@ def answer_by_peft(world: Path, adapter: Path, messages: list[dict], new: int) -
 # --- what it prints ---
 
 
-def test_an_answer_is_on_standard_output_and_all_else_on_standard_error(megasft, world, adapter):
+def test_only_the_answer_is_on_standard_output(megasft, world, adapter):
     messages = [{"role": "system", "content": "Say it."}, {"role": "user", "content": GREETING}]
     want = answer_by_peft(world, adapter, messages, 30)
     # The run file says model, adapter, topology (two ranks) and precision; the prompt is given, or piped in.
@@ -172,7 +172,7 @@ ON_THE_RANKS = {
 
 
 @pytest.mark.parametrize("case", BEFORE_THE_LAUNCH)
-def test_before_anything_is_launched(megasft, world, case):
+def test_a_mistake_is_refused_before_the_launch(megasft, world, case):
     spoil, text, words = BEFORE_THE_LAUNCH[case]
     spoil(world)
     ended = megasft("generate", *text.format(*[world] * text.count("{}")).split())
@@ -181,7 +181,7 @@ def test_before_anything_is_launched(megasft, world, case):
 
 
 @pytest.mark.parametrize("case", ON_THE_RANKS)
-def test_by_all_ranks_with_one_voice(megasft, world, case):
+def test_a_mistake_that_only_ranks_find_is_reported_once(megasft, world, case):
     spoil, text, words = ON_THE_RANKS[case]
     spoil(world)
     ended = megasft("generate", *text.format(*[world] * text.count("{}")).split(), ranks=2)

@@ -3,6 +3,6 @@
 from tests.faults.kills import ANY_TIME, MOMENTS, survive
 
 
-def test_killed_runs_end_in_what_a_run_left_in_peace_ends_in(tmp_path):
+def test_killed_runs_end_with_the_results_of_an_uninterrupted_run(tmp_path):
     survived = survive(tmp_path, 6, seed=7, topologies=["TP=2"], moments=[*MOMENTS, ANY_TIME], say=print)
     assert survived.total() == 6

@@ -85,7 +85,7 @@ def runs(ranks, tmp_path_factory) -> Runs:
      (CASES[2], "gradient", torch.inf, 1), (CASES[3], "gradient", -torch.inf, 0)],
     ids=str,
 )  # fmt: skip
-def test_what_is_not_finite_on_one_rank_changes_nothing_on_any(runs, case, where, value, rank):
+def test_a_nonfinite_value_on_one_rank_skips_the_step_on_all(runs, case, where, value, rank):
     answers = runs.pool(case.ranks, spoilt, runs.settings(case, "unused"), runs.samples, where, value, rank)
     for records in answers:
         assert [i for i, record in enumerate(records) if record["loss"] is None] == list(SPOILT)
@@ -113,7 +113,7 @@ def blind(settings: dict[str, Any], samples: list, held_out: list) -> None:
     trainer.fit()
 
 
-def test_a_validation_that_is_not_finite_is_told_and_ends_nothing(runs):
+def test_a_nonfinite_validation_is_reported_and_the_run_continues(runs):
     settings = runs.settings(CASES[1], "blind")
     runs.pool(2, blind, settings, runs.samples, runs.held_out)
     found = [(line["step"], line["loss"]) for line in lines(runs.folder / "blind") if line["kind"] == "validation"]
@@ -127,7 +127,7 @@ def run(runs: Runs, name: str, broken: bool, most: int) -> tuple[Path, str]:
     return runs.folder / name, said[0]
 
 
-def test_steps_that_are_skipped_are_counted_and_their_samples_written_down(runs):
+def test_skipped_steps_are_counted_and_their_samples_logged(runs):
     folder, said = run(runs, "skipping", broken=True, most=3)
     assert said == ""
     events = [line for line in lines(folder) if line["kind"] == "event"]
@@ -139,7 +139,7 @@ def test_steps_that_are_skipped_are_counted_and_their_samples_written_down(runs)
     assert (state["step"], state["updates"], state["skipped"]) == (STEPS, STEPS - len(SPOILT), 0)
 
 
-def test_too_many_in_a_row_stop_the_run_which_goes_on_where_it_was(runs):
+def test_too_many_skipped_steps_in_a_row_stop_the_run_and_it_resumes_there(runs):
     folder, said = run(runs, "stopping", broken=True, most=2)
     assert "not finite in 2 steps in a row, the last of them step 5" in said
     assert "metrics.jsonl" in said
@@ -154,7 +154,7 @@ def test_too_many_in_a_row_stop_the_run_which_goes_on_where_it_was(runs):
     assert adapters[0] == adapters[1]
 
 
-def test_skips_in_a_row_are_counted_over_a_resumption(runs):
+def test_skipped_steps_in_a_row_are_counted_across_a_resume(runs):
     # `spoil` breaks the steps 3 and 4; a checkpoint after the first of them has skipped = 1.
     settings = {
         "training": {"max_nonfinite_steps": 2, "validation": {"enabled": False}},

@@ -229,7 +229,7 @@ def arguments(case: str, text: str, world: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("case", BEFORE_THE_LAUNCH)
-def test_before_anything_is_launched(megasft, world, case):
+def test_a_mistake_is_refused_before_the_launch(megasft, world, case):
     spoil, text, words = BEFORE_THE_LAUNCH[case]
     spoil(world)
     ended = megasft(*arguments(case, text, world))
@@ -239,7 +239,7 @@ def test_before_anything_is_launched(megasft, world, case):
 
 
 @pytest.mark.parametrize("case", ON_THE_RANKS)
-def test_by_all_ranks_with_one_voice(megasft, world, case):
+def test_a_mistake_that_only_ranks_find_is_reported_once(megasft, world, case):
     spoil, text, words = ON_THE_RANKS[case]
     spoil(world)
     ended = megasft(*arguments(case, text, world), ranks=2)
@@ -258,7 +258,7 @@ def test_torchruns_ranks_refuse_what_the_launcher_would(megasft, world, case):
 
 
 @pytest.mark.parametrize("case", ["unknown key", "topology on another number of ranks"])
-def test_the_rank_that_comes_first_speaks(megasft, world, case):
+def test_the_first_rank_with_an_error_reports_it(megasft, world, case):
     # torchrun ends the others as soon as one has exited.
     spoil, text, words = BEFORE_THE_LAUNCH[case]
     spoil(world)
@@ -267,19 +267,19 @@ def test_the_rank_that_comes_first_speaks(megasft, world, case):
     assert ended.codes == [2]
 
 
-def test_a_line_break_in_a_path_makes_no_second_line(megasft, world):
+def test_a_line_break_in_a_path_does_not_break_the_error_line(megasft, world):
     ended = megasft("train", "--config", f"{world}/job.toml", "--dataset", "no\nsuch.jsonl")
     assert_one_line(without_progress(ended.said), ["[job] data", "no such.jsonl"])
 
 
-def test_nothing_is_wrong_with_the_job_that_the_cases_spoil(megasft, world):
+def test_the_unspoiled_job_runs(megasft, world):
     ended = megasft("train", "--config", f"{world}/job.toml")
     assert ended.said == "nothing was refused before the launch\n"
     ended = megasft("train", "--config", f"{world}/job.toml", ranks=2)
     assert ended.codes == [0, 0]
 
 
-def test_a_hub_that_never_answers_is_given_up_in_15_seconds(monkeypatch):
+def test_an_unresponsive_hub_fails_within_15_seconds(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()

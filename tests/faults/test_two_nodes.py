@@ -150,7 +150,7 @@ def begun(pair: tuple[Node, Node], folder: Path, *settings: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_node_that_loses_its_power_and_comes_back_changes_nothing(one_node, nodes):
+def test_a_run_survives_a_node_that_reboots(one_node, nodes):
     begun(nodes, one_node)
     nodes[1].power_off()
     nodes[1].begin(one_node / "job.toml")
@@ -160,7 +160,7 @@ def test_a_node_that_loses_its_power_and_comes_back_changes_nothing(one_node, no
 
 
 @pytest.mark.slow
-def test_a_cable_that_is_cut_for_a_while_changes_nothing(one_node, nodes):
+def test_a_run_survives_a_temporary_network_failure(one_node, nodes):
     begun(nodes, one_node)
     ip("-n", nodes[1].namespace, "link", "set", "cable", "down")
     wait_until(lambda: "no progress" in nodes[0].said() and "no answer" in nodes[1].said(), 90)

@@ -23,7 +23,7 @@ def train(settings, samples):
     return [(record["loss"], record["grad_norm"]) for record in records], on_ranks.adapter_parts(model)
 
 
-def test_two_runs_give_the_same_bits(ranks, tmp_path: Path):
+def test_two_deterministic_runs_are_bitwise_equal(ranks, tmp_path: Path):
     config = tiny_config()
     random_model(config).save_pretrained(tmp_path / "base")
     settings = {

@@ -38,7 +38,7 @@ def outcome(seconds, refused):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_first_rank_of_each_node_works_and_its_ranks_get_what_it_made(ranks, world):
+def test_the_first_rank_of_each_node_works_and_all_its_ranks_get_the_result(ranks, world):
     expected = [([rank] if rank % PER_NODE == 0 else [], f"made on {rank - rank % PER_NODE}") for rank in range(world)]
     assert ranks(world, outcome, 0, None) == expected
 
@@ -48,5 +48,5 @@ def test_waiting_outlasts_the_timeout_of_collectives(ranks):
 
 
 @pytest.mark.parametrize("refused", [0, 2])
-def test_a_refusal_on_any_node_ends_every_rank_with_the_same_words(ranks, refused):
+def test_an_error_on_any_node_ends_every_rank_with_the_same_message(ranks, refused):
     assert {said for _, said in ranks(4, outcome, 0, refused)} == {f"refused on {refused}"}

@@ -39,11 +39,11 @@ def test_every_attempt_has_one_number_on_all_ranks(server, order):
     assert agree(server, (0, 0, 0), order) == [(2, 2)] * 3
 
 
-def test_where_the_store_is_new_the_highest_count_tells_a_restart(server):
+def test_on_a_new_store_the_highest_count_identifies_a_restart(server):
     assert agree(server, (0, 2, 1), (0, 1, 2)) == [(0, 2)] * 3
 
 
-def test_a_rank_that_never_comes_is_named(server, monkeypatch):
+def test_a_rank_that_never_joins_is_named(server, monkeypatch):
     monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 0.3)
     with pytest.raises(
         UserError, match=r"rank 0 for ranks 1, 2 waited .* minutes: was the job launched on all its nodes"
