@@ -1,4 +1,4 @@
-"""Adapters and bases that cannot be used: one line that says why, exit code 2, and nothing left behind."""
+"""Unusable adapters and bases: one line with the reason, exit code 2, and no files left behind."""
 
 import json
 import pickle
@@ -27,7 +27,7 @@ EXPERTS = f"{PREFIX}model.layers.1.mlp.experts"
 
 
 class Exploding:
-    """Unpickling this would leave a file behind."""
+    """Unpickling this would create a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -137,7 +137,7 @@ def fuse(folder, change):
 
 
 def try_all(settings, folders):
-    """What `load_adapter` says of each."""
+    """The error of `load_adapter` for each folder, "" without one."""
     _, topology, model = on_ranks.start(settings)
     said = []
     for folder in folders:
@@ -177,7 +177,7 @@ def matches(want, line):
 
 
 def refused(capsys, monkeypatch, *arguments) -> str:
-    """The one line with which the command ends."""
+    """The one line of the command's error."""
     monkeypatch.setattr(sys, "argv", ["megasft", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         cli.main()

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, or that lie: the run goes on from the one before, or ends in one clear line."""
+"""Corrupted and falsified checkpoints: the run resumes from the previous one, or ends with one clear line."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ FILES = [
 
 
 def resumed(settings: dict[str, Any], samples: list[on_ranks.Sample], tries: list[tuple[str, str]]) -> list[str]:
-    """What comes of resuming each (output_dir, resume): "step N", the words of a UserError, or a traceback."""
+    """The outcome of resuming each (output_dir, resume): "step N", the text of a UserError, or a traceback."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     came: list[str] = []
@@ -59,7 +59,7 @@ def runs(ranks, tmp_path_factory) -> Runs:
 
 @pytest.fixture
 def try_each(runs, ranks, tmp_path) -> Callable[[dict[str, Callable[[Path], Any]], str], dict[str, str]]:
-    """`try_each({name: spoil}, resume)`: what comes of resuming a copy of the run whose newest checkpoint is spoilt."""
+    """`try_each({name: spoil}, resume)`: the outcomes of resuming copies of the run with a spoiled newest checkpoint."""
 
     def run(spoils: dict[str, Callable[[Path], Any]], setting: str) -> dict[str, str]:
         tries = []
@@ -161,7 +161,7 @@ def test_the_latest_link_has_no_effect_on_resuming(try_each):
 
 
 def seal(folder: Path) -> None:
-    """Have the manifest say what is there."""
+    """Make the manifest match the files."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
         content = (folder / name).read_bytes()
@@ -179,7 +179,7 @@ def writing(name: str, content: str | bytes) -> Callable[[Path], None]:
 
 
 def changing(name: str, *path: str, to: Any = None, drop: bool = False) -> Callable[[Path], None]:
-    """One value in a JSON file."""
+    """Change one value in a JSON file."""
 
     def spoil(folder: Path) -> None:
         whole = json.loads((folder / name).read_text())
@@ -274,7 +274,7 @@ def reshape(values: dict[str, torch.Tensor]) -> None:
 
 
 def overlap(values: dict[str, torch.Tensor]) -> None:
-    """The first row of a rectangle twice and its last not at all: as many elements as before."""
+    """Store the first row of a rectangle twice and its last not at all, with the same number of elements."""
     key, value = next((key, value) for key, value in values.items() if len(value) > 1)
     name, rows, columns = re.fullmatch(r"(.+)\[(\d+):\d+(,\d+:\d+\])", key).groups()
     del values[key]

@@ -1,4 +1,4 @@
-"""A disk that is full, or that nothing may be written to: training goes on, or stops where it was told to, and it is said."""
+"""A full or read-only disk: training continues with a warning, or stops if the run file says so."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ def fill(folder: Path) -> None:
 
 
 def spoil_between(disk: str, read_only: bool) -> None:
-    """In a rank: before step FULL + 1 rank 0 makes a disk full or read-only, before step FREE + 1 undoes that."""
+    """In a rank: rank 0 makes the disk full or read-only before step FULL + 1, and undoes that before step FREE + 1."""
     train_step = Trainer.train_step
 
     def spoiling(trainer: Trainer) -> dict:
@@ -48,7 +48,7 @@ def spoil_between(disk: str, read_only: bool) -> None:
 
 
 def spoil_the_end(disk: str) -> None:
-    """In a rank: the disk is full when the last adapter is to be written."""
+    """In a rank: the disk is full when the final adapter is written."""
     save = Trainer.save
 
     def spoiling(trainer: Trainer, folder: str | Path) -> None:
@@ -78,7 +78,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """With `whole`, the run on a disk that is well."""
+    """A folder with a job and, in `whole`, its run on a healthy disk."""
     folder = tmp_path_factory.mktemp("disk")
     make_world(folder, tensor=2, steps=STEPS)
     assert start(folder, folder / "whole").wait() == 0
@@ -94,7 +94,7 @@ def start(world: Path, output: Path, *settings: str, in_rank=None, args=()) -> C
 
 
 def assert_same_run(one: Path, other: Path, failed: Sequence[int] = ()) -> None:
-    """The same lines, but for those of checkpoints that `other` could not write, and the same results."""
+    """The same metrics, except for checkpoints that `other` could not write, and the same results."""
     assert [line for line in lines(one) if not (line["kind"] == "checkpoint" and line["step"] in failed)] == [
         line for line in lines(other) if line["kind"] != "event"
     ]

@@ -1,4 +1,4 @@
-"""However a job ends, all of its processes end within 30 seconds and one line says why."""
+"""However a job ends, all its processes end within 30 seconds, and one line says why."""
 
 import json
 import os
@@ -26,7 +26,7 @@ BY_ITSELF = {"megasft train": [sys.executable], "torchrun": TORCHRUN}
 
 @pytest.fixture
 def start(world, environment) -> Callable[..., subprocess.Popen]:
-    """`start(command, *settings)`: begin the job of `world` in a process group of its own, as a terminal does."""
+    """`start(command, *settings)`: start the job of `world` in its own process group, as a terminal does."""
     started = []
 
     def begin(command: list[str], *settings: str) -> subprocess.Popen:
@@ -44,7 +44,7 @@ def start(world, environment) -> Callable[..., subprocess.Popen]:
 
 
 def processes_of(world: Path) -> list[int]:
-    """Every process whose command line names the run file: launcher and ranks, zombies left out."""
+    """All processes whose command line names the run file: launcher and ranks, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -69,7 +69,7 @@ def finish(process: subprocess.Popen, world: Path, seconds: float) -> tuple[int,
 
 
 def steps(world: Path) -> int:
-    """How many steps the job has recorded."""
+    """The number of steps that the job has logged."""
     metrics = world / "run" / "metrics.jsonl"
     return metrics.read_text().count('"train"') if metrics.exists() else 0
 
@@ -79,7 +79,7 @@ NOT_BEGUN = "megasft: interrupted; checkpoints written before are under {}/run"
 
 
 def assert_saved(world: Path, line: str) -> None:
-    """The line names a checkpoint of the last recorded step that nothing is wrong with."""
+    """Assert that the line names an intact checkpoint of the last logged step."""
     match = re.fullmatch(SAVED, line)
     assert match, line
     folder = Path(match[1])

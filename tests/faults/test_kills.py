@@ -1,4 +1,4 @@
-"""A run that is killed loses nothing, whatever moment it is: a handful; `python -m tests.faults.kills` for more."""
+"""A run killed at any moment loses nothing: a few kills; `python -m tests.faults.kills` runs more."""
 
 from tests.faults.kills import ANY_TIME, MOMENTS, survive
 

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: the step changes nothing, on all ranks alike, and too many in a row end the run."""
+"""If the loss or a gradient is not finite, all ranks skip the step; too many skipped steps in a row end the run."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ SPOILT = (3, 4)  # steps
 
 
 def spoil(trainer: Trainer, where: str, value: float, rank: int) -> None:
-    """In the steps SPOILT, put `value` into the loss, or one gradient, of one rank only."""
+    """In the steps SPOILT, put `value` into the loss, or into one gradient, of one rank."""
     if trainer.topology.rank != rank:
         return
     if where == "loss":
@@ -59,7 +59,7 @@ def states(trainer: Trainer) -> dict[str, Any]:
 
 
 def spoilt(settings: dict[str, Any], samples: list, where: str, value: float, rank: int) -> list[dict[str, Any]]:
-    """The records of seven steps; asserts that those spoilt change nothing and the others do."""
+    """The records of seven steps; asserts that the spoiled steps change nothing and the others do."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     spoil(trainer, where, value, rank)
@@ -92,7 +92,7 @@ def test_a_nonfinite_value_on_one_rank_skips_the_step_on_all(runs, case, where, 
 
 
 def fit(settings: dict[str, Any], samples: list, held_out: list, broken: bool) -> str:
-    """Train to the end: "" or the words in which the run stops."""
+    """Train to the end: "" or the error that stops the run."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples), on_ranks.as_samples(held_out))
     if broken:
@@ -105,7 +105,7 @@ def fit(settings: dict[str, Any], samples: list, held_out: list, broken: bool) -
 
 
 def blind(settings: dict[str, Any], samples: list, held_out: list) -> None:
-    """Train to the end with a loss that is not a number in every validation."""
+    """Train to the end with a NaN loss in every validation."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples), on_ranks.as_samples(held_out))
     loss_of = trainer_module._loss

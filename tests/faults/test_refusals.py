@@ -1,4 +1,4 @@
-"""A user's mistake is one line that names it and says what would work, and exit code 2."""
+"""A user's mistake ends with exit code 2 and one line that names it and what would work."""
 
 import json
 import socket
@@ -64,7 +64,7 @@ def with_text(name: str, text: str):
 
 
 def with_line(text: str):
-    """Put a line into the training data, as the third."""
+    """Insert a line into the training data, as the third."""
 
     def spoil(world: Path) -> None:
         lines = (world / "train.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""What a command that finds an earlier run goes on from, moves aside or refuses."""
+"""What a command does with an earlier run: resume it, move it aside or refuse."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.support.world import make_world
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
-    """A job whose run of four steps is finished, with checkpoints of steps 2 and 4."""
+    """A job with a finished run of four steps and checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("done")
     make_world(folder, tensor=2)
     assert start(folder).wait() == 0
@@ -30,7 +30,7 @@ def done(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def world(done, tmp_path) -> Path:
-    """A copy of it to change."""
+    """A copy of the finished job for a test to change."""
     folder = shutil.copytree(done, tmp_path / "world", symlinks=True)
     run_file = folder / "job.toml"
     run_file.write_text(run_file.read_text().replace(str(done), str(folder)))

@@ -1,4 +1,4 @@
-"""A rank that hangs is named within the time limit, and all end."""
+"""The watchdog names a hanging rank within the time limit and ends all ranks."""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""`[job] deterministic`: two runs in one topology are the same to the last bit."""
+"""`[job] deterministic`: two runs with one topology are bitwise equal."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One rank of each node works and the others wait for it, however long, and end with it."""
+"""One rank per node works; the others wait for it without a time limit and end with it."""
 
 import os
 import time
@@ -17,7 +17,7 @@ PER_NODE = 2
 
 
 def outcome(seconds, refused):
-    """What this rank gets of work that takes `seconds` and that rank `refused` refuses."""
+    """This rank's result of work that takes `seconds` and fails on rank `refused`."""
     rank, world = dist.get_rank(), dist.get_world_size()
     topology = regroup(resolve_topology(RunConfig().data.topology, world), 0)
     os.environ["LOCAL_RANK"] = str(rank % PER_NODE)

@@ -1,4 +1,4 @@
-"""A run that is interrupted and goes on: bit for bit under the same topology, and as under any other under another."""
+"""An interrupted run resumes bitwise exactly with the same topology, and within rounding with another."""
 
 import json
 import shutil
@@ -42,14 +42,14 @@ def test_resuming_with_the_same_topology_is_bitwise_exact(ranks, tmp_path, case,
     # With dropout: its masks are those that the run without a break drew.
     runs = Runs(tmp_path, ranks, dropout=0.3, bf16=bf16)
     whole = runs.run(case, "whole")
-    assert_same_run(whole, runs.go_on(whole, EVERY, case, "from a scheduled one"))
+    assert_same_run(whole, runs.resume_from(whole, EVERY, case, "from a scheduled one"))
 
 
 @pytest.mark.parametrize("place", range(len(CASES)), ids=lambda place: f"{CASES[place]} to the next")
 def test_resuming_with_another_topology_agrees_within_rounding(runs, place):
     before, after = CASES[place], CASES[(place + 1) % len(CASES)]
     whole = runs.run(before, f"whole {before}")
-    other = runs.go_on(whole, EVERY, after, f"{before} to {after}")
+    other = runs.resume_from(whole, EVERY, after, f"{before} to {after}")
     # The bound of the invariance suite, for the same reason.
     assert difference(whole, other) <= 1e-5
     assert [(line["kind"], line["step"]) for line in lines(whole)] == [
@@ -59,14 +59,14 @@ def test_resuming_with_another_topology_agrees_within_rounding(runs, place):
 
 
 def shown(run):
-    """The steps of the curve that TensorBoard draws of the loss."""
+    """The steps of the loss curve in TensorBoard."""
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     return [event.step for event in events.Scalars("train/loss")]
 
 
 def saved(run):
-    """The steps whose checkpoints are there, and those that metrics.jsonl tells of."""
+    """The steps of the existing checkpoints, and those that metrics.jsonl lists."""
     there = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-000???"))
     return there, [line["step"] for line in lines(run) if line["kind"] == "checkpoint"]
 
@@ -96,7 +96,7 @@ def test_checkpoints_may_be_a_link_to_another_disk(runs):
     (runs.folder / "big").mkdir()
     (runs.folder / "linked").mkdir()
     (runs.folder / "linked" / "checkpoints").symlink_to("../big")
-    assert_same_run(whole, runs.go_on(whole, EVERY, CASES[0], "linked"))
+    assert_same_run(whole, runs.resume_from(whole, EVERY, CASES[0], "linked"))
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["back", "elsewhere"])
@@ -149,7 +149,7 @@ def test_a_resumed_run_trains_on_changed_data_for_the_remaining_epochs(runs):
     assert saved(whole)[0] == [3, 6, 9]
     fewer, runs.samples = runs.samples, on_ranks.random_samples(runs.config.vocab_size, [7] * 44)
     try:  # six steps an epoch in place of three
-        other = runs.go_on(
+        other = runs.resume_from(
             whole, 6, CASES[0], "longer epochs", checkpoint={"allow_changed": ["data"], "every_steps": 4}, **epochs
         )
         assert saved(other)[0] == [6, 8, 12]
@@ -158,7 +158,7 @@ def test_a_resumed_run_trains_on_changed_data_for_the_remaining_epochs(runs):
 
 
 def failing_to_save(settings, samples):
-    """What waiting for a save that failed gives, to the one who hears of it first and to the next."""
+    """The results of the first and of the second wait for a failed save."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     trainer.output_dir.mkdir()
@@ -178,7 +178,7 @@ def test_a_failed_save_is_reported_again_when_the_run_is_stopped(ranks, runs, tm
 
 
 def locked_elsewhere(settings, samples):
-    """Whether another process finds the folder locked: before the run, while it trains, afterwards."""
+    """Whether the folder is locked for another process: before the run, while it trains, afterwards."""
     config, topology, model = on_ranks.start(settings)
     file = Path(settings["job"]["output_dir"]) / run_lock.NAME
     # Not in this process, to which its own locks are none, and which would give them back on closing the file.

@@ -1,4 +1,4 @@
-"""A whole step sends what the formulas of `step_traffic` say, over the groups they name, and nothing else."""
+"""A complete step sends exactly what the formulas of `step_traffic` say, over the groups they name."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Loss, gradients, loss curve and exported adapter do not depend on topology nor on how a batch is cut."""
+"""Loss, gradients, loss curve and exported adapter do not depend on the topology or on how a batch is split."""
 
 import pytest
 

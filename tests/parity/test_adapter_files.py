@@ -1,4 +1,4 @@
-"""What is exported is what was trained, to peft and to ourselves."""
+"""The exported adapter is the trained one, for peft and for megasft."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Token counts of every expert and the load-balancing loss are those of one transformers forward of the global batch."""
+"""Token counts of all experts and the load-balancing loss equal those of one transformers forward of the global batch."""
 
 import pytest
 import torch
@@ -48,9 +48,9 @@ def world(tmp_path_factory):
 
 
 def of_transformers(reference, samples):
-    """One forward of all samples as a padded batch: counts, loss, balancing loss, and gradients of their weighted sum.
+    """One forward of all samples as a padded batch: counts, loss, balancing loss, and gradients of the losses' weighted sum.
 
-    The last token of a sample is only ever a target: it is not among what is fed.
+    The last token of a sample is only a target, not an input.
     """
     config, longest = reference.model.config, max(len(ids) for ids, _ in samples) - 1
     fed, labels = torch.zeros(len(samples), longest, dtype=torch.int64), torch.full((len(samples), longest), -100)
@@ -76,7 +76,7 @@ def of_transformers(reference, samples):
 
 
 def one_batch(settings, samples):
-    """What `of_transformers` gives, of this rank."""
+    """The results of `of_transformers`, for this rank."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     loss, _, parts = on_ranks.measure_gradients(trainer, len(samples))
@@ -111,7 +111,7 @@ def test_the_balancing_loss_contributes_to_the_compared_gradients(world):
 
 
 def both_counts(settings, samples):
-    """This rank's counts of the forward that only counts, and of the step's."""
+    """This rank's counts from the counting forward and from the step's forward."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     weigh, counts = trainer.load._weights, []
@@ -139,7 +139,7 @@ def test_a_step_drops_the_same_choices_as_the_counting_forward(ranks, world, cas
 
 
 def steps(settings, samples):
-    """The records of three steps, with how often the routers ran in each; validated between them."""
+    """The records of three steps with validations between them, and how often the routers ran in each."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     _, router = next(model.routers())

@@ -1,4 +1,4 @@
-"""Greedy tokens in fp32 are those of transformers + peft, under any topology, with a cache or without."""
+"""Greedy tokens in fp32 equal those of transformers + peft, under any topology, with and without a cache."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def world(tmp_path_factory):
 
 
 def over(settings: dict, tensor=1, expert=1, expert_tensor=1, pipeline=1, replicas=1) -> tuple[int, dict]:
-    """(ranks, settings) for a topology; experts are spread over as many ranks as it takes."""
+    """(ranks, settings) for a topology, with the experts distributed over its ranks."""
     ranks = max(tensor, expert * expert_tensor) * pipeline * replicas
     sizes = {
         "tensor_parallel": tensor,
@@ -57,14 +57,14 @@ def over(settings: dict, tensor=1, expert=1, expert_tensor=1, pipeline=1, replic
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """Of one token, of odd and even lengths, and with a beginning in common."""
+    """Prompts of one token, of odd and even lengths, and with a common prefix."""
     ids = [ids.tolist() for ids, _ in on_ranks.random_samples(203, [1, 6, 31])]
     return [*ids, ids[2][:12] + ids[1]]
 
 
 @pytest.fixture(scope="module")
 def want(world, prompts) -> list[list[int]]:
-    """What transformers + peft generate."""
+    """The tokens that transformers + peft generate."""
     folder, _ = world
     model, base = loaded_by_peft(folder / "base", folder / "adapter"), base_model(folder / "base")
 

@@ -1,4 +1,4 @@
-"""A merged checkpoint is a model folder like its base, and computes what base and adapter compute together."""
+"""A merged checkpoint is a model folder like its base, and gives the logits of base plus adapter."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ SAMPLES = random_samples(203, [24] * 4)
 
 
 def write_base(folder: Path, experts: str = "per-expert", dtype: torch.dtype = torch.float32, **changes) -> Path:
-    """As hub checkpoints have experts, or as transformers 5 holds them in memory."""
+    """Experts in the layout of hub checkpoints, or as transformers 5 holds them in memory."""
     model = random_model(tiny_config(**{"mlp_only_layers": [], **changes})).to(dtype)
     model.save_pretrained(folder)
     if experts == "fused":

@@ -1,4 +1,4 @@
-"""Over a 4-bit base: the weights are bitsandbytes' bits under every topology, and the products are right."""
+"""QLoRA: under every topology, weights are bitwise those of bitsandbytes, and products are correct."""
 
 import shutil
 import weakref
@@ -114,7 +114,7 @@ def random(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
 def quantized(
     experts: int, dtype: torch.dtype, settings: QuantSettings, rank: int = 0, size: int = 1, row: bool = False
 ):
-    """(a QuantizedWeight of two fused parts, what it holds as a dense [E, 2 N, K] in `dtype`)."""
+    """(a QuantizedWeight of two fused parts, its values as a dense [E, 2 N, K] in `dtype`)."""
     rows, inputs = slice(0, N) if row else part(N, rank, size), part(K, rank, size) if row else slice(0, K)
     weight = QuantizedWeight(experts, {"a": (N, rows), "b": (N, rows)}, K, inputs, dtype, settings)
     dense = torch.empty(weight.shape, dtype=dtype)
@@ -295,7 +295,7 @@ def test_merging_onto_the_quantized_base_uses_the_precision_of_the_run(ranks, tm
 
 
 def adapter_of_q(folder: Path, **changes) -> Path:
-    """An adapter of nothing but q_proj."""
+    """An adapter of q_proj only."""
     write_adapter(random_adapter(config_in_blocks(**changes), R, frozenset({"q_proj"})), folder / "of q", R, ALPHA)
     return folder / "of q"
 

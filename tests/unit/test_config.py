@@ -86,7 +86,7 @@ EVERY_LAYER = {"q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Write a run file into an empty working directory and return the name it has there."""
+    """Write a run file to an empty working directory and return its name."""
     monkeypatch.chdir(tmp_path)
 
     def write_file(text: str, name: str = "job.toml") -> str:

@@ -1,4 +1,4 @@
-"""The demo's world: its data, its tokenizer, and the tool that checks an adapter with peft."""
+"""The demo's data and tokenizer, and the tool that checks an adapter with peft."""
 
 import ast
 import dataclasses

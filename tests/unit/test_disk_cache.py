@@ -1,4 +1,4 @@
-"""Folders that are made once, also where the file system has no locks."""
+"""Cache folders are built once, even on file systems without locks."""
 
 import errno
 import socket

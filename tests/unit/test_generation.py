@@ -1,4 +1,4 @@
-"""Prompts are the template's, text comes as soon as it is certain, and tokens are drawn from what the options leave."""
+"""Prompts follow the template, text is streamed in complete characters, and sampling follows the options."""
 
 import json
 import os

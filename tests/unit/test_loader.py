@@ -23,7 +23,7 @@ ROW = 32
 
 
 def make_samples(lengths, seed=0):
-    """Samples in which every token has an id of its own; about half of them supervised, never the first."""
+    """Samples in which every token has a unique id; about half of them are supervised, never the first."""
     ends = torch.tensor(lengths).cumsum(0)
     total = int(ends[-1])
     mask = torch.from_numpy(np.random.default_rng(seed).random(total) < 0.5)
@@ -53,7 +53,7 @@ def loaders(mix, global_batch, packing, replicas, per_device_batch, tensor=1, se
 
 
 def learned(micro_batches):
-    """The supervised tokens of micro batches, with a look at each: right labels, segments and positions."""
+    """The supervised tokens of micro batches; asserts that each has the right labels, segments and positions."""
     seen = Counter()
     for batch in micro_batches:
         assert len(batch.tokens) == len(batch.labels) == sum(batch.segments.lengths)

@@ -1,4 +1,4 @@
-"""The numbers of NF4: bit for bit bitsandbytes' own."""
+"""Our NF4 codes and values are bitwise those of bitsandbytes."""
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -12,7 +12,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 def weights(dtype: torch.dtype, std: float = 0.02, shape: tuple[int, int] = (48, 512), seed: int = 0) -> torch.Tensor:
-    """Normal ones, with all that is special: blocks of zeros, of one value, of one spike, and negative zeros."""
+    """Normal weights with special cases: blocks of zeros, of one value, with one spike, and negative zeros."""
     w = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std).to(dtype)
     w[1, :256], w[2], w[3, 64:], w[3, 70], w[4, :64] = 0, w[2, 0], 0, -std, -0.0
     return w
@@ -56,7 +56,7 @@ def test_weights_of_any_size_are_quantized_as_bitsandbytes_does(std):
 
 
 def test_the_bf16_table_equals_the_rule_for_every_weight_and_scale():
-    """Every fraction of the largest magnitude against every weight below it, down to where all become zero."""
+    """Every fraction of the largest magnitude, with every smaller weight down to where all become zero."""
     blocks = torch.stack([block for largest in range(0x3F80, 0x4000) for block in _blocks(largest)])
     ours, scales = nf4._quantize_bf16(blocks)
     codes, rule = nf4._quantize_by_rule(blocks)

@@ -1,4 +1,4 @@
-"""The cache of quantized checkpoints: made once, the same for every layout and place, and never trusted blindly."""
+"""The cache of quantized checkpoints is built once, does not depend on layout or path, and is verified when read."""
 
 import json
 import multiprocessing
@@ -54,7 +54,7 @@ def opened(folder: Path, model: Path, **settings) -> QuantizedCheckpoint:
 
 @pytest.fixture
 def made(monkeypatch) -> list[str]:
-    """The names of the matrices that are quantized from now on."""
+    """A list of the matrices quantized from now on."""
     names = []
     quantize = nf4.quantize
     monkeypatch.setattr(nf4, "quantize", lambda *args: names.append(args[-1]) or quantize(*args))
@@ -247,7 +247,7 @@ def test_a_file_with_other_tensors_is_refused_by_name(quantize, model, damage):
 
 
 def test_the_checksum_detects_two_changes_that_cancel_in_a_plain_sum():
-    """Two changes a plain sum of words or one with odd weights would not see, in pieces large and small."""
+    """Two changes that cancel in a plain or an odd-weighted sum of words, in small and large pieces."""
     for words in (2, 7, quantized_base._PIECE + 5):
         value = torch.zeros(words, dtype=torch.int32)
         changed = [value]

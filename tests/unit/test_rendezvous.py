@@ -1,4 +1,4 @@
-"""The ranks of an attempt agree on its number, whatever earlier attempts left and torchrun's agents count."""
+"""The ranks of an attempt agree on its number, whatever earlier attempts left behind and torchrun's agents count."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -23,7 +23,7 @@ def client(server):
 
 
 def agree(server, counts, order):
-    """What each rank learns, where the agents count `counts` restarts and the ranks come in this order."""
+    """What each rank learns if the agents count `counts` restarts and the ranks join in this order."""
     with ThreadPoolExecutor(len(counts)) as ranks:
         asked = {
             rank: ranks.submit(rendezvous._agree, client(server), rank, len(counts), counts[rank]) for rank in order

@@ -1,4 +1,4 @@
-"""A run does not go on over another precision of its base without being told."""
+"""A run does not resume with another precision of its base unless allowed."""
 
 from pathlib import Path
 

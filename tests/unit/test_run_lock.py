@@ -24,7 +24,7 @@ time.sleep(float(sys.argv[2]))
 
 @pytest.fixture
 def holder(tmp_path):
-    """`holder(seconds)`: begin a process that holds `tmp_path` for so long."""
+    """`holder(seconds)`: start a process that locks `tmp_path` for that long."""
     begun = []
 
     def begin(seconds: float) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""The script for Slurm with stand-ins for Slurm's commands: a cluster is not at hand; bash and its signals are real."""
+"""The Slurm script, with stand-ins for Slurm's commands; bash and its signals are real."""
 
 import os
 import signal

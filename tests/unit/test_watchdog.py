@@ -1,4 +1,4 @@
-"""Which ranks are named when a job hangs, given their reports."""
+"""The watchdog's verdict on a hang, given the ranks' reports."""
 
 from dataclasses import replace
 
