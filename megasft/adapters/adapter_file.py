@@ -288,7 +288,7 @@ class AdapterWriter:
 
 
 def all_layers(sparse: list[bool], experts: int) -> Iterator[str]:
-    """Names of all linear layers that LoRA can adapt. `sparse` tells for each layer whether it has experts."""
+    """Names of all linear layers that LoRA can adapt. `sparse` is true for layers with experts."""
     for i, has_experts in enumerate(sparse):
         layer = f"model.layers.{i}"
         yield from (f"{layer}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
