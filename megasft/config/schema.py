@@ -268,7 +268,7 @@ class RunConfig(Section):
         if self.job.data is not None:
             return (MixSettings(path=self.job.data),)
         if not self.data.mix:
-            raise UserError('[job] data: no training data; pass --dataset FILE, or set data = "FILE" in [job]')
+            raise UserError('[job] data: no training data is named; pass --dataset FILE, or set data = "FILE" in [job]')
         return self.data.mix
 
     def world_size(self) -> int | None:
