@@ -183,7 +183,7 @@ def explain(error: ValidationError, file: RunFile, model: type[BaseModel], alias
         case "bool_type":
             reason = "must be true or false"
         case "literal_error" if " or " not in first["ctx"]["expected"]:
-            reason = f"is not what megasft does; it does {first['ctx']['expected']}"
+            reason = f"is not supported; set it to {first['ctx']['expected']}"
         case "value_error":
             reason = str(first["ctx"]["error"])
         case _:

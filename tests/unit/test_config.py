@@ -267,9 +267,9 @@ def test_the_demo_runs_in_fp32():
 @pytest.mark.parametrize(
     ("section", "key", "value", "reason"),
     [
-        ("algorithm", "type", '"online"', "is not what megasft does; it does 'offline'"),
-        ("algorithm", "method", '"dpo"', "is not what megasft does; it does 'sft'"),
-        ("algorithm", "variety", '"full"', "is not what megasft does; it does 'lora'"),
+        ("algorithm", "type", '"online"', "is not supported; set it to 'offline'"),
+        ("algorithm", "method", '"dpo"', "is not supported; set it to 'sft'"),
+        ("algorithm", "variety", '"full"', "is not supported; set it to 'lora'"),
         ("job", "model", "7", "must be a valid string"),
         ("job", "model", '""', "must have at least 1 character"),
         ("job", "data", "[]", "must be a valid string"),
@@ -288,9 +288,9 @@ def test_the_demo_runs_in_fp32():
         ("data.topology", "expert_parallel", '"2"', "must be a valid integer"),
         ("data.topology", "expert_tensor_parallel", "true", "must be a valid integer"),
         ("data.topology", "pipeline_parallel", "2.0", "must be a valid integer"),
-        ("training", "mode", '"full"', "is not what megasft does; it does 'lora'"),
+        ("training", "mode", '"full"', "is not supported; set it to 'lora'"),
         ("training", "use_qlora", "1", "must be true or false"),
-        ("quant", "type", '"fp4"', "is not what megasft does; it does 'nf4'"),
+        ("quant", "type", '"fp4"', "is not supported; set it to 'nf4'"),
         ("quant", "double", '"yes"', "must be true or false"),
         ("quant", "block_size", "48", "must be one of 32, 64, 128"),
         ("quant", "experts_at_once", "0", "must be greater than or equal to 1"),
@@ -368,7 +368,7 @@ def test_a_bad_value_is_refused_with_file_line_section_key_and_reason(write, sec
 
 def test_the_value_is_shown_as_it_was_written(write):
     message = load_refusal(write, '[algorithm]\nmethod = "dpo"')
-    assert message == "job.toml:2: [algorithm] method = \"dpo\": is not what megasft does; it does 'sft'"
+    assert message == "job.toml:2: [algorithm] method = \"dpo\": is not supported; set it to 'sft'"
 
 
 @pytest.mark.parametrize(
