@@ -75,7 +75,7 @@ class Checkpoint:
             if missing:
                 raise UserError(
                     f"{self.folder}: {len(missing)} file(s) of the index are missing, such as {missing[0]}; download "
-                    "the model again"
+                    "or copy the model again"
                 )
             return files
         if single.is_file():

@@ -76,7 +76,7 @@ def _make[T](folder: Path, usable: Callable[[Path], T | None], make: Callable[[P
         os.fsync(descriptor)
         os.close(descriptor)
     if usable(folder) is None:
-        shutil.rmtree(folder, ignore_errors=True)  # corrupted or outdated
+        shutil.rmtree(folder, ignore_errors=True)  # incomplete, or of another key
     try:
         part.rename(folder)
     except OSError:
