@@ -1,10 +1,10 @@
-"""What saving costs: steps that save beside those that do not, and the seconds to the disk.
+"""The cost of checkpointing: how much slower steps that save are, and the seconds until a checkpoint is on disk.
 
     python benchmarks/checkpoint.py --out result.json                           # an adapter of 500 MB
-    python benchmarks/checkpoint.py --preset demo --rank 16 --accumulation 2    # that of `make demo`
+    python benchmarks/checkpoint.py --preset demo --rank 16 --accumulation 2    # the adapter of `make demo`
 
-One rank, fp32: the adapter's states are three times its size (weights, two moments). A round is some steps without a
-save and one with, followed by steps until the checkpoint is on the disk.
+One rank, fp32: a checkpoint is three times the adapter's size (weights, two moments). A round is some steps without a
+save, one with a save, and further steps until the checkpoint is on disk.
 """
 
 import argparse
@@ -37,7 +37,7 @@ RANK = 464  # 128 M trained weights
 
 
 def trainer(folder: Path, shape: Shape, r: int, accumulation: int) -> megasft.Trainer:
-    """A trainer of random conversations on a random model."""
+    """A trainer with a random model and random conversations."""
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(shape.hf_config()).save_pretrained(folder / "base")
     settings = Workload(shape, "fp32", 1, 0).settings(str(folder / "base"))
@@ -54,7 +54,7 @@ def trainer(folder: Path, shape: Shape, r: int, accumulation: int) -> megasft.Tr
 
 
 def measure(run: megasft.Trainer, rounds: int, plain: int) -> dict[str, Any]:
-    """Seconds of steps without a save, of those that save, of those during which is written; and to the disk."""
+    """Seconds per step without a save, with one and while a checkpoint is written, and seconds until it is on disk."""
     without, saving, during, written = [], [], [], []
     run.train_step()
     for i in range(rounds + 1):
@@ -79,7 +79,7 @@ def measure(run: megasft.Trainer, rounds: int, plain: int) -> dict[str, Any]:
             f"without {without[-1]:.2f} s, saving {saving[-1]:.2f} s, on disk after {written[-1]:.2f} s",
             file=sys.stderr,
         )
-        if not i:  # by itself, since it may find caches cold
+        if not i:  # reported separately, because caches may be cold
             first = saving[0]
             without, saving, during, written = [], [], [], []
     folder = run.writer.checkpoints.of(run.state.saved)
@@ -89,7 +89,7 @@ def measure(run: megasft.Trainer, rounds: int, plain: int) -> dict[str, Any]:
         "step_that_saves_seconds": statistics.median(saving),
         "step_that_saves_more": statistics.median(saving) / usual - 1,
         "first_step_that_saves_more": first / usual - 1,
-        # None: every write was over before the next step
+        # None: every write ended before the next step
         "step_while_writing_seconds": statistics.median(during) if during else None,
         "step_while_writing_more": statistics.median(during) / usual - 1 if during else None,
         "until_on_disk_seconds": statistics.median(written),
@@ -98,7 +98,7 @@ def measure(run: megasft.Trainer, rounds: int, plain: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the figures, and write them where asked."""
+    """Print the figures, and write them to --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=SHAPES, default="small", help="the model, and the micro batch")
     parser.add_argument("--rank", type=int, default=RANK, help="LoRA r; 464 makes an adapter of 500 MB")
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     Path("runs").mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir="runs"))  # on the disk of the working directory; /tmp may be memory
+    folder = Path(tempfile.mkdtemp(dir="runs"))  # on the working directory's disk; /tmp may be in memory
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,9 +1,9 @@
-"""What the data path costs. Each figure is one command:
+"""The cost of the data pipeline, one command per figure:
 
-    python benchmarks/data.py tokenize DATASET MODEL      conversations a second on one core
+    python benchmarks/data.py tokenize DATASET MODEL      conversations per second on one core
     python benchmarks/data.py packing [--dataset DATASET --model MODEL --sequence-length N]
     python benchmarks/data.py loader                      seconds that a step waits for its batch
-    python benchmarks/data.py large MODEL [--lines N]     memory to tokenize a large file, and time to open it again
+    python benchmarks/data.py large MODEL [--lines N]     memory to tokenize a large file, and time to reopen it
 
 MODEL is a folder with a tokenizer, DATASET a conversation file or a folder of them.
 """
@@ -24,7 +24,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-ROW, MEDIAN, SIGMA = 4096, 600, 1.0  # tokens of a row; lengths of conversations are log-normal
+ROW, MEDIAN, SIGMA = 4096, 600, 1.0  # tokens per row; median and sigma of log-normal conversation lengths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -33,7 +33,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 def tokenize_(dataset: Path, model: Path, most: int = 20_000) -> None:
     """Parse, check, render, tokenize and mask conversations in this process, with one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    sys.modules["torch"] = None  # type: ignore[assignment] # as in the processes that tokenize
+    sys.modules["torch"] = None  # type: ignore[assignment] # tokenizing processes do not import torch
     from megasft.data.records import conversation_files, read_blocks
     from megasft.data.tokenize import Recipe, tokenize_block
     from megasft.data.tokenizer import load_tokenizer
@@ -60,7 +60,7 @@ def tokenize_(dataset: Path, model: Path, most: int = 20_000) -> None:
 def packing(
     samples: int = 2_000_000, dataset: Path | None = None, model: Path | None = None, sequence_length: int = ROW
 ) -> None:
-    """How full rows are, on log-normal lengths or on a dataset, and how long an epoch's packing takes."""
+    """How full packed rows are, for log-normal lengths or a dataset, and how long packing an epoch takes."""
     from megasft.data.dataset import Batches
 
     if dataset and model:
@@ -79,7 +79,7 @@ def packing(
 
 @app.command()
 def loader(steps: int = 50, step_seconds: float = 0.1, global_batch: int = 64, packed: bool = True) -> None:
-    """What a step of so many seconds waits for its batch of so many rows on this rank, beside preparing it unasked."""
+    """Seconds that a step waits for its batch with the loader's prefetching, and seconds to prepare one without it."""
     import torch
 
     from megasft.data.dataset import Batches, Mix, Samples
@@ -125,27 +125,28 @@ def large(
     lines: int = 2_000_000,
     folder: Annotated[Path | None, typer.Option(help="for the file and the cache, by default a temporary one")] = None,
 ) -> None:
-    """Tokenize a file of so many short conversations, then open it again, each in a process of its own."""
+    """Tokenize a file of `lines` short conversations, then reopen it, each in a separate process."""
     with tempfile.TemporaryDirectory(dir=folder) as own:
         file = Path(own, "large.jsonl")
         _write_conversations(file, lines)
         print(f"{lines:,} lines, {file.stat().st_size / 2**20:,.0f} MiB")
-        for step in ("tokenized", "opened again"):
+        for step in ("tokenized", "reopened"):
             started = time.perf_counter()
             command = [sys.executable, __file__, "open", str(file), str(model), str(Path(own, "cache"))]
             child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             peak = _peak_of_tree(child)
-            said = json.loads(child.communicate()[0].splitlines()[-1])
+            result = json.loads(child.communicate()[0].splitlines()[-1])
             assert child.returncode == 0
             seconds = time.perf_counter() - started
-            print(f"{step}: {said['samples']:,} samples, {said['tokens']:,} tokens in {said['open_seconds']:.2f} s "
-                  f"({seconds:,.0f} s with imports, tokenizer and {said['pack_seconds']:.1f} s of packing); "
+            print(f"{step}: {result['samples']:,} samples, {result['tokens']:,} tokens "
+                  f"in {result['open_seconds']:.2f} s "
+                  f"({seconds:,.0f} s with imports, tokenizer and {result['pack_seconds']:.1f} s of packing); "
                   f"peak memory of all its processes {peak / 2**20:,.0f} MiB")  # fmt: skip
 
 
 @app.command(name="open", hidden=True)
 def open_(file: Path, model: Path, cache_dir: Path) -> None:
-    """What one rank does with a file: find or make the samples, map them, pack an epoch, read a batch."""
+    """One rank's work on a file: tokenize it or open its cache, pack an epoch, read a batch."""
     from megasft.data.dataset import Batches, Mix, Samples
     from megasft.data.token_cache import prepare
     from megasft.data.tokenize import Recipe
@@ -185,9 +186,9 @@ def _write_conversations(file: Path, lines: int) -> None:
 
 
 def _peak_of_tree(child: subprocess.Popen) -> int:
-    """The most memory in bytes that a process and its children held together, looked at every fifth of a second.
+    """Peak memory of a process and its children together, in bytes, sampled every 0.2 s.
 
-    The proportional set size, pages of mapped files included.
+    Memory is the proportional set size, including pages of mapped files.
     """
     peak = 0
     while child.poll() is None:

@@ -1,11 +1,11 @@
-"""The whole of Qwen3-Coder-30B-A3B's shape, trained over 4 bits in the memory of one machine.
+"""Train a model with the full shape of Qwen3-Coder-30B-A3B with QLoRA in the memory of one machine.
 
     python benchmarks/full_depth.py [--layers 48] [--tokens 256] [--steps 2]
 
-48 layers of 128 experts, hidden size 2048, vocabulary 151936; LoRA of rank 16 on q, k, v, o and the router; layers
-recomputed in backward. Weights are drawn normal, a matrix at a time, rounded to bf16 and quantized as a checkpoint's
-would be: its 61 GB never exist, in memory or on disk. Prints the resident memory at its peak, the bytes of all that is
-kept, the seconds of each phase and the tokens a second.
+48 layers of 128 experts, hidden size 2048, vocabulary 151936; LoRA of rank 16 on q, k, v, o and the router; activation
+checkpointing. Each matrix is drawn from a normal distribution, rounded to bf16 and quantized like a checkpoint's, so
+that the 61 GB of bf16 weights never exist, in memory or on disk. Prints the peak resident memory, the bytes of
+everything that stays between steps, the seconds of each phase and the tokens per second.
 """
 
 import os
@@ -48,7 +48,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 2,
     threads: Annotated[int, typer.Option(min=1)] = len(os.sched_getaffinity(0)),
 ) -> None:
-    """Build, train, report."""
+    """Build the model, train it and print the figures."""
     torch.set_num_threads(threads)
     shape = Shape(2048, layers, 32, 4, 128, 128, 8, 768, 151936, conversations=1, length=tokens)
     seconds: dict[str, float] = {}
@@ -58,7 +58,7 @@ def main(
         nonlocal clock
         host.synchronize()
         seconds[phase], clock = time.perf_counter() - clock, time.perf_counter()
-        print(f"{phase}: {seconds[phase]:.1f} s, {host.device_memory() / 2**30:.2f} GiB so far at most", flush=True)
+        print(f"{phase}: {seconds[phase]:.1f} s, {host.device_memory() / 2**30:.2f} GiB peak so far", flush=True)
 
     config = _settings(tokens, steps)
     topology = join_world(resolve_topology(config.data.topology, 1), config.job.seed)
@@ -89,13 +89,13 @@ def _settings(tokens: int, steps: int) -> RunConfig:
 
 def _samples(shape: Shape, steps: int) -> Samples:
     """One conversation of random tokens for each step, all of it supervised."""
-    length = shape.length + 1  # the last token is only predicted
+    length = shape.length + 1  # the last token is only a target
     ids = torch.randint(shape.vocabulary, (steps * length,), generator=torch.Generator().manual_seed(0))
     return Samples(ids.int(), torch.ones(len(ids), dtype=torch.bool), torch.arange(1, steps + 1) * length)
 
 
 def draw(model: Qwen3Moe, workers: int) -> None:
-    """Fill the base: norms of one, all else normal with a standard deviation of 0.02, each matrix from its own seed."""
+    """Initialize the base: norms with 1, the rest normal with standard deviation 0.02, one seed per matrix."""
 
     def fill(shard: Shard) -> None:
         generator = torch.Generator().manual_seed(derived_seed(0, shard.name))
@@ -115,7 +115,7 @@ def draw(model: Qwen3Moe, workers: int) -> None:
 
 
 def kept(trainer: Trainer) -> Counter[str]:
-    """Bytes of all that stays between steps, by kind."""
+    """Bytes of everything that stays in memory between steps, by kind."""
     found: Counter[str] = Counter()
     inside: set[int] = set()
     for module in trainer.model.modules():
@@ -153,7 +153,7 @@ def report(trainer: Trainer, seconds: dict[str, float], tokens: int, losses: lis
     console.print(table)
     measured = (found["4-bit codes"] + found["their scales"]) / weights
     predicted = nf4.bytes_per_weight(trainer.config.quant)
-    print(f"{weights:,} weights in 4 bits: {measured:.5f} bytes a weight; by the formula {predicted:.5f}")
+    print(f"{weights:,} weights in 4 bits: {measured:.5f} bytes per weight; by the formula {predicted:.5f}")
     table = Table("phase", "seconds")
     for phase, value in seconds.items():
         table.add_row(phase, f"{value:.1f}")

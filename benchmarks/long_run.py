@@ -1,8 +1,8 @@
-"""Whether a long run grows: memory, file descriptors, threads and step time of 2,000 tiny steps with a save every 50.
+"""Leak check: memory, file descriptors, threads and step time over 2,000 tiny steps with a checkpoint every 50.
 
     python benchmarks/long_run.py
 
-Exits with 1 if the memory in use grows by more than 1 MiB in 100 steps after warm-up, or descriptors or threads grow.
+Exits with code 1 if memory grows by more than 1 MiB per 100 steps after warm-up, or if descriptors or threads grow.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from megasft.config.schema import RunConfig
 from megasft.data.dataset import Samples
 
 SHAPE = PRESETS["tiny"]
-LIMIT = 2**20  # bytes in 100 steps
+LIMIT = 2**20  # bytes per 100 steps
 
 
 def trainer(folder: Path, steps: int, every: int) -> megasft.Trainer:
-    """A trainer with all that a run has: dropout, validation, checkpoints, metrics, TensorBoard."""
+    """A trainer with everything a run has: dropout, validation, checkpoints, metrics, TensorBoard."""
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(SHAPE.hf_config()).save_pretrained(folder / "base")
     settings = Workload(SHAPE, "fp32", 1, 0).settings(str(folder / "base"))
@@ -53,7 +53,7 @@ def trainer(folder: Path, steps: int, every: int) -> megasft.Trainer:
 
 
 def resident() -> int:
-    """Bytes of this process in memory that no file holds."""
+    """Resident anonymous memory of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -61,7 +61,7 @@ def resident() -> int:
 
 
 def slope(values: list[int]) -> float:
-    """Of the least-squares line, per index."""
+    """Slope of the least-squares line, per index."""
     middle, mean = (len(values) - 1) / 2, statistics.mean(values)
     moment = sum((i - middle) * (value - mean) for i, value in enumerate(values))
     return moment / sum((i - middle) ** 2 for i in range(len(values)))
@@ -93,7 +93,7 @@ def main() -> None:
         if len(memory) % 200 == 0:
             typical = statistics.median(seconds[-200:])
             print(f"step {len(memory):5}: {memory[-1] / 2**20:7.1f} MiB, {counts[-1][0]} descriptors, "
-                  f"{counts[-1][1]} threads, {1e3 * typical:.1f} ms a step", flush=True)  # fmt: skip
+                  f"{counts[-1][1]} threads, {1e3 * typical:.1f} ms per step", flush=True)  # fmt: skip
         return record
 
     megasft.Trainer.train_step = look  # type: ignore[method-assign,assignment]
@@ -113,7 +113,7 @@ def main() -> None:
         (max(c[i] for c in counts[warm : 2 * warm]), max(c[i] for c in counts[-warm:])) for i in (0, 1)
     )
     print(
-        f"after {warm} steps: {growth / 2**10:.1f} KiB more memory in 100 steps; "
+        f"after {warm} steps: memory grows by {growth / 2**10:.1f} KiB per 100 steps; "
         f"descriptors {descriptors[0]} then {descriptors[1]}; threads {threads[0]} then {threads[1]}; "
         f"step {1e3 * times[0]:.1f} then {1e3 * times[1]:.1f} ms"
     )

@@ -1,4 +1,4 @@
-"""The machine under the benchmark: what it is, how fast it multiplies, and how much memory a step takes."""
+"""The benchmark's machine: its description, its GEMM rate, and the memory that a step takes."""
 
 import contextlib
 import ctypes
@@ -21,7 +21,7 @@ PROBE_SECONDS = 0.05
 
 
 def describe(dtype: str, ranks: int) -> dict[str, Any]:
-    """What the figures depend on."""
+    """The hardware, versions and settings that the figures depend on."""
     return {
         "processor": torch.cuda.get_device_name() if host.CUDA else _cpu_model(),
         "cores": os.cpu_count(),
@@ -43,7 +43,7 @@ def _cpu_model() -> str:
 
 
 class GemmProbe:
-    """How fast this rank multiplies plain matrices. Sampled between steps, it suffers what they suffer."""
+    """This rank's rate of plain matrix products. Sampled between steps, it sees the same disturbances as they do."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         device = host.device()
@@ -53,7 +53,7 @@ class GemmProbe:
         ]
         self.seconds: list[list[float]] = [[] for _ in PROBES]
         for x, weight in self.operands:
-            x @ weight.t()  # kernels are made at their first use
+            x @ weight.t()  # warm up: kernels are initialized on first use
 
     def sample(self) -> None:
         """Multiply each of PROBES for PROBE_SECONDS, at least once."""
@@ -76,14 +76,14 @@ class GemmProbe:
 
 @dataclass
 class Peak:
-    """Bytes that were in use at most beyond those in use before; None where the system does not tell."""
+    """Peak bytes in use beyond those in use before; None if the system does not report them."""
 
     bytes: int | None = None
 
 
 @contextlib.contextmanager
 def peak_of_body() -> Iterator[Peak]:
-    """Measure what the body takes and may give back: activations and other temporaries."""
+    """Measure the peak memory of the body, including what it frees again: activations and other temporaries."""
     peak = Peak()
     if host.CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -92,7 +92,7 @@ def peak_of_body() -> Iterator[Peak]:
         peak.bytes = torch.cuda.max_memory_allocated() - before
         return
     try:
-        # So that memory which malloc keeps for later counts when it is used. "5" starts the high-water mark anew.
+        # Trim first, so that memory that malloc keeps in reserve counts when it is used. "5" resets the peak.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
@@ -104,7 +104,7 @@ def peak_of_body() -> Iterator[Peak]:
 
 
 def _status(key: str) -> int:
-    """Bytes that /proc/self/status says for `key`."""
+    """The value of `key` in /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024

@@ -1,11 +1,11 @@
-"""Memory and speed of `megasft merge` on a checkpoint larger than it may hold in memory.
+"""Memory and speed of `megasft merge` on a checkpoint larger than its memory limit.
 
     python benchmarks/merge.py [--layers 5] [--fused] [--folder DIR]
 
 Makes a bf16 checkpoint with layers of Qwen3-30B-A3B's shape (1.24 GB each, and 1.24 GB for embedding and head) and an
-adapter of rank 16 on all of them, merges them in a process of its own, and prints that process's peak resident memory
-and how many megabytes of checkpoint it writes a second, fsync included. All files are made tensor by tensor in a
-temporary folder, of which twice the checkpoint's size must be free, and removed afterwards.
+adapter of rank 16 on all of them, merges them in a separate process, and prints that process's peak resident memory
+and the megabytes of checkpoint that it writes per second, fsync included. All files are in a temporary folder, which
+needs twice the checkpoint's size, and are deleted afterwards.
 """
 
 import json
@@ -56,7 +56,7 @@ def main(
 
 
 def linears(layer: int) -> Iterator[tuple[str, int, int]]:
-    """Every linear layer of a layer with its outputs and inputs."""
+    """Name, outputs and inputs of every linear module in a layer."""
     path = f"model.layers.{layer}"
     for name, outputs in ATTENTION.items():
         yield f"{path}.self_attn.{name}", outputs, HIDDEN
@@ -69,7 +69,7 @@ def linears(layer: int) -> Iterator[tuple[str, int, int]]:
 
 
 def write_base(folder: Path, layers: int, fused: bool) -> int:
-    """One file a layer; returns the bytes of the largest tensor."""
+    """Write one file per layer; return the bytes of the largest tensor."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "dtype": "bfloat16"}))
     files: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -110,7 +110,7 @@ NOISE = torch.randn(2**24, generator=torch.Generator().manual_seed(0))
 
 
 def fill(writer: TensorFileWriter, name: str) -> None:
-    """With random values that repeat: drawing gigabytes would take longer than merging them."""
+    """Write random values that repeat, because drawing gigabytes would take longer than merging them."""
     shape = writer.specs[name].shape
     rows = NOISE.numel() // shape[-1] if len(shape) == 2 else 1
     for start in range(0, shape[0], rows):

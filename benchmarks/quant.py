@@ -1,11 +1,11 @@
-"""The 4-bit base in figures: speed of its kernels, bytes, loading, and what it does to the logits.
+"""Figures of the 4-bit base: kernel speed, bytes, loading, and the change of the logits.
 
     python benchmarks/quant.py speed    # quantize and dequantize, against bitsandbytes and a plain copy
-    python benchmarks/quant.py bytes    # bytes a weight of Qwen3-30B-A3B's layers on a rank, and the formula
-    python benchmarks/quant.py load     # seconds and memory of a first start and of later ones, on layers of that shape
+    python benchmarks/quant.py bytes    # bytes per weight of Qwen3-30B-A3B's layers on a rank, and the formula
+    python benchmarks/quant.py load     # seconds and memory of a first and of later starts, on layers of that shape
     python benchmarks/quant.py kl demo/model --text demo/data/validation.jsonl    # logits against the bf16 base
 
-Speeds are in GB/s of bf16 weights. What is compared runs in turns in one process; figures are medians of the turns.
+Speeds are in GB/s of bf16 weights. The compared functions alternate in one process; figures are medians.
 """
 
 import json
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-if not sys.warnoptions:  # `python -W default` shows what other libraries warn of
+if not sys.warnoptions:  # `python -W default` shows the warnings of other libraries
     warnings.simplefilter("ignore")
 
 import torch
@@ -60,9 +60,9 @@ def full_shape(layers: int) -> Shape:
 def speed(
     turns: Annotated[int, typer.Option(min=3)] = 9,
     threads: Annotated[int, typer.Option(min=1)] = 1,
-    experts: Annotated[int, typer.Option(min=1, help="gate and up of so many, together")] = 16,
+    experts: Annotated[int, typer.Option(min=1, help="experts whose gate and up are quantized together")] = 16,
 ) -> None:
-    """Quantizing and dequantizing."""
+    """Speed of quantizing and dequantizing."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes.functional as bnb
 
@@ -85,9 +85,9 @@ def speed(
     _table(
         "dequantize, GB/s",
         {
-            "megasft, an expert at a time into the workspace": (all_experts, matrix.nbytes),
-            "megasft, all into the workspace": (lambda: weight.dequantize(0, experts), matrix.nbytes),
-            "its kernel alone": (lambda: kernels.dequantize_nf4(codes, scales, out, 64), matrix.nbytes),
+            "megasft, one expert at a time, workspace": (all_experts, matrix.nbytes),
+            "megasft, all experts at once, workspace": (lambda: weight.dequantize(0, experts), matrix.nbytes),
+            "megasft, kernel alone": (lambda: kernels.dequantize_nf4(codes, scales, out, 64), matrix.nbytes),
             "bitsandbytes.functional.dequantize_4bit": (lambda: bnb.dequantize_4bit(codes, state), matrix.nbytes),
             "torch look-up of bytes in fp32 pairs": (lambda: _look_up(codes, scales, out), matrix.nbytes),
             "copy of the bf16 (limit)": (lambda: out.copy_(matrix), matrix.nbytes),
@@ -98,7 +98,7 @@ def speed(
         "quantize, GB/s",
         {
             "megasft, bf16": (lambda: nf4.quantize(few, SETTINGS, "matrix"), few.nbytes),
-            "megasft by the rule, as for fp32": (lambda: nf4._quantize_by_rule(few.view(-1, 64)), few.nbytes),
+            "megasft, without the table (as for fp32)": (lambda: nf4._quantize_by_rule(few.view(-1, 64)), few.nbytes),
             "bitsandbytes.functional.quantize_4bit": (
                 lambda: bnb.quantize_4bit(few, blocksize=64, quant_type="nf4", compress_statistics=True), few.nbytes,
             ),
@@ -108,7 +108,7 @@ def speed(
 
 
 def _look_up(codes: Tensor, scales: Tensor, out: Tensor, rows: int = 256) -> None:
-    """The best that was found with torch's own operators."""
+    """The fastest implementation we found with torch operators."""
     byte = torch.arange(256)
     pairs = torch.stack([nf4.NF4[byte >> 4], nf4.NF4[byte & 15]], 1).contiguous().view(torch.int64).view(-1)
     codes, scales = codes.view(out.shape[0], -1), scales.view(out.shape[0], -1, 1)
@@ -123,7 +123,7 @@ def _table(title: str, sides: dict[str, tuple[Callable[[], Any], int]], turns: i
         for name, (run, _) in sides.items():
             started = time.perf_counter()
             run()
-            if turn:  # the first makes buffers and tables
+            if turn:  # the first turn creates buffers and tables
                 seconds[name].append(time.perf_counter() - started)
     table = Table("", title, "quartiles")
     for name, (_, size) in sides.items():
@@ -134,8 +134,8 @@ def _table(title: str, sides: dict[str, tuple[Callable[[], Any], int]], turns: i
 
 @app.command("bytes")
 def bytes_() -> None:
-    """Bytes a weight on a rank."""
-    table = Table("topology", "double", "bytes a weight", "formula", "difference")
+    """Bytes per weight on a rank."""
+    table = Table("topology", "double", "bytes per weight", "formula", "difference")
     config = full_shape(1).hf_config()
     (stacks,) = quantized_layers(config)
     for tensor, expert, expert_tensor in ((1, 1, 1), (2, 1, 2), (4, 1, 4), (2, 2, 1), (4, 4, 1), (4, 2, 2)):
@@ -161,10 +161,11 @@ def load(
     layers: Annotated[int, typer.Option(min=1, help="0.64 GB of memory each, and 1.2 GB of disk")] = 1,
     folder: Annotated[Path | None, typer.Option(help="where to make the temporary folder")] = None,
 ) -> None:
-    """Seconds and memory of a first start and of later ones, each in a process of its own.
+    """Seconds and memory of a first start and of later ones, each in a separate process.
 
-    The last ones read from the disk (what the kernel has cached of the files is dropped), in turn with a plain read of
-    the cache: the machine beneath a virtual one may have a cache of its own, which the first of them fills.
+    The last starts read from the disk, after dropping the files from the kernel's page cache. They alternate with a
+    plain read of the same files, because the host of a virtual machine may have its own cache, which the first read
+    fills.
     """
     table = Table("start", "cache s", "fill s", "GB/s", "cache, peak MiB", "fill, peak MiB", "model MiB", "largest MiB")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -186,11 +187,11 @@ def load(
                           *(f"{found[key] / 2**20:,.0f}" for key in ("cache_peak", "fill_peak", "model")),
                           f"{largest / 2**20:,.0f}")  # fmt: skip
     Console(width=110).print(table)
-    print("Peaks are beyond what the process held before; to be under the model and two of the largest tensors.")
+    print("Peaks are beyond the memory in use before; the limit is the model and two of the largest tensors.")
 
 
 def drop_from_memory(folder: Path) -> None:
-    """Have the next read of each file come from the disk."""
+    """Drop all files in the folder from the page cache, so that the next read comes from the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -199,7 +200,7 @@ def drop_from_memory(folder: Path) -> None:
 
 
 def plain_read(paths: list[Path]) -> tuple[int, float]:
-    """Bytes of the files, and the seconds that it takes to read them one after the other."""
+    """Bytes of the files, and the seconds to read them sequentially."""
     buffer, total, started = bytearray(2**24), 0, time.perf_counter()
     for path in paths:
         with open(path, "rb", buffering=0) as file:
@@ -210,7 +211,7 @@ def plain_read(paths: list[Path]) -> tuple[int, float]:
 
 @app.command(hidden=True)
 def load_once(model: Path, cache: Path) -> None:
-    """One start, in figures."""
+    """Measure one start and print its figures as JSON."""
     settings = QuantSettings(cache_dir=str(cache))
     config = RunConfig.from_dict({"training": {"use_qlora": True}})
     topology, hf_config = job.initialize(config), read_config(model)
@@ -230,7 +231,7 @@ def load_once(model: Path, cache: Path) -> None:
 
 
 def write_checkpoint(folder: Path, layers: int) -> int:
-    """A bf16 checkpoint of so many layers; returns the bytes of its largest tensor."""
+    """Write a bf16 checkpoint of `layers` layers; return the bytes of its largest tensor."""
     folder.mkdir()
     config = full_shape(layers).hf_config()
     config.save_pretrained(folder)
@@ -262,13 +263,11 @@ def write_checkpoint(folder: Path, layers: int) -> int:
 @app.command()
 def kl(
     model: Annotated[Path, typer.Argument(help="a folder with a bf16 or fp32 checkpoint")],
-    text: Annotated[
-        Path | None, typer.Option(help="its words, through the model's tokenizer; else random tokens")
-    ] = None,
+    text: Annotated[Path | None, typer.Option(help="a text file to tokenize; by default random tokens")] = None,
     tokens: Annotated[int, typer.Option(min=2)] = 2048,
-    length: Annotated[int, typer.Option(min=2, help="of the pieces that are looked at by themselves")] = 256,
+    length: Annotated[int, typer.Option(min=2, help="tokens of the separate pieces")] = 256,
     with_transformers: Annotated[
-        bool, typer.Option("--transformers", help="and what transformers and bitsandbytes quantize: not the experts")
+        bool, typer.Option("--transformers", help="also transformers with bitsandbytes, which skips the experts")
     ] = False,
 ) -> None:
     """KL(bf16 base || 4-bit base), mean over positions, in nats."""
@@ -291,7 +290,7 @@ def kl(
             return torch.cat([built.logits(batch).float().cpu() for batch in parts])
 
     base = logits(None)
-    table = Table("4 bits", "KL, nats", "largest of a position", "same most likely token")
+    table = Table("4 bits", "KL, nats", "largest at a position", "same most likely token")
     sides = {f"megasft, double = {double}": logits(QuantSettings(double=double)) for double in (True, False)}
     if with_transformers:
         sides["transformers + bitsandbytes, double = True"] = _transformers(model, pieces)

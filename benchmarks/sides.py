@@ -1,4 +1,4 @@
-"""The two that are timed: megasft's Trainer, and the same training step with transformers and peft."""
+"""The two timed sides: megasft's Trainer, and the same training step with transformers and peft."""
 
 import contextlib
 import time
@@ -22,7 +22,7 @@ from megasft.train.trainer import Trainer
 
 
 class Ours:
-    """A Trainer whose optimizer is timed within its step."""
+    """megasft's Trainer, with separate times of its optimizer step."""
 
     name = "megasft"
 
@@ -40,7 +40,7 @@ class Ours:
         return outcome
 
     def step(self, numbers: Sequence[int]) -> Step:
-        """The Trainer's next step, which is on the samples of these numbers."""
+        """Run the Trainer's next step, which must be on the samples `numbers`."""
         assert list(numbers) == list(self.trainer.batches[self.trainer.step])
         started, cpu = time.perf_counter(), time.process_time()
         record = self.trainer.train_step()
@@ -48,7 +48,7 @@ class Ours:
         return Step(record["loss"], record["grad_norm"], ended - started, self._optimizer_seconds, cpu)
 
     def kept_bytes(self) -> int:
-        """Weights, gradient buffers and optimizer states on this rank: what is there between steps."""
+        """Bytes that stay between steps on this rank: weights, gradient buffers and optimizer states."""
         model, ddp = self.trainer.model, self.trainer.ddp
         kept = [*model.parameters(), *model.buffers()]
         kept += [buffer.grad_data for buffer in ddp.buffers + ddp.expert_parallel_buffers]
@@ -58,8 +58,8 @@ class Ours:
 class Peer:
     """Trains the adapter of a peft model on the same samples.
 
-    The experts are grouped products (`experts_implementation="grouped_mm"`). In bf16 the base is bf16 and the adapter
-    fp32 under autocast, as with transformers' Trainer.
+    The experts use grouped GEMMs (`experts_implementation="grouped_mm"`). In bf16, the base is bf16 and the adapter
+    fp32 under autocast, as in transformers' Trainer.
     """
 
     name = "transformers + peft"
@@ -74,7 +74,7 @@ class Peer:
         if hyper.parallelism.activation_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with warnings.catch_warnings():
-            # peft says so of every Qwen3-MoE adapter: the pattern it makes for experts names parameters, not modules
+            # peft warns about every Qwen3-MoE adapter, because its pattern for experts names parameters, not modules.
             warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module")
             self.model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
         self.model.to(host.device()).train()
@@ -94,14 +94,14 @@ class Peer:
             for module in self.model.modules()
             if isinstance(module, ParamWrapper) and module.parameter_name == "gate_up_proj"
         ]
-        assert self.fused, "peft wraps the experts in another way"
+        assert self.fused, "this version of peft wraps the experts differently"
         assert not any(block.any() for B, experts in self.fused for block in between_blocks(B, experts))
 
     def step(self, numbers: Sequence[int]) -> Step:
-        """One optimizer step on the samples of these numbers, which are of one length.
+        """Run one optimizer step on the samples `numbers`, which must have the same length.
 
-        The clock stands still while the gradients between the blocks of fused adapters are removed: with them this
-        would train another model than megasft does.
+        It zeroes the gradients between the blocks of fused adapters, because otherwise this side would train another
+        model than megasft does. The times exclude that.
         """
         ids = torch.stack([self.samples[n][0] for n in numbers]).long().to(host.device())
         mask = torch.stack([self.samples[n][1] for n in numbers]).to(host.device())
@@ -133,7 +133,7 @@ class Peer:
         )
 
     def kept_bytes(self) -> int:
-        """Weights, gradients and Adam's moments: what is there between steps."""
+        """Bytes that stay between steps: weights, gradients and Adam's moments."""
         kept = [*self.model.parameters(), *self.model.buffers()]
         kept += [parameter.grad for parameter in self.trained if parameter.grad is not None]
         for state in self.optimizer.state.values():
@@ -142,9 +142,9 @@ class Peer:
 
 
 def between_blocks(B: Tensor, experts: int) -> list[Tensor]:
-    """What peft holds as zeros, and would train, between the adapters of gate and up in one of twice the rank.
+    """The zero blocks of a fused B, outside the adapters of gate and up, which peft would train too.
 
-    B [2F, 2 r experts], its columns by rank and within that by expert.
+    B [2F, 2 r experts], with columns ordered by rank, then by expert.
     """
     wide = B.detach().unflatten(1, (-1, experts))
     f, r = wide.shape[0] // 2, wide.shape[1] // 2

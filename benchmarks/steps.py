@@ -1,4 +1,4 @@
-"""From timed steps to figures, and whether two sides trained alike."""
+"""Figures from timed steps, and a check that two sides trained the same model."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,17 +10,19 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative difference of losses at any
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step as it was timed."""
+    """Measurements of one optimizer step."""
 
     loss: float
     grad_norm: float
     seconds: float  # wall time
-    optimizer_seconds: float  # of it, clipping and AdamW
-    cpu_seconds: float  # of all threads; other processes on the machine disturb it less than the wall time
+    optimizer_seconds: float  # wall time of clipping and AdamW, part of `seconds`
+    cpu_seconds: float  # of all threads; other processes disturb it less than the wall time
 
 
 def side_figures(steps: Sequence[Step], warmup: int, tokens: int, flops: float, limit: float) -> dict[str, Any]:
-    """What the steps after `warmup` come to, of so many tokens and FLOPs that take `limit` seconds at best."""
+    """Figures of the steps after `warmup`. A step has `tokens` tokens and `flops` FLOPs, and takes at least `limit`
+    seconds.
+    """
     timed = steps[warmup:]
     median = statistics.median(step.seconds for step in timed)
     return {
@@ -38,7 +40,7 @@ def side_figures(steps: Sequence[Step], warmup: int, tokens: int, flops: float, 
 
 
 def compare(ours: Sequence[Step], theirs: Sequence[Step], warmup: int, dtype: str) -> dict[str, Any]:
-    """How many times as fast we are, pair by pair, and how far the two are apart in loss, warm-up included."""
+    """Speed ratios of paired steps, and the largest differences of loss and gradient norm, warm-up included."""
     pairs = list(zip(ours, theirs, strict=True))
     timed = pairs[warmup:]
     loss_differences = [abs(a.loss / b.loss - 1) for a, b in pairs]
@@ -47,12 +49,12 @@ def compare(ours: Sequence[Step], theirs: Sequence[Step], warmup: int, dtype: st
         "cpu_ratio": spread([b.cpu_seconds / a.cpu_seconds for a, b in timed]),
         "loss_difference": max(loss_differences),
         "grad_norm_difference": max(abs(a.grad_norm / b.grad_norm - 1) for a, b in pairs),
-        # each of them, since max() may pass over a NaN
+        # check each one, because max() may ignore a NaN
         "losses_agree": all(difference <= TOLERANCE[dtype] for difference in loss_differences),
     }
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and ends."""
+    """Median, quartiles, minimum and maximum."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"median": middle, "lower_quartile": low, "upper_quartile": high, "min": min(values), "max": max(values)}

@@ -3,9 +3,9 @@
     python benchmarks/throughput.py --preset small --dtype bf16 --against hf
     torchrun --nproc-per-node 4 benchmarks/throughput.py --preset small --tp 2
 
-A step is `Trainer.train_step()`: forward, backward, gradient reduction, clipping and AdamW, on new tokens. Beside a
-peer, both start from the same weights and the same adapter, take the same tokens and alternate in one process, and
-their losses must agree at every step (exit code 1 if they do not).
+A step is `Trainer.train_step()`: forward, backward, gradient reduction, clipping and AdamW, on new tokens. With
+--against, both sides start from the same weights and adapter, train on the same tokens and alternate in one process.
+Their losses must agree at every step; otherwise the exit code is 1.
 """
 
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-if not sys.warnoptions:  # `python -W default` shows what other libraries warn of
+if not sys.warnoptions:  # `python -W default` shows the warnings of other libraries
     warnings.simplefilter("ignore")
 
 import torch
@@ -57,25 +57,25 @@ class Against(StrEnum):
 def main(
     preset: Annotated[str, typer.Option(help=f"the model: {', '.join(PRESETS)}")] = "small",
     dtype: Annotated[Dtype, typer.Option(help="of weights and activations")] = Dtype.bf16,
-    against: Annotated[Against | None, typer.Option(help="hf: transformers + peft, step by step in turn")] = None,
+    against: Annotated[Against | None, typer.Option(help="hf: transformers + peft, alternating steps")] = None,
     tp: Annotated[int, typer.Option(help="tensor parallel")] = 1,
     ep: Annotated[int, typer.Option(help="expert parallel")] = 1,
-    etp: Annotated[int | None, typer.Option(help="expert-tensor parallel; by default as --tp, or 1 with --ep")] = None,
-    pp: Annotated[int, typer.Option(help="pipeline parallel; data parallel fills the ranks")] = 1,
+    etp: Annotated[int | None, typer.Option(help="expert-tensor parallel; default: --tp, or 1 with --ep")] = None,
+    pp: Annotated[int, typer.Option(help="pipeline parallel; data parallel takes the other ranks")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="timed steps")] = 10,
-    warmup: Annotated[int, typer.Option(min=0, help="steps before them")] = 3,
+    warmup: Annotated[int, typer.Option(min=0, help="untimed steps before them")] = 3,
     recompute: Annotated[bool, typer.Option(help="activation checkpointing, on both sides")] = False,
     deterministic: Annotated[
-        bool, typer.Option(help="ours with [job] deterministic; its cost, against a run without")
+        bool, typer.Option(help="run megasft with [job] deterministic; compare with a run without it")
     ] = False,
     supervised: Annotated[float, typer.Option(min=0, max=1, help="share of the targets that is supervised")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="per rank; by default the cores, shared out")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
-    profile: Annotated[bool, typer.Option(help="print where the CPU time of one of our steps goes")] = False,
+    profile: Annotated[bool, typer.Option(help="print a CPU profile of one megasft step")] = False,
 ) -> None:
     """Time training steps on random weights and random tokens."""
     if preset not in PRESETS:
-        raise typer.BadParameter(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+        raise typer.BadParameter(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if against and world > 1:
         raise typer.BadParameter("--against compares in one process; run it without torchrun")
@@ -89,7 +89,7 @@ def main(
         topology = initialize(RunConfig.from_dict(workload.settings(model=".")))
         figures |= measure(workload, topology, against is not None, profile)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # it is the same on all ranks
+        if os.environ.get("RANK", "0") == "0":  # all ranks have the same error
             print(f"throughput: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     if topology.is_first:
@@ -98,12 +98,12 @@ def main(
             json_file.write_text(json.dumps(figures, indent=2) + "\n")
     leave_world()
     if not figures.get("losses_agree", True):
-        print("throughput: the two do not train alike; their times cannot be compared", file=sys.stderr)
+        print("throughput: the losses of the two sides differ, so their times cannot be compared", file=sys.stderr)
         raise typer.Exit(1)
 
 
 def measure(workload: Workload, topology: Topology, against: bool, profile: bool) -> dict[str, Any]:
-    """All figures of a run; every rank calls it."""
+    """All figures of a run. Every rank must call it."""
     replicas = topology.sizes.data
     with tempfile.TemporaryDirectory() as own:
         folder = Path(_from_first(own))
@@ -116,7 +116,7 @@ def measure(workload: Workload, topology: Topology, against: bool, profile: bool
             fill_B(model)
             save_adapter(model, folder / "adapter")
         total = workload.warmup + workload.steps
-        # One step more measures memory, and one is profiled.
+        # One more step measures memory, and one is profiled.
         trainer = Trainer(config, topology, model, workload.samples(total + 2, replicas))
         sides: list[Ours | Peer] = [Ours(trainer)]
         if against:
@@ -127,7 +127,7 @@ def measure(workload: Workload, topology: Topology, against: bool, profile: bool
     taken: list[list[Step]] = [[] for _ in sides]
     for i in range(total):
         probe.sample()
-        for at in sorted(range(len(sides)), reverse=i % 2 == 1):  # the first of a pair is now one, now the other
+        for at in sorted(range(len(sides)), reverse=i % 2 == 1):  # alternate which side goes first
             taken[at].append(sides[at].step(trainer.batches[i].tolist()))
 
     tokens, flops = workload.tokens(replicas), workload.flops(replicas)
@@ -161,7 +161,7 @@ def measure(workload: Workload, topology: Topology, against: bool, profile: bool
 
 
 def fill_B(model: Qwen3Moe) -> None:
-    """Random B in place of zeros, with which the adapter would not show in the first step's loss. On one rank only."""
+    """Replace the zeros of B with random values, so that the first loss depends on the adapter. One rank only."""
     generator = torch.Generator().manual_seed(2)
     for shard in model.adapter_shards():
         if shard.name.endswith("lora_B.weight"):
@@ -176,11 +176,11 @@ def _from_first(value: str) -> str:
 
 
 def report(figures: dict[str, Any]) -> None:
-    """The figures as a table and a few lines."""
+    """Print the figures as a table and a few lines."""
     machine, flops, sides = figures["machine"], figures["flops_per_step"], figures["sides"]
     console = Console(highlight=False, soft_wrap=True)
     console.print(
-        f"{figures['preset']}, {machine['dtype']}: {figures['tokens_per_step']:,} tokens a step; "
+        f"{figures['preset']}, {machine['dtype']}: {figures['tokens_per_step']:,} tokens per step; "
         f"{machine['processor']}, {machine['ranks']} rank(s) of {machine['threads_per_rank']} thread(s)"
     )
     table = Table("", *sides)
@@ -204,9 +204,9 @@ def report(figures: dict[str, Any]) -> None:
     console.print(table)
     parts = ", ".join(f"{name} {count / 1e9:,.2f}" for name, count in flops.items() if name != "model")
     rates = ", ".join(f"{rate / 1e9:,.0f} G ({name})" for name, rate in figures["gemm_flops_per_second"].items())
-    console.print(f"model FLOPs a step: {flops['model'] / 1e9:,.2f} G ({parts})")
+    console.print(f"model FLOPs per step: {flops['model'] / 1e9:,.2f} G ({parts})")
     console.print(f"GEMM FLOP/s here: {rates}")
-    console.print(f"limit, all FLOPs at the higher of these rates: {_ms(figures['limit_seconds'])}")
+    console.print(f"limit, with all FLOPs at the higher of these rates: {_ms(figures['limit_seconds'])}")
     if "speed_ratio" in figures:
         speed, cpu = figures["speed_ratio"], figures["cpu_ratio"]
         quartiles, ends = ("lower_quartile", "upper_quartile"), ("min", "max")
@@ -216,8 +216,8 @@ def report(figures: dict[str, Any]) -> None:
             f"(quartiles {_range(cpu, *quartiles, _times)})"
         )
         console.print(
-            f"losses {'agree' if figures['losses_agree'] else 'DO NOT AGREE'}: at no step more than "
-            f"{figures['loss_difference']:.1e} apart, relative (gradient norms {figures['grad_norm_difference']:.1e})"
+            f"losses {'agree' if figures['losses_agree'] else 'DO NOT AGREE'}: largest relative difference at any step "
+            f"{figures['loss_difference']:.1e} (gradient norms {figures['grad_norm_difference']:.1e})"
         )
 
 

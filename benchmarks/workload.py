@@ -1,4 +1,4 @@
-"""What is timed: model shapes, random weights, random conversations, and the FLOPs that a training step asks for."""
+"""The timed workload: model shapes, random weights, random conversations, and the FLOPs of a training step."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ RANK = 16  # LoRA r; alpha is twice it
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen3-MoE whose layers all have experts, and the micro batch of one rank."""
+    """A Qwen3-MoE with experts in all layers, and the micro batch of one rank."""
 
     hidden: int
     layers: int
@@ -25,11 +25,11 @@ class Shape:
     experts_per_token: int
     expert_intermediate: int
     vocabulary: int
-    conversations: int  # in a micro batch, all of the same length: nobody pads
-    length: int  # tokens of a conversation that the model is fed
+    conversations: int  # per micro batch, all of the same length, so that no side needs padding
+    length: int  # input tokens per conversation
 
     def hf_config(self) -> Qwen3MoeConfig:
-        """As a `config.json`."""
+        """The `config.json` of this shape."""
         return Qwen3MoeConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
@@ -49,7 +49,7 @@ class Shape:
 
 
 PRESETS = {
-    # the model of tools/make_demo.py, and the micro batch of configs/demo.toml
+    # the model of tools/make_demo.py with the micro batch of configs/demo.toml
     "demo": Shape(128, 4, 8, 4, 32, 16, 4, 64, 4096, conversations=4, length=256),
     "small": Shape(512, 4, 8, 2, 64, 32, 4, 192, 8192, conversations=1, length=1024),
     # for tests
@@ -59,34 +59,34 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one step, a multiplication and an addition counting as two.
+    """Floating-point operations of one step; a multiplication plus an addition counts as two.
 
-    Frozen weights: 2 for each active weight and token in forward, 2 in backward for the gradient of the input.
-    LoRA: 2 in forward, 4 in backward. Attention: two products of half a square (causal) in forward, four in backward.
-    The head: as frozen weights, for supervised positions alone. Left out: norms, softmax, activations, the optimizer;
-    and the saving that the first layer's input, an embedding, needs no gradient.
+    Frozen weights: 2 per active weight and token in forward, 2 in backward for the gradient of the input. LoRA: 2 in
+    forward, 4 in backward. Attention: two products of half a square (causal) in forward, four in backward. Head: as
+    frozen weights, for supervised positions only. Not counted: norms, softmax, activations and the optimizer, and the
+    saving that the first layer's input, an embedding, needs no gradient.
     """
 
     frozen: float
     lora: float
     attention: float
     head: float
-    recomputed: float  # the layers' forward once more; no part of `model`
+    recomputed: float  # the second forward of the layers; not part of `model`
 
     @property
     def model(self) -> float:
-        """What the model asks for, however it is computed."""
+        """FLOPs that the model needs, without recomputation."""
         return self.frozen + self.lora + self.attention + self.head
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What every side does in a step, and how many steps."""
+    """What each side computes in a step, and the number of steps."""
 
     shape: Shape
     dtype: str  # "bf16" or "fp32"
     steps: int  # timed
-    warmup: int  # not timed, before them
+    warmup: int  # untimed, before them
     supervised: float = 1.0  # share of the targets
     recompute: bool = False  # activation checkpointing
     deterministic: bool = False
@@ -94,11 +94,11 @@ class Workload:
 
     @property
     def supervised_targets(self) -> int:
-        """Of one conversation, at least one."""
+        """Supervised targets per conversation, at least one."""
         return max(1, round(self.supervised * self.shape.length))
 
     def settings(self, model: str) -> dict[str, Any]:
-        """The run file, for a model folder."""
+        """The settings of a run file for the model folder `model`."""
         return {
             "job": {"model": model, "seed": 0, "deterministic": self.deterministic},
             "data": {"topology": self.topology},
@@ -113,7 +113,7 @@ class Workload:
         }
 
     def write_model(self, folder: Path) -> None:
-        """A Hugging Face checkpoint of random weights, large enough that every part of the model shows in the loss."""
+        """Write a Hugging Face checkpoint of random weights, so large that every part of the model affects the loss."""
         torch.manual_seed(0)
         model = Qwen3MoeForCausalLM(self.shape.hf_config())
         with torch.no_grad():
@@ -127,9 +127,9 @@ class Workload:
         model.save_pretrained(folder)
 
     def samples(self, steps: int, replicas: int) -> Samples:
-        """Conversations of random tokens, of whose targets the last ones are supervised, for an epoch of `steps` steps.
+        """Conversations of random tokens for `steps` steps, with the last targets of each conversation supervised.
 
-        New tokens in every step, as in training: an expert does not get the same number of rows twice.
+        Every step gets new tokens, as in training, so that the rows of an expert vary from step to step.
         """
         generator = torch.Generator().manual_seed(1)
         count = steps * replicas * self.shape.conversations
@@ -140,11 +140,11 @@ class Workload:
         return Samples(ids.flatten(), mask.flatten(), torch.arange(1, count + 1) * length)
 
     def tokens(self, replicas: int) -> int:
-        """Tokens that the model is fed in a step."""
+        """Input tokens per step."""
         return replicas * self.shape.conversations * self.shape.length
 
     def flops(self, replicas: int) -> Flops:
-        """FLOPs of a step over all ranks."""
+        """FLOPs per step over all ranks."""
         shape, r = self.shape, RANK
         h, f, q = shape.hidden, shape.expert_intermediate, shape.heads * shape.head_dim
         kv = shape.key_value_heads * shape.head_dim

@@ -1,4 +1,4 @@
-"""What megasft says to its user: mistakes that the user can fix, and lines on standard error."""
+"""Output for the user: errors that the user can fix, and lines on standard error."""
 
 import os
 import sys
@@ -12,11 +12,11 @@ class UserError(Exception):
 
 
 def say(message: str, details: str = "") -> None:
-    """`megasft: message`, on one line of standard error, after `details` of any length."""
+    """Print `details` of any length, then the line `megasft: message`, on standard error."""
     print(f"{details}megasft: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def say_once(line: str) -> None:
-    """Tell the user on standard error, once a job."""
+    """Print a line on standard error on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)

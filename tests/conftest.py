@@ -16,7 +16,7 @@ def ranks():
 
 @pytest.fixture
 def two_threads():
-    """torch on two threads."""
+    """Run torch on two threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -2,9 +2,9 @@
 
     python tools/check_adapter.py demo/model runs/demo/adapter demo/data/validation.jsonl --expect 2.71
 
-A second opinion on the trainer: one process, float32, none of megasft's code. It has its own idea of what is supervised
-(every assistant message and its `<|im_end|>`, found in the rendered ChatML text), and it fails when peft would leave a
-tensor of the adapter unused. Exit code 1 when something does not hold.
+An independent check of the trainer: one process, float32, without megasft's code. It finds the supervised tokens itself
+(every assistant message and its `<|im_end|>`, in the rendered ChatML text). Exit code 1 if peft leaves a tensor of the
+adapter unused, or if the loss is not the expected one.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks, on import, of a kernel that is not needed here
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import, it warns about a kernel that is not needed here
 
 import torch
 import typer
@@ -35,23 +35,23 @@ ANSWER = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation: its tokens, and for each whether it is supervised."""
+    """A conversation: its tokens, and whether each is supervised."""
 
     ids: list[int]
     supervised: list[bool]
 
 
 def main(
-    model_dir: Annotated[Path, typer.Argument(exists=True, help="the base model, as transformers saves it")],
+    model_dir: Annotated[Path, typer.Argument(exists=True, help="folder of the base model, in transformers' format")],
     adapter_dir: Annotated[Path, typer.Argument(exists=True, help="adapter_config.json and adapter_model.safetensors")],
     data: Annotated[Path, typer.Argument(exists=True, help='a JSONL file of {"messages": [...]}')],
-    expect: Annotated[float | None, typer.Option(help="the loss that the adapter should give")] = None,
+    expect: Annotated[float | None, typer.Option(help="the expected loss with the adapter")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="expect the last validation loss of this run directory")] = None,
-    tolerance: Annotated[float, typer.Option(help="how far from it the loss may be, relative")] = 0.01,
-    sequence_length: Annotated[int, typer.Option(help="cut conversations to so many tokens, as in training")] = 512,
-    base: Annotated[bool, typer.Option(help="measure the base model too")] = True,
+    tolerance: Annotated[float, typer.Option(help="largest relative difference from the expected loss")] = 0.01,
+    sequence_length: Annotated[int, typer.Option(help="truncate conversations to this many tokens")] = 512,
+    base: Annotated[bool, typer.Option(help="also measure the base model")] = True,
 ) -> None:
-    """Print the mean loss over the assistant's tokens, without and with the adapter."""
+    """Print the mean loss over the assistant's tokens, with and without the adapter."""
     console = Console()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     with data.open(encoding="utf-8") as lines:
@@ -59,7 +59,7 @@ def main(
     cut = sum(len(sample.ids) > sequence_length for sample in samples)
     kept = [Sample(sample.ids[:sequence_length], sample.supervised[:sequence_length]) for sample in samples]
     tokens = sum(sum(sample.supervised) for sample in kept)
-    console.print(f"{len(kept):,} conversations, {tokens:,} supervised tokens; {cut} cut to {sequence_length} tokens")
+    console.print(f"{len(kept):,} conversations, {tokens:,} supervised tokens; {cut} truncated to {sequence_length}")
 
     model = Qwen3MoeForCausalLM.from_pretrained(model_dir, dtype=torch.float32, experts_implementation="grouped_mm")
     base_loss = mean_loss(model, kept, "base") if base else None
@@ -85,13 +85,13 @@ def main(
 
 
 def last_validation_loss(run_dir: Path) -> float:
-    """What the trainer measured at the end of its run."""
+    """The validation loss that the trainer measured at the end of its run."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records if record["kind"] == "validation"][-1]
 
 
 def read_sample(tokenizer: PreTrainedTokenizerBase, line: str) -> Sample:
-    """Render and tokenize one conversation; a token is supervised where it lies within an answer."""
+    """Render and tokenize one conversation; tokens within an answer are supervised."""
     text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
     assert isinstance(text, str)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -104,7 +104,7 @@ def read_sample(tokenizer: PreTrainedTokenizerBase, line: str) -> Sample:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, samples: list[Sample], name: str, tokens_per_batch: int = 4096) -> float:
-    """Cross entropy in nats, the mean over all supervised tokens of all samples."""
+    """Mean cross entropy in nats over the supervised tokens of all samples."""
     model.eval()
     total, count = 0.0, 0
     for batch in track(batches(samples, tokens_per_batch), f"loss of the {name}", transient=True):
@@ -115,7 +115,7 @@ def mean_loss(model: torch.nn.Module, samples: list[Sample], name: str, tokens_p
             n = len(sample.ids)
             ids[row, :n] = torch.tensor(sample.ids)
             labels[row, :n] = torch.where(torch.tensor(sample.supervised), ids[row, :n], -100)
-        # Padding is on the right and attention is causal: no mask is needed, and the router works token by token.
+        # Padding is on the right, attention is causal and the router is per token, so no mask is needed.
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         losses = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:].flatten(), reduction="none")
         total += losses.double().sum().item()
@@ -124,7 +124,7 @@ def mean_loss(model: torch.nn.Module, samples: list[Sample], name: str, tokens_p
 
 
 def batches(samples: list[Sample], tokens_per_batch: int) -> list[list[Sample]]:
-    """Samples of similar length together, at most `tokens_per_batch` tokens with padding."""
+    """Batches of samples of similar length, with at most `tokens_per_batch` tokens including padding."""
     result: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda sample: len(sample.ids)):
         if result and (len(result[-1]) + 1) * len(sample.ids) <= tokens_per_batch:
@@ -135,17 +135,17 @@ def batches(samples: list[Sample], tokens_per_batch: int) -> list[list[Sample]]:
 
 
 def count_loaded(model: PeftModel, adapter_dir: Path) -> int:
-    """The number of tensors in the adapter file, every one of which must be in the model.
+    """The number of tensors in the adapter file, all of which must be in the model.
 
-    peft warns about weights it misses and says nothing of tensors it has no place for, so its own report is asked for.
-    Then the values are compared. peft stacks and concatenates the experts' tensors, so it is by the sum of squares of
-    A and of B: one for each linear outside the experts, one for all experts of a layer.
+    peft warns about missing weights but not about surplus tensors, so check the report of `load_adapter`, then compare
+    the values. peft stacks and concatenates the experts' tensors, so compare sums of squares of A and of B: one per
+    linear layer outside the experts, and one for all experts of a layer.
     """
     report = model.load_adapter(str(adapter_dir), "default")
     if report.missing_keys or report.unexpected_keys:
-        for kind, keys in (("nothing in the file for", report.missing_keys), ("no place for", report.unexpected_keys)):
+        for kind, keys in (("missing in the file", report.missing_keys), ("not loaded", report.unexpected_keys)):
             for key in keys[:5]:
-                print(f"peft has {kind} {key}", file=sys.stderr)
+                print(f"{adapter_dir}: {kind}: {key}", file=sys.stderr)
         raise typer.Exit(1)
 
     in_file: dict[str, float] = defaultdict(float)
@@ -159,21 +159,21 @@ def count_loaded(model: PeftModel, adapter_dir: Path) -> int:
             in_model[place(key)] += parameter.detach().double().square().sum().item()
     for where in sorted(in_file.keys() | in_model.keys()):
         if abs(in_file[where] - in_model[where]) > 1e-6 * max(in_file[where], 1e-12):
-            print(f"{where}: the file's values and the model's differ", file=sys.stderr)
+            print(f"{where}: the values in the file and in the model differ", file=sys.stderr)
             raise typer.Exit(1)
     return len(keys)
 
 
 def place(key: str) -> str:
-    """`...layers.3.mlp.experts.7.up_proj.lora_A.weight` -> `layers.3.mlp.experts.lora_A`; experts as a whole."""
+    """`...layers.3.mlp.experts.7.up_proj.lora_A.weight` -> `layers.3.mlp.experts.lora_A`; one name for all experts."""
     match = re.search(r"(layers\.\d+\.(?:mlp\.experts|[\w.]+?))(?:\.\d+\.\w+|\.base_layer)?\.(lora_[AB])", key)
     assert match, key
     return f"{match[1]}.{match[2]}"
 
 
 if __name__ == "__main__":
-    # peft says both of every Qwen3-MoE adapter: its pattern for the experts names parameters, not modules, and it still
-    # uses an old name of transformers.
+    # peft gives both warnings for every Qwen3-MoE adapter: its pattern for experts names parameters, not modules, and
+    # it uses a deprecated name of transformers.
     warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
     transformers_logging.set_verbosity_error()

@@ -1,6 +1,6 @@
 """Train: `torchrun --nproc-per-node N tools/train.py --config C [--dataset D] [--set section.key=value ...]`.
 
-Without torchrun it launches the ranks itself, as `megasft train` does.
+Without torchrun, it launches the ranks itself, as `megasft train` does.
 """
 
 import sys

@@ -1,1 +1,1 @@
-"""PEFT adapters: files in and out, their layouts, merging into the base."""
+"""PEFT adapters: reading and writing files, their layouts, merging into the base."""

@@ -1,4 +1,4 @@
-"""Adapter folders of peft's, in either layout: opened and checked without a model, and written in place."""
+"""Read, check and write PEFT adapter folders in either layout, without a model."""
 
 import json
 import math
@@ -30,12 +30,12 @@ from megasft.storage.new_folder import NewFolder
 from megasft.storage.safetensors import TensorFile, TensorFileWriter, TensorSpec
 from megasft.storage.shards import leaf
 
-# Settings of peft's that change what the tensors mean, and the values that do not.
+# Settings of peft that change what the tensors mean, each with the values that leave them plain LoRA.
 _PLAIN: dict[str, tuple] = {
     "use_dora": (False, None), "lora_bias": (False, None), "fan_in_fan_out": (False, None), "kasa_config": (None,),
     "modules_to_save": (None, []), "layer_replication": (None, []), "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
-    # The others take what they put into A and B out of the base weights.
+    # The other initializations subtract their initial B A from the base weights.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 _TENSOR = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.lora_(?P<matrix>[AB])\.weight")
@@ -60,7 +60,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class _Fused:
-    """One projection, or gate and up, of all experts of a layer."""
+    """The fused adapter of a layer's experts: down alone, or gate and up together."""
 
     experts: str
     kinds: tuple[str, ...]
@@ -71,9 +71,9 @@ class _Fused:
 
 
 class AdapterFile:
-    """A peft LoRA adapter, opened for reading; its tensors' values are not looked at before they are asked for.
+    """A PEFT LoRA adapter, opened for reading. Opening it checks names and shapes and reads no values.
 
-    Raises UserError for a folder that is no such adapter, is damaged, holds pickled weights, or contradicts itself.
+    Raises UserError for a folder that holds no LoRA adapter, is corrupted, contradicts itself or has pickled weights.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -85,13 +85,13 @@ class AdapterFile:
         self.file = TensorFile(self.path)
         self._plain: dict[str, tuple[Shape, Shape]] = {}
         self._fused: list[_Fused] = []
-        self._sort()
+        self._classify_tensors()
 
     def pairs(self, split: bool) -> dict[str, Pair]:
-        """The adapter of every linear layer by its name in a hub checkpoint, experts one by one.
+        """The adapter of every linear layer, by the layer's name in a hub checkpoint, one entry per expert.
 
-        `split` takes a fused gate and up of twice the configured rank apart into one half of the rank each, which is
-        right if its B is block-diagonal; otherwise each has the whole of A.
+        `split` separates a fused gate and up of twice the configured rank into two adapters of half that rank. This is
+        exact only if B is block-diagonal. Without `split`, gate and up each take all rows of the shared A.
         """
         pairs = {}
         for layer, (a, b) in self._plain.items():
@@ -115,21 +115,21 @@ class AdapterFile:
         return bool(self._fused)
 
     def settings(self) -> LoraSettings:
-        """The [lora] settings with which a model takes this adapter, and computes nothing else."""
+        """The [lora] settings of a model that loads this adapter and needs no other LoRA layers."""
         pairs = self.pairs(self.splits())
         widest = max(pairs.values(), key=lambda pair: pair.r)
         targets = tuple(sorted(self.adapted(pairs)))
-        # Not checked: there may be no target, if all of B is zero.
+        # Skip validation: if every B is zero, there are no targets.
         return LoraSettings.model_construct(
             r=widest.r, alpha=widest.scaling * widest.r, dropout=0.0, target_modules=targets
         )
 
     def tensor(self, place: Place) -> Tensor:
-        """A view of the file."""
+        """The adapter tensor at `place`, as a view of the file."""
         return place.within(self.file.tensor(place.name))
 
     def splits(self) -> bool:
-        """Whether gate and up of fused experts have nothing in common; reads until it finds that they do."""
+        """Whether B is block-diagonal for every fused gate and up. Reads B until the first nonzero shared block."""
         for fused in filter(self._may_split, self._fused):
             B = self.file.tensor(self._wrapper(fused)[1])
             halves = B.view(2, B.shape[0] // 2, 2, fused.r // 2, fused.count)
@@ -139,59 +139,69 @@ class AdapterFile:
         return True
 
     def require_finite(self) -> None:
-        """Raise UserError for a value that is not finite; reads everything."""
+        """Raise UserError if any value is not finite. Reads the complete file."""
         for name in self.file.specs:
             if not torch.isfinite(self.file.tensor(name)).all():
                 raise UserError(f"{self.path}: tensor {name!r} holds values that are not finite")
             self.file.release()
 
-    def adapted(self, pairs: Mapping[str, Pair], surely: frozenset[str] = frozenset()) -> set[str]:
-        """The last names of the layers that the adapter changes: those in `surely`, and those whose B is not zero."""
-        names = {leaf(layer) for layer in pairs} & surely
+    def adapted(self, pairs: Mapping[str, Pair], targets: frozenset[str] = frozenset()) -> set[str]:
+        """The projections that the adapter changes (`up_proj`): those with a nonzero B, and those named in `targets`.
+
+        A name in `targets` counts without a look at its B, which saves reading it.
+        """
+        names = {leaf(layer) for layer in pairs} & targets
         for layer, pair in pairs.items():
             if leaf(layer) not in names and self.tensor(pair.B).any():
                 names.add(leaf(layer))
         return names
 
-    def _sort(self) -> None:
-        """Tell plain tensors from fused ones, and check that shapes are those the configuration asks for."""
+    def _classify_tensors(self) -> None:
+        """Separate plain tensors from fused ones, and check their shapes against the configuration."""
         shapes: dict[str, dict[str, Shape]] = {}
         for name, spec in self.file.specs.items():
             match = _TENSOR.fullmatch(name)
             if match is None or len(spec.shape) != 2 or not spec.dtype.is_floating_point:
-                raise UserError(f"{self.path}: tensor {name!r} is not part of a plain LoRA adapter")
+                raise UserError(
+                    f"{self.path}: tensor {name!r} is not a LoRA matrix; megasft reads plain LoRA adapters only"
+                )
             shapes.setdefault(match["layer"], {})[match["matrix"]] = spec.shape
         if not shapes:
-            raise UserError(f"{self.path}: holds no tensor")
+            raise UserError(f"{self.path}: contains no tensors")
         for layer, matrices in shapes.items():
             if len(matrices) != 2:
-                raise UserError(f"{self.path}: {layer!r} has lora_{next(iter(matrices))} and not the other matrix")
+                found = next(iter(matrices))
+                other = "B" if found == "A" else "A"
+                raise UserError(f"{self.path}: {layer!r} has lora_{found} but no lora_{other}; save the adapter again")
             wrapper = _WRAPPER.fullmatch(layer)
             if wrapper is None:
-                self._sort_plain(layer, matrices["A"], matrices["B"])
+                self._add_plain(layer, matrices["A"], matrices["B"])
             else:
                 nested = f"{wrapper['experts']}.base_layer" in shapes
-                self._sort_fused(wrapper["experts"], bool(wrapper["inner"]), nested, matrices["A"], matrices["B"])
+                self._add_fused(wrapper["experts"], bool(wrapper["inner"]), nested, matrices["A"], matrices["B"])
 
-    def _sort_plain(self, layer: str, a: Shape, b: Shape) -> None:
+    def _add_plain(self, layer: str, a: Shape, b: Shape) -> None:
         r = self._rank(layer)
         if a[0] != r or b[1] != r:
-            raise UserError(f"{self.path}: {layer!r} has A {list(a)} and B {list(b)}, but {CONFIG} gives it rank {r}")
+            raise UserError(
+                f"{self.path}: {layer!r} has A {list(a)} and B {list(b)}, but {CONFIG} sets its rank to {r}"
+            )
         self._plain[layer] = (a, b)
 
-    def _sort_fused(self, experts: str, inner: bool, nested: bool, a: Shape, b: Shape) -> None:
+    def _add_fused(self, experts: str, inner: bool, nested: bool, a: Shape, b: Shape) -> None:
         gate_up = inner if nested else self._only_gate_up()
         parameter = f"{experts}.{'gate_up_proj' if gate_up else 'down_proj'}"
         r = self._rank(parameter)
         if a[0] != b[1] or a[0] % r or (gate_up and b[0] % 2):
             raise UserError(
-                f"{self.path}: {parameter!r} has A {list(a)} and B {list(b)}, which do not fit experts of rank {r}"
+                f"{self.path}: {parameter!r} has A {list(a)} and B {list(b)}, which do not match the rank {r} "
+                f"that {CONFIG} sets"
             )
         kinds = ("gate_proj", "up_proj") if gate_up else ("down_proj",)
         self._fused.append(_Fused(experts, kinds, a[0] // r, r, self._scaling(self._alpha(parameter), r), nested))
 
     def _only_gate_up(self) -> bool:
-        """What a single wrapper of experts adapts; shapes do not always tell."""
+        """Whether a single experts wrapper adapts gate and up, not down. Shapes alone can be ambiguous."""
         named: list[str] = []
         for key in ("target_modules", "target_parameters"):
             value = self.config.get(key) or []
@@ -220,7 +230,7 @@ class AdapterFile:
         return alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
 
     def _pattern(self, key: str, layer: str, default: Any) -> Any:
-        """As peft's `get_pattern_key`; it wraps the router by its parameter, `gate.weight`."""
+        """Match patterns as peft's `get_pattern_key` does. peft wraps the router by its parameter, `gate.weight`."""
         for pattern, value in (self.config.get(key) or {}).items():
             if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in (layer, f"{layer}.weight")):
                 return value
@@ -228,12 +238,12 @@ class AdapterFile:
 
 
 class AdapterWriter:
-    """An adapter folder being written, in either layout; tensors that were not trained but must be there are zero.
+    """Writes an adapter folder in either layout. Untrained tensors that the format requires are written as zeros.
 
     Args:
-        shapes: of every trained tensor, by its name in megasft (`adapters.peft_layout`).
-        r, alpha: of all of them.
-        replace: whether a folder that holds files may be replaced.
+        shapes: the shape of every trained tensor, by its name in megasft (`adapters.peft_layout`).
+        r, alpha: the LoRA settings of all layers.
+        replace: whether to replace a folder that already holds files.
     """
 
     def __init__(
@@ -261,24 +271,24 @@ class AdapterWriter:
             raise UserError(f"{folder}: the adapter cannot be written ({error.strerror or error})") from None
 
     def put(self, name: str, index: Any, value: Tensor) -> None:
-        """Write a part of a tensor."""
+        """Write `value` to `index` of the adapter tensor `name`."""
         place = self.places[name]
         place.within(self.file.tensor(place.name))[index] = value.detach().to("cpu", self.dtype)
 
     def finish(self) -> None:
-        """Flush to disk and give the folder its name, in place of any adapter of that name."""
+        """Flush to disk and rename the folder to its final name, replacing any earlier adapter there."""
         text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
         with self.folder as folder:
             self.file.close()
             (folder.path / CONFIG).write_text(text, encoding="utf-8")
 
     def discard(self) -> None:
-        """Remove what was written."""
+        """Delete the unfinished folder."""
         self.folder.discard()
 
 
 def all_layers(sparse: list[bool], experts: int) -> Iterator[str]:
-    """Every linear layer that an adapter of a model may adapt; `sparse` says which of its layers have experts."""
+    """Names of all linear layers that LoRA can adapt. `sparse` is true for layers with experts."""
     for i, has_experts in enumerate(sparse):
         layer = f"model.layers.{i}"
         yield from (f"{layer}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
@@ -296,12 +306,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{folder}: not an adapter folder: it has no {CONFIG}") from None
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable adapter configuration ({error})") from None
+        raise UserError(f"{path}: cannot be read as an adapter configuration ({error})") from None
     if kind != "LORA":
-        raise UserError(f"{path}: peft_type = {kind!r}; only LORA adapters can be used")
+        raise UserError(f"{path}: peft_type = {kind!r} is not supported; megasft reads LORA adapters only")
     for key, plain in _PLAIN.items():
         if config.get(key) not in plain:
-            raise UserError(f"{path}: {key} = {config[key]!r} is not supported; megasft takes plain LoRA adapters")
+            raise UserError(f"{path}: {key} = {config[key]!r} is not supported; megasft reads plain LoRA adapters only")
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     try:
         good = all(type(r) is int and r > 0 for r in (config.get("r"), *ranks.values()))
@@ -311,5 +321,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (AttributeError, re.error):
         good = False
     if not good:
-        raise UserError(f"{path}: r, lora_alpha, rank_pattern and alpha_pattern do not give positive ranks and alphas")
+        raise UserError(
+            f"{path}: r and the ranks in rank_pattern must be positive integers, lora_alpha and the alphas in "
+            "alpha_pattern positive numbers, and the patterns valid regular expressions"
+        )
     return config

@@ -1,4 +1,4 @@
-"""An adapter folder into the other layout: no model, no ranks, one tensor after the other."""
+"""Convert an adapter folder to the other layout, tensor by tensor, without a model or ranks."""
 
 import math
 from functools import reduce
@@ -14,12 +14,12 @@ from megasft.messages import UserError
 def export_adapter(
     adapter: str | Path, out: str | Path, layout: LayoutName = "per-expert", base_model: str = ""
 ) -> None:
-    """Write the adapter in folder `adapter` to the folder `out` in another layout, or in the same one.
+    """Write the adapter in the folder `adapter` to the folder `out` in `layout`, which may be the layout it has.
 
-    Values keep their bits. An adapter whose layers differ in rank takes the largest, the others padded with zeros:
-    vLLM and peft's own conversion want one rank for all layers. `base_model` is the name peft will load the base from,
-    by default that of `adapter`. `out` appears whole or not at all. Raises UserError for a damaged adapter, for layers
-    that are scaled differently, and for an `out` that holds files.
+    Values do not change. If layers differ in rank, all are padded with zeros to the largest rank, because vLLM and
+    peft's own conversion need one rank for all layers. peft loads the base from `base_model`, by default the name in
+    `adapter`. `out` appears complete or not at all. Raises UserError for a corrupted adapter, for layers with different
+    alpha / r, and for an `out` that holds files.
     """
     source = AdapterFile(adapter)
     source.require_finite()
@@ -29,8 +29,8 @@ def export_adapter(
     for layer, pair in pairs.items():
         if not math.isclose(pair.scaling, scaling):
             raise UserError(
-                f"{source.folder / CONFIG}: layers are scaled by {scaling:g} and by {pair.scaling:g} ({layer}); "
-                "only adapters with one alpha / r can be exported"
+                f"{source.folder / CONFIG}: alpha / r is {pair.scaling:g} for {layer} but {scaling:g} for other "
+                "layers; export needs one alpha / r for all layers"
             )
     shapes = {}
     for layer, pair in pairs.items():

@@ -1,6 +1,6 @@
-"""Base and adapter into one checkpoint: W + alpha / r * B A, tensor by tensor, whatever the size of the model.
+"""Merge an adapter into its base checkpoint: W + alpha / r * B A, tensor by tensor, for models of any size.
 
-Files are mapped, read and written in pieces: memory holds one piece of one tensor at a time.
+Files are memory-mapped and processed in pieces, so memory holds one piece of one tensor at a time.
 """
 
 import json
@@ -20,15 +20,15 @@ from megasft.adapters.peft_layout import Shape
 from megasft.config.schema import QuantSettings
 from megasft.messages import UserError
 from megasft.model.hf_checkpoint import Checkpoint
-from megasft.model.quantized_base import through_4_bits
+from megasft.model.quantized_base import quantize_dequantize
 from megasft.storage.new_folder import NewFolder
 from megasft.storage.safetensors import TensorFile, TensorFileWriter, TensorSpec
 
 MergeDtype = Literal["keep", "bf16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PIECE_BYTES = 64 * 2**20  # of fp32
-RELEASE_BYTES = 256 * 2**20  # of file pages that were touched and are no longer needed
-# What goes with the weights: configuration, tokenizer, chat templates, licence. Not the base model's own card.
+RELEASE_BYTES = 256 * 2**20  # file pages touched before they are released
+# Files copied along with the weights: configuration, tokenizer, chat templates, licence, but not the base's model card.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "additional_chat_templates/*")
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj")
@@ -38,7 +38,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was written."""
+    """What a merge wrote: counts of tensors, adapted tensors and files, and bytes of tensor data."""
 
     tensors: int
     adapted: int
@@ -48,7 +48,7 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class _Delta:
-    """An adapter's place in a base tensor: `rows` of it, or of its expert `e`."""
+    """An adapter and where to add it in a base tensor: `rows` of the tensor, or of its expert `e`."""
 
     pair: Pair
     rows: slice
@@ -65,15 +65,15 @@ def merge_adapter(
     onto: QuantSettings | None = None,
     trained_in: Literal["bf16", "fp32"] = "bf16",
 ) -> MergeReport:
-    """Write the model folder `out`: the checkpoint in `model` with `adapter` in its weights, and the files around it.
+    """Write the model folder `out`: the checkpoint in `model` with `adapter` merged in, and its companion files.
 
-    Experts stay in the layout of the base, in `dtype` or the base's own. Sums are computed in fp32 and rounded once.
-    `progress` is called with the bytes written and their total. With `onto` the adapter is added to what a training
-    over 4 bits of these settings, in the precision `trained_in`, computed with, in place of the weights of the
-    checkpoint. `out` appears whole or not at all.
+    Experts keep the base's layout; tensors take `dtype`, or with "keep" the base's own. Sums are computed in fp32 and
+    rounded once. `progress` receives the bytes written so far and their total. With `onto`, the adapter is added not to
+    the checkpoint's weights but to those that a QLoRA run with these settings computed with: quantized to 4 bits and
+    dequantized to `trained_in`. `out` appears complete or not at all.
 
-    Raises UserError for an adapter that is not this model's or not finite, a damaged file, a base that is quantized,
-    an `out` that holds files, and a disk without enough room; all of that before the first tensor is written.
+    Raises UserError for an adapter of another model or with values that are not finite, a corrupted file, a quantized
+    base, an `out` that holds files, and too little disk space. All of these are checked before any tensor is written.
     """
     base, lora = _Base(Path(model)), AdapterFile(adapter)
     deltas = _deltas(base, lora)
@@ -106,10 +106,10 @@ def merge_adapter(
 
 
 def find_base(adapter: str | Path) -> str:
-    """The name of the base that an adapter was trained on. Raises UserError if it does not say."""
+    """The base model that an adapter's configuration names. Raises UserError if it names none."""
     name = AdapterFile(adapter).config.get("base_model_name_or_path")
     if not name:
-        raise UserError(f"{adapter}: its configuration names no base model; add --model")
+        raise UserError(f"{adapter}: the adapter's configuration names no base model; pass --model")
     return str(name)
 
 
@@ -123,7 +123,7 @@ def parse_size(text: str) -> int:
 
 
 class _Base:
-    """The tensors of a checkpoint, in the order in which they stand in its files."""
+    """The tensors of a checkpoint, in file order."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -146,7 +146,7 @@ class _Base:
 
 
 def _deltas(base: _Base, lora: AdapterFile) -> dict[str, list[_Delta]]:
-    """What is to be added to which base tensors. Raises UserError for an adapter without a fitting one."""
+    """The adapters to add to each base tensor. Raises UserError for an adapter that matches no base tensor."""
     deltas: dict[str, list[_Delta]] = {}
     for layer, pair in lora.pairs(lora.splits()).items():
         n, k = pair.B_shape[0], pair.A_shape[1]
@@ -163,13 +163,13 @@ def _deltas(base: _Base, lora: AdapterFile) -> dict[str, list[_Delta]]:
                 want = (experts, n if kind == "down" else 2 * n, k)
         if name not in base.files:
             raise UserError(
-                f"{lora.path}: adapts {layer!r}, which {base.folder} does not have: an adapter of another model?"
+                f"{lora.path}: adapts {layer!r}, which {base.folder} does not have; is it an adapter of another model?"
             )
         shape = base.spec(name).shape
         if shape != want:
             raise UserError(
                 f"{lora.path}: the adapter of {layer!r} has {n} outputs and {k} inputs, which do not fit "
-                f"{name!r} {list(shape)} of {base.folder}: an adapter of another model?"
+                f"{name!r} {list(shape)} of {base.folder}; is it an adapter of another model?"
             )
         deltas.setdefault(name, []).append(delta)
     return deltas
@@ -181,7 +181,7 @@ def _output_spec(base: _Base, name: str, adapted: bool, dtype: MergeDtype) -> Te
     if adapted and not real:
         raise UserError(
             f"{base.files[name].path}: tensor {name!r} is quantized ({spec.dtype}); merge into the bf16 model it was "
-            "made from"
+            "quantized from"
         )
     return TensorSpec(DTYPES[dtype] if real and dtype != "keep" else spec.dtype, spec.shape)
 
@@ -195,17 +195,17 @@ def _merged(
     onto: QuantSettings | None,
     trained_in: torch.dtype,
 ) -> Iterator[tuple[tuple, Tensor]]:
-    """The pieces of a tensor of the output, with the index of each."""
+    """Yield the pieces of an output tensor, each with its index."""
     if weight.dim() == 0:
         yield (), weight.to(dtype)
         return
     for e, matrix in enumerate(weight) if weight.dim() == 3 else [(None, weight)]:
-        matrix = through_4_bits(name, matrix, onto, trained_in) if onto else matrix
+        matrix = quantize_dequantize(name, matrix, onto, trained_in) if onto else matrix
         of_matrix = [delta for delta in deltas if delta.e == e]
         for rows in _row_pieces(matrix):
             piece = matrix[rows]
             if onto and piece.is_floating_point():
-                piece = piece.to(trained_in)  # as a run loads what it does not quantize
+                piece = piece.to(trained_in)  # a run loads unquantized tensors in this precision
             yield (rows,) if e is None else (e, rows), _add(piece, of_matrix, lora, rows).to(dtype)
 
 
@@ -217,7 +217,7 @@ def _row_pieces(weight: Tensor) -> Iterator[slice]:
 
 
 def _add(weight: Tensor, deltas: list[_Delta], lora: AdapterFile, rows: slice) -> Tensor:
-    """`rows` of a matrix with what the adapters add to them: in fp32 where they add anything, otherwise as it is."""
+    """Add the adapters to `rows` of a matrix. The sum is in fp32; without an adapter, `weight` is returned as it is."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = None
     for delta in deltas:
@@ -231,7 +231,7 @@ def _add(weight: Tensor, deltas: list[_Delta], lora: AdapterFile, rows: slice) -
 
 
 def _shards(specs: dict[str, TensorSpec], limit: int) -> dict[str, list[str]]:
-    """Which tensors go to which file, named as transformers does."""
+    """The tensors of each output file, with transformers' file names."""
     parts: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
@@ -254,7 +254,10 @@ def _check_room(out: Path, needed: int) -> None:
     disk = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(disk).free
     if free < needed:
-        raise UserError(f"{out}: needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free")
+        raise UserError(
+            f"{out}: needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free; free space or choose "
+            "another disk"
+        )
 
 
 def _write_companions(source: Path, files: list[Path], out: Path, dtype: MergeDtype) -> None:
@@ -264,7 +267,7 @@ def _write_companions(source: Path, files: list[Path], out: Path, dtype: MergeDt
         shutil.copyfile(path, target)
     if dtype != "keep":
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:  # the second is transformers 4's
+        for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:  # transformers 4 wrote torch_dtype
             config[key] = str(DTYPES[dtype]).removeprefix("torch.")
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

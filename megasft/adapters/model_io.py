@@ -1,4 +1,4 @@
-"""A model's adapters: fresh ones, those of an adapter folder, and into one. Every rank handles its own parts."""
+"""Initialize, load and save a model's adapters. Each rank handles its own shards."""
 
 import math
 from collections.abc import Iterator
@@ -21,23 +21,24 @@ SEND_BYTES = 64 * 2**20
 
 
 def initialize_adapter(model: Qwen3Moe, seed: int) -> None:
-    """Fresh adapters as PEFT makes them: A Kaiming-uniform (a = sqrt 5), B zero.
+    """Initialize adapters as PEFT does: A Kaiming-uniform (a = sqrt 5), B zero.
 
-    Each A is drawn whole from a generator of its own, seeded by its name, and sliced: it does not depend on topology.
+    Each full A is drawn from its own generator, seeded by its name, and then sliced, so that values do not depend on
+    the topology.
     """
     for shard in model.adapter_shards():
         shard.local.copy_(_fresh(shard, seed))
 
 
 def load_adapter(model: Qwen3Moe, folder: str | Path, seed: int = 0) -> None:
-    """Fill this rank's adapters from a PEFT adapter of the same rank, alpha and targets, in either layout.
+    """Load this rank's shards of a PEFT adapter with the model's r, alpha and targets, in either layout.
 
-    Where the adapter has ranks of its own for some layers (peft doubles that of fused gate and up, and lets them share
-    it), the model's rank must be the largest. The narrower adapters are widened by fresh rows of A, drawn by `seed`,
-    and columns of B that are zero: the model computes the same, and all ranks of all layers train.
+    If some layers of the adapter have their own r (peft doubles it for fused gate and up, which then share A), the
+    model's r must be the largest of them. Adapters with a smaller r are extended with new rows of A, drawn from `seed`,
+    and zero columns of B. The model's output does not change, and every layer trains with the full r.
 
-    Raises UserError for anything else: another rank, alpha, set of targets or shape, a missing or surplus tensor, a
-    value that is not finite, a damaged or a pickled file; all but the values are checked before any is copied.
+    Raises UserError for a different r, alpha, set of targets or shape, a missing or surplus tensor, a value that is not
+    finite, and a corrupted or pickled file. Everything but the values is checked before anything is copied.
     """
     adapter = AdapterFile(folder)
     split = model.lora.r == adapter.config["r"] or adapter.splits()
@@ -45,16 +46,15 @@ def load_adapter(model: Qwen3Moe, folder: str | Path, seed: int = 0) -> None:
     _check_scaling(adapter, pairs, model)
     _check_layers(adapter, pairs, model)
     for shard in model.adapter_shards():
-        _fill(shard, adapter, pairs[stem(shard.name)], seed)
+        _copy_shard(shard, adapter, pairs[stem(shard.name)], seed)
 
 
 def save_adapter(model: Qwen3Moe, folder: str | Path, base_model: str = "", layout: LayoutName = "per-expert") -> None:
-    """Write this model's adapters to `folder` in PEFT's format; all ranks call it.
+    """Write this model's adapters to `folder` in PEFT's format. All ranks must call it.
 
-    The ranks send their parts to rank 0 in pieces of 64 MiB and it writes them in place: no rank holds more of the
-    adapter than its own part and one piece. The folder appears whole or not at all. `base_model` is the name that peft
-    will load the base from; `layout` is described in `peft_layout`. Raises UserError on every rank where rank 0 cannot
-    write.
+    The ranks send their shards to rank 0 in pieces of 64 MiB, and rank 0 writes them in place. No rank holds more of
+    the adapter than its own shards and one piece. The folder appears complete or not at all. peft loads the base from
+    `base_model`; `peft_layout` describes `layout`. Raises UserError on all ranks if rank 0 cannot write.
     """
     topology = model.topology
     mine = [shard for shard in model.adapter_shards() if shard.writer]
@@ -92,7 +92,7 @@ def _fresh(shard: Shard, seed: int) -> Tensor:
 
 
 def _check_scaling(adapter: AdapterFile, pairs: dict[str, Pair], model: Qwen3Moe) -> None:
-    """Raise UserError unless [lora] r is the largest rank of the adapter and alpha / r the scaling of all of it."""
+    """Raise UserError unless [lora] r is the adapter's largest r, and [lora] alpha / r the scaling of every layer."""
     lora, config = model.lora, adapter.config
     widest = max(pairs, key=lambda layer: pairs[layer].r)
     r = pairs[widest].r
@@ -102,33 +102,37 @@ def _check_scaling(adapter: AdapterFile, pairs: dict[str, Pair], model: Qwen3Moe
         alpha = pairs[widest].scaling * r
         raise UserError(
             f"{adapter.folder / CONFIG}: {own}r = {r}, but [lora] r = {lora.r}; {shared}"
-            f"set [lora] r = {r} and alpha = {alpha:g} to go on from this adapter"
+            f"set [lora] r = {r} and alpha = {alpha:g} to continue from this adapter"
         )
     for layer, pair in pairs.items():
         if not math.isclose(pair.scaling, lora.alpha / lora.r):
             raise UserError(
                 f"{adapter.folder / CONFIG}: lora_alpha = {config['lora_alpha']:g} scales {leaf(layer)} by "
                 f"{pair.scaling:g}, but [lora] alpha = {lora.alpha:g} by {lora.alpha / lora.r:g}; "
-                f"set [lora] alpha = {pair.scaling * r:g} to go on from this adapter"
+                f"set [lora] alpha = {pair.scaling * r:g} to continue from this adapter"
             )
 
 
 def _check_layers(adapter: AdapterFile, pairs: dict[str, Pair], model: Qwen3Moe) -> None:
-    """Raise UserError unless this is an adapter of exactly the model's targets, layers and shapes."""
+    """Raise UserError unless the adapter has exactly the model's targets, layers and shapes."""
     targets, path = model.lora.targets, adapter.path
-    adapted = adapter.adapted(pairs, surely=targets)
+    adapted = adapter.adapted(pairs, targets)
     if adapted != targets:
         raise UserError(
             f"{path}: adapts {', '.join(sorted(adapted))}, but [lora] target_modules asks for "
-            f"{', '.join(sorted(targets))}"
+            f"{', '.join(sorted(targets))}; set target_modules to the adapter's layers"
         )
     known = set(all_layers(sparse_layers(model.hf_config), model.hf_config.num_experts))
     foreign = next((layer for layer in pairs if layer not in known), None)
     if foreign:
-        raise UserError(f"{path}: adapts {foreign!r}, which this model does not have: an adapter of another one?")
+        raise UserError(
+            f"{path}: adapts {foreign!r}, which this model does not have; is it an adapter of another model?"
+        )
     missing = next((layer for layer in sorted(known) if leaf(layer) in targets and layer not in pairs), None)
     if missing:
-        raise UserError(f"{path}: has no adapter for {missing!r}: of another model, or of some of its layers only?")
+        raise UserError(
+            f"{path}: has no adapter for {missing!r}; is it an adapter of another model, or of only some layers?"
+        )
     for shard in model.adapter_shards():
         pair = pairs[stem(shard.name)]
         is_A = shard.name.endswith("lora_A.weight")
@@ -136,12 +140,12 @@ def _check_layers(adapter: AdapterFile, pairs: dict[str, Pair], model: Qwen3Moe)
         if size != want:
             raise UserError(
                 f"{path}: the adapter of {stem(shard.name)!r} has {size} {'inputs' if is_A else 'outputs'}, "
-                f"this model's layer has {want}: an adapter of another model?"
+                f"but this model's layer has {want}; is it an adapter of another model?"
             )
 
 
-def _fill(shard: Shard, adapter: AdapterFile, pair: Pair, seed: int) -> None:
-    """Copy the part of a tensor that this rank keeps."""
+def _copy_shard(shard: Shard, adapter: AdapterFile, pair: Pair, seed: int) -> None:
+    """Copy this rank's slice of an adapter tensor."""
     rows, columns = shard.index
     if shard.name.endswith("lora_A.weight"):
         place, index, local = pair.A, (slice(0, pair.r), columns), shard.local[: pair.r]
@@ -157,7 +161,7 @@ def _fill(shard: Shard, adapter: AdapterFile, pair: Pair, seed: int) -> None:
 
 
 def _check_block(shard: Shard, adapter: AdapterFile, pair: Pair, rows: slice) -> None:
-    """Raise UserError where half of a fused B is taken and the rest of its rows is not zero."""
+    """Raise UserError if `pair` is one half of a fused B that is not block-diagonal in this rank's rows."""
     place = pair.B
     if len(place.split) != 5:
         return
@@ -167,11 +171,12 @@ def _check_block(shard: Shard, adapter: AdapterFile, pair: Pair, rows: slice) ->
         r, alpha = 2 * pair.r, 2 * pair.r * pair.scaling
         raise UserError(
             f"{adapter.path}: gate and up share an A of rank {r} (B of {place.name!r} is not block-diagonal); "
-            f"set [lora] r = {r} and alpha = {alpha:g} to go on from this adapter"
+            f"set [lora] r = {r} and alpha = {alpha:g} to continue from this adapter"
         )
 
 
 def _pieces(shards: list[Shard]) -> Iterator[list[Shard]]:
+    """Shards in groups of about SEND_BYTES, each sent as one message."""
     piece: list[Shard] = []
     size = 0
     for shard in shards:
@@ -185,7 +190,7 @@ def _pieces(shards: list[Shard]) -> Iterator[list[Shard]]:
 
 
 def _receive(writer: AdapterWriter, source: int, described: list[Any], mine: list[Shard]) -> None:
-    """Take the parts of rank `source`, which sends them in the order it described them."""
+    """Receive the shards of rank `source`, which sends them in the order in which it described them."""
     if source == 0:
         for shard in mine:
             writer.put(shard.name, shard.index, shard.local)

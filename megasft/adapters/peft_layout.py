@@ -1,18 +1,18 @@
-"""How peft lays LoRA of Qwen3-MoE out in files: the names and shapes of tensors, and what `adapter_config.json` says.
+"""How peft stores LoRA of Qwen3-MoE in files: tensor names, shapes and the content of `adapter_config.json`.
 
-Everywhere in megasft an adapter tensor goes by one name, that of its linear layer in a hub checkpoint, experts one by
-one: `model.layers.0.mlp.experts.7.up_proj.lora_A.weight` [r, K], `...lora_B.weight` [N, r]. In files the experts are
-laid out in one of two ways, of which a `Layout` knows where each of those tensors is:
+megasft names an adapter tensor after its linear layer in a hub checkpoint, with one tensor per expert:
+`model.layers.0.mlp.experts.7.up_proj.lora_A.weight` [r, K], `...lora_B.weight` [N, r]. Files store the experts in one
+of two layouts; a `Layout` maps each tensor to its place in the file:
 
-    per-expert   as they are: what vLLM takes for Qwen3-MoE, and what peft 0.21 fuses by itself on loading
+    per-expert   one tensor per expert, as above: what vLLM reads for Qwen3-MoE; peft 0.21 fuses it on loading
     fused        all experts of a layer in one tensor: what peft trains and saves on transformers 5
                    experts.base_layer.lora_A   gate and up, [E * R, H]: the R rows of expert 0, of expert 1, ...
                    experts.base_layer.lora_B   [2 F, R * E]: column c of all experts, column c + 1 of all experts, ...
                    experts.lora_A, experts.lora_B   down, the same way, [E * r, F] and [H, r * E]
 
-(`experts.lora_*` is the only wrapper, and so gate and up, where down is not adapted.) Separate adapters of gate and up
-are one of rank R = 2 r: A stacked, B block-diagonal, scaled as before because alpha doubles too. peft itself does not
-keep the blocks: trained further, B fills up, and gate and up share all R rows of A.
+If down is not adapted, `experts.lora_*` is the only wrapper and holds gate and up. Separate adapters of gate and up
+become one of rank R = 2 r: A stacked, B block-diagonal, with the same scaling because alpha doubles too. peft does not
+keep B block-diagonal: further training fills the zero blocks, and gate and up then share all R rows of A.
 """
 
 import re
@@ -37,7 +37,7 @@ _EXPERT = re.compile(
 
 @dataclass(frozen=True)
 class Place:
-    """Where an adapter tensor is in a file: `index` of the tensor `name`, once that of `shape` is viewed as `split`."""
+    """Where an adapter tensor is in a file: view the file's tensor `name` [*shape] as [*split] and take `index`."""
 
     name: str
     shape: Shape
@@ -45,7 +45,7 @@ class Place:
     index: tuple[int | slice, ...] = ()
 
     def within(self, tensor: Tensor) -> Tensor:
-        """The adapter tensor as a view of the file's."""
+        """The adapter tensor, as a view of the file's tensor."""
         return tensor.view(self.split)[self.index]
 
 
@@ -54,9 +54,9 @@ class Layout:
     """One of the two layouts.
 
     Args:
-        experts: E of the fused layout; 0 for the per-expert layout.
-        shared: whether gate and up have all of A in common, instead of one half each.
-        nested: whether both wrappers are there.
+        experts: number of experts E in the fused layout; 0 for the per-expert layout.
+        shared: whether gate and up share all rows of A, instead of half each.
+        nested: whether both wrappers exist: `experts.base_layer` around gate and up, `experts` around down.
     """
 
     experts: int = 0
@@ -64,7 +64,7 @@ class Layout:
     nested: bool = True
 
     def place(self, name: str, shape: Shape) -> Place:
-        """Where the adapter tensor `name`, [r, K] or [N, r], is."""
+        """The place of the adapter tensor `name`, [r, K] or [N, r]."""
         expert = _EXPERT.fullmatch(name) if self.experts else None
         if expert is None:
             return Place(PREFIX + name, shape, shape)
@@ -92,15 +92,15 @@ def layout_for(name: LayoutName, shapes: Mapping[str, Shape]) -> Layout:
 
 
 def stem(tensor: str) -> str:
-    """The linear layer of an adapter tensor."""
+    """The name of the linear layer that an adapter tensor belongs to."""
     return tensor.rpartition(".lora_")[0]
 
 
 def with_zeros(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """`shapes` and those of the tensors that must be written as zeros: the untrained ones of gate, up and down.
+    """`shapes`, plus the untrained ones of gate, up and down that must be written as zeros.
 
-    peft fuses gate and up and wraps down around them, and vLLM packs all three: where one is a target, a file without
-    the others is refused by both, or, worse, not applied.
+    peft fuses gate and up and wraps down around them, and vLLM packs all three. If one of the three is a target and the
+    file lacks the others, both refuse the file or, worse, do not apply it.
     """
     complete = dict(shapes)
     for name, shape in shapes.items():
@@ -121,11 +121,11 @@ def with_zeros(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 def peft_config(
     shapes: Mapping[str, Shape], r: int, alpha: float, layout: LayoutName, base_model: str
 ) -> dict[str, Any]:
-    """What `adapter_config.json` must say for peft 0.21, and for vLLM, to apply every one of these tensors."""
+    """The `adapter_config.json` with which peft 0.21 and vLLM apply every one of these tensors."""
     layers = {stem(name) for name in shapes}
     names = {leaf(layer) for layer in layers}
     sparse = any(".mlp.experts." in layer for layer in layers)
-    # peft takes gate_proj, up_proj and down_proj for expert parameters; dense layers need them said as parameters.
+    # peft reads gate_proj, up_proj and down_proj as expert parameters; dense layers must list theirs as parameters.
     dense = any(leaf(layer) in MLP_TARGETS and ".mlp.experts." not in layer for layer in layers)
     parameters = {f"mlp.{name}.weight" for name in MLP_TARGETS} if dense else set()
     patterns: dict[str, Any] = {}
@@ -144,15 +144,15 @@ def peft_config(
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,  # peft refuses any other for experts; dropout is of training only
+        "lora_dropout": 0.0,  # peft refuses other values for experts; only training uses dropout
         "target_modules": sorted(names),
         "target_parameters": sorted(parameters) or None,
         **patterns,
     }
 
 
-# What peft 0.21.2 writes for `LoraConfig()`, held against it by a test. Importing peft for it would cost rank 0 some
-# ten seconds in the middle of training: it imports bitsandbytes, and what that imports, where that is installed.
+# What peft 0.21.2 writes for `LoraConfig()`; a test compares the two. Importing peft instead would cost rank 0 about
+# ten seconds in the middle of training, because peft imports bitsandbytes where it is installed.
 _DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
     "base_model_name_or_path": None, "bias": "none", "corda_config": None, "ensure_weight_tying": False,

@@ -1,1 +1,1 @@
-"""The run file."""
+"""The run file: its schema, its TOML, its values and the sizes of the parallel groups."""

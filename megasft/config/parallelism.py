@@ -1,4 +1,4 @@
-"""Sizes of the parallel groups: what the run file asks for, what that is on so many ranks, what would fit instead."""
+"""Sizes of the parallel groups: resolve the run file's topology on a number of ranks, or suggest ones that fit."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -25,8 +25,8 @@ class TopologySettings(Section):
 
 @dataclass(frozen=True)
 class TopologySizes:
-    """Sizes of the parallel groups, folded as in megatron-core: the world is tensor * pipeline * data ranks where
-    there are no experts, and expert_tensor * expert * pipeline * (what remains: expert data) where there are.
+    """Sizes of the parallel groups, as in megatron-core. The same world is split in two ways: outside the experts into
+    tensor * pipeline * data ranks, for the experts into expert_tensor * expert * pipeline * expert-data ranks.
     """
 
     tensor: int
@@ -48,12 +48,12 @@ def resolve_topology(topology: TopologySettings, world_size: int) -> TopologySiz
 
 
 def choose_dispatcher(asked: str, sizes: TopologySizes) -> str:
-    """How tokens get to their experts: "alltoall" or "allgather", the better one where `asked` is "auto".
+    """The token dispatcher: "alltoall" or "allgather"; for `asked` "auto", the one that sends less.
 
-    All-to-all sends a token to each expert that wants it, in whatever numbers. An all-gather of all tokens needs as
-    many on every rank that shares the experts, so these must be of one tensor-parallel group, and shapes that do not
-    vary between pipeline stages. Where experts are cut but not spread it moves less by the factor num_experts_per_tok.
-    Raises ValueError with the rest of a sentence that names the setting.
+    All-to-all sends each token to the experts it chose, in any numbers. All-gather needs the same number of tokens on
+    all ranks that share the experts, so these must lie within one tensor-parallel group, and shapes must not vary
+    between pipeline stages. If experts are split over ranks (expert-tensor parallel only), all-gather sends less, by
+    the factor num_experts_per_tok. Raises ValueError with the rest of a sentence that names the setting.
     """
     experts = f"expert_parallel {sizes.expert} x expert_tensor_parallel {sizes.expert_tensor}"
     within_tensor_group = sizes.tensor % (sizes.expert * sizes.expert_tensor) == 0
@@ -70,7 +70,7 @@ def choose_dispatcher(asked: str, sizes: TopologySizes) -> str:
 
 
 def asked_ranks(topology: TopologySettings) -> int | None:
-    """The number of ranks that a topology fixes; None if data parallelism fills whatever was launched."""
+    """The number of ranks that a topology fixes; None if data parallelism takes all ranks that are launched."""
     if topology.data_parallel is None:
         return None
     return (topology.tensor_parallel or 1) * (topology.pipeline_parallel or 1) * topology.data_parallel
@@ -85,7 +85,7 @@ def fit(topology: TopologySettings, ranks: int) -> TopologySizes:
 
 
 def derive(topology: TopologySettings, ranks: int = 1) -> TopologySizes:
-    """All sizes from those that are set; whether they fit the ranks is not asked, and `data` is 0 where they do not."""
+    """All sizes, from those that are set. Does not check that they fit `ranks`; `data` may be 0 if they do not."""
     tensor, pipeline = topology.tensor_parallel or 1, topology.pipeline_parallel or 1
     data = topology.data_parallel or ranks // (tensor * pipeline)
     expert = topology.expert_parallel or 1
@@ -95,7 +95,7 @@ def derive(topology: TopologySettings, ranks: int = 1) -> TopologySizes:
 
 
 def _misfit(sizes: TopologySizes, ranks: int, fills_world: bool) -> str | None:
-    """What number of ranks the sizes ask for, if it is not `ranks`."""
+    """The number of ranks that the sizes need, in words, or None if `ranks` fits."""
     dense = {"tensor_parallel": sizes.tensor, "pipeline_parallel": sizes.pipeline}
     if not fills_world:
         dense["data_parallel"] = sizes.data

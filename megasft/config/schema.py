@@ -1,8 +1,8 @@
-"""The run file: TOML to typed settings, with errors that name file, line, key and remedy.
+"""The run file as typed settings, with errors that name file, line, key and remedy.
 
-`load_config` reads a file and `RunConfig.from_dict` takes a dict; both give a `RunConfig`. Its sections follow below in
-the order of the file, with the default and the meaning of each key. Every key is optional. Relative paths are relative
-to the working directory. Whatever is wrong with what the user wrote is a `UserError` of one line.
+`load_config` reads a file and `RunConfig.from_dict` a dict; both return a `RunConfig`. The sections below are in the
+order of the file, with the default and the meaning of each key. Every key is optional. Relative paths start at the
+working directory. Every mistake in a run file raises a `UserError` of one line.
 """
 
 import os
@@ -46,8 +46,9 @@ from megasft.messages import UserError
 def load_config(path: str | Path, overrides: Sequence[str] = (), dataset: str | Path | None = None) -> "RunConfig":
     """Read the run file `path`.
 
-    `overrides` are `section.key=value` with a TOML value and win over the file, a later one over an earlier one;
-    `dataset` wins over `job.data`. `job.output_dir` defaults to `runs/<stem of the run file>`. Raises UserError.
+    `overrides` are `section.key=value` with a TOML value. They replace the file's values, and a later one replaces an
+    earlier one. `dataset` replaces `job.data`. `job.output_dir` defaults to `runs/<stem of the run file>`. Raises
+    UserError.
     """
     file = RunFile.read(path)
     for argument in overrides:
@@ -239,7 +240,7 @@ class LoggingSettings(Section):
 
 
 class RunConfig(Section):
-    """A run file, checked and resolved. Made by `load_config` or `RunConfig.from_dict`."""
+    """All settings of a run, validated and resolved. Create it with `load_config` or `RunConfig.from_dict`."""
 
     algorithm: AlgorithmSettings = AlgorithmSettings()
     job: JobSettings = JobSettings()
@@ -251,27 +252,27 @@ class RunConfig(Section):
     hyperparameters: HyperparameterSettings = HyperparameterSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
-    tags: dict[str, Tag] = Field(default_factory=dict)  # free: labels that are stored with the run
+    tags: dict[str, Tag] = Field(default_factory=dict)  # free labels, stored with the run
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "RunConfig":
-        """Check and resolve settings nested as in the run file. Raises UserError."""
+        """Validate and resolve settings nested as in the run file. Raises UserError."""
         return _checked(RunFile(settings))
 
     def to_toml(self) -> str:
-        """The resolved settings as a run file; `load_config` of it gives an equal RunConfig."""
+        """The resolved settings as a run file. `load_config` of that file returns an equal RunConfig."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
     def training_data(self) -> tuple[MixSettings, ...]:
-        """The files to train on and their weights. Raises UserError if neither the file nor `--dataset` names any."""
+        """The training files and their weights. Raises UserError if neither the run file nor `--dataset` names any."""
         if self.job.data is not None:
             return (MixSettings(path=self.job.data),)
         if not self.data.mix:
-            raise UserError('[job] data: no training data is named; pass --dataset FILE or set data = "FILE" in [job]')
+            raise UserError('[job] data: no training data is named; pass --dataset FILE, or set data = "FILE" in [job]')
         return self.data.mix
 
     def world_size(self) -> int | None:
-        """How many ranks the file asks for, by its topology or else its GPUs; None if it leaves that open."""
+        """The number of ranks that the topology or else the GPUs imply; None if the file sets neither."""
         gpus = self.compute.gpu_count * self.compute.nodes if self.compute.gpu_count else None
         return asked_ranks(self.data.topology) or gpus
 
@@ -282,7 +283,7 @@ class RunConfig(Section):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# From what was written to what it means
+# Validating and resolving
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +295,7 @@ def _checked(file: RunFile) -> RunConfig:
         raise UserError(explain(error, file, RunConfig, aliases)) from None
     config = _fold_synonyms(config, file)
     if config.data.mix and config.job.data is not None:
-        raise UserError(f"{file.at(('job', 'data'))}: [[data.mix]] names the training data too; keep one of the two")
+        raise UserError(f"{file.at(('job', 'data'))}: [[data.mix]] names training data too; keep one of the two")
     config = _settle_validation(config, file)
     _check_topology(config, file)
     return config
@@ -313,7 +314,7 @@ def _fold_synonyms(config: RunConfig, file: RunFile) -> RunConfig:
 
 
 def _settle_validation(config: RunConfig, file: RunFile) -> RunConfig:
-    """Settle whether there is validation, if the file leaves it open, and what is held out of training for it."""
+    """Set `enabled` if the file leaves it out, and `validation_fraction` to the share that is really held out."""
     data, validation = config.data, config.training.validation
     enabled, fraction = validation.enabled, data.validation_fraction
     if "enabled" not in validation.model_fields_set:
@@ -328,13 +329,13 @@ def _settle_validation(config: RunConfig, file: RunFile) -> RunConfig:
 
 
 def _check_topology(config: RunConfig, file: RunFile) -> None:
-    """Refuse before anything is launched what can fit no launch: the file's topology on the file's GPUs."""
+    """Refuse, before any rank is launched, a topology that does not fit the file's GPUs or dispatcher."""
     asked = config.hyperparameters.parallelism.token_dispatcher
     try:
         choose_dispatcher(asked, derive(config.data.topology))
     except ValueError as error:
         at = file.at(("hyperparameters", "parallelism", "token_dispatcher"))
-        raise UserError(f'{at}: {error}; "alltoall" goes with any topology') from None
+        raise UserError(f'{at}: {error}; "alltoall" works with any topology') from None
     compute = config.compute
     ranks = compute.gpu_count * compute.nodes if compute.gpu_count else config.world_size()
     if ranks is None:

@@ -1,6 +1,6 @@
-"""The run file as its author wrote it: TOML text, overrides, the line of every key, and words for what is wrong there.
+"""The run file as written: TOML text, overrides, the line of every key, and error messages that point to it.
 
-`megasft.config.schema` says which keys there are and what they mean; nothing here does.
+`megasft.config.schema` defines the keys and their meaning; this module knows none of them.
 """
 
 import difflib
@@ -18,27 +18,27 @@ from megasft.messages import UserError
 
 Key = tuple[str, ...]  # ("data", "topology", "tensor_parallel")
 
-LARGEST_FILE = 1 << 20  # bytes: a run file has some thousands; a data set passed in its place has millions
+LARGEST_FILE = 1 << 20  # bytes: a run file has some thousands; a data set passed by mistake has millions
 
 
 class Section(BaseModel):
-    """A table of the run file: no unknown keys, no strings for numbers, no infinities, no change afterwards."""
+    """A table of the run file. It refuses unknown keys, strings for numbers and infinities, and is immutable."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass
 class RunFile:
-    """Settings before they are checked, with where each of them was written."""
+    """Settings before validation, with the place where each of them was written."""
 
     settings: dict[str, Any]
-    name: str = ""  # the path as the user gave it; empty for settings that were never in a file
+    name: str = ""  # the path as the user gave it; empty for settings that do not come from a file
     text: str = ""
     arguments: dict[Key, str] = field(default_factory=dict)  # key -> the command-line argument that set it
 
     @classmethod
     def read(cls, path: str | Path) -> "RunFile":
-        """Read TOML from `path`. Raises UserError for a file that is missing, no file, too large or no TOML."""
+        """Read TOML from `path`. Raises UserError if it is missing, not a file, too large or not TOML."""
         path = Path(path)
         try:
             if not path.is_file():
@@ -61,7 +61,7 @@ class RunFile:
             raise UserError(f"{place}: not valid TOML: {reason}") from None
 
     def override(self, key: Key, value: Any, argument: str) -> None:
-        """Set `key`, whatever the file says; `argument` is the command-line argument that asked for it."""
+        """Set `key`, replacing the file's value. `argument` is the command-line argument that sets it."""
         table = self.settings
         for name in key[:-1]:
             if not isinstance(table.get(name), dict):
@@ -72,13 +72,13 @@ class RunFile:
         self.arguments[key] = " ".join(argument.split())  # a message is one line
 
     def drop(self, key: Key) -> None:
-        """Forget `key` if it was written."""
+        """Remove `key` if it is set."""
         table = self.find(key[:-1])
         if isinstance(table, dict):
             table.pop(key[-1], None)
 
     def find(self, key: Key) -> Any:
-        """The value written for `key`, or None."""
+        """The value of `key`, or None if it is not set."""
         value: Any = self.settings
         for name in key:
             if isinstance(value, list) and name.isdigit():
@@ -100,7 +100,7 @@ class RunFile:
 
 
 def parse_override(argument: str) -> tuple[Key, Any]:
-    """Split `section.key=value`. The value is TOML (`5e-6`, `true`, `["q_proj"]`); what is not TOML is a string."""
+    """Split `section.key=value`. The value is TOML (`5e-6`, `true`, `["q_proj"]`); any other text is a string."""
     name, equals, text = argument.partition("=")
     key, text = tuple(part.strip() for part in name.split(".")), text.strip()
     shown = " ".join(argument.split())
@@ -112,12 +112,12 @@ def parse_override(argument: str) -> tuple[Key, Any]:
         if text.startswith(("[", "{", '"', "'")):
             raise UserError(f"--set {shown}: the value is not valid TOML: {error}") from None
         return key, text
-    # A line break in the value would have made further keys of it: then it was a string.
+    # If the value contains a line break, it may parse as several keys; then it is a string.
     return key, parsed["value"] if len(parsed) == 1 else text
 
 
 def paths(value: Any, key: Key = ()) -> Iterator[Key]:
-    """The keys of nested tables, each table before what is in it."""
+    """The keys of nested tables, each table before its contents."""
     if key:
         yield key
     if isinstance(value, dict):
@@ -126,10 +126,10 @@ def paths(value: Any, key: Key = ()) -> Iterator[Key]:
 
 
 def key_lines(text: str) -> dict[Key, int]:
-    """The line on which each key of a valid TOML text begins, from 1.
+    """The line, from 1, on which each key of a valid TOML text starts.
 
-    tomllib keeps no positions. But every TOML statement, a header or an assignment, is valid TOML by itself and no
-    unfinished part of one is, so the shortest run of lines that parses is one statement.
+    tomllib reports no positions. But each TOML statement, a header or an assignment, is valid TOML by itself, and no
+    incomplete statement is. So the shortest sequence of lines that parses is one statement.
     """
     lines: dict[Key, int] = {}
     table: Key = ()
@@ -170,7 +170,7 @@ def spell(key: Key, value: Any = None) -> str:
 
 
 def explain(error: ValidationError, file: RunFile, model: type[BaseModel], aliases: Mapping[str, Key]) -> str:
-    """One line for what pydantic found: the first mistake with its place and remedy, and the keys of the others."""
+    """One line for pydantic's errors: the first one with its place and remedy, and the keys of the others."""
     details = error.errors(include_url=False)
     keys = [tuple(str(part) for part in detail["loc"]) for detail in details]
     others = f" (and {len(keys) - 1} more: {', '.join('.'.join(key) for key in keys[1:])})" if keys[1:] else ""
@@ -183,7 +183,7 @@ def explain(error: ValidationError, file: RunFile, model: type[BaseModel], alias
         case "bool_type":
             reason = "must be true or false"
         case "literal_error" if " or " not in first["ctx"]["expected"]:
-            reason = f"is not what megasft does; it does {first['ctx']['expected']}"
+            reason = f"is not supported; set it to {first['ctx']['expected']}"
         case "value_error":
             reason = str(first["ctx"]["error"])
         case _:

@@ -1,4 +1,4 @@
-"""What a single value of the run file may be."""
+"""Types and checks of single values in the run file."""
 
 import datetime
 import difflib
@@ -18,7 +18,7 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "u
 
 
 def refuse_true(reason: str) -> AfterValidator:
-    """A switch that must stay off, and why."""
+    """A validator for a switch that must stay false; `reason` is the error."""
 
     def check(value: bool) -> bool:
         if value:
@@ -29,7 +29,7 @@ def refuse_true(reason: str) -> AfterValidator:
 
 
 def target_modules(value: Any) -> Any:
-    """Names of layers: a list, or one text with commas; in the order of LINEAR_LAYERS, each once."""
+    """Layer names, from a list or a comma-separated string: each once, in the order of LINEAR_LAYERS."""
     if isinstance(value, str):
         value = value.split(",")
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
@@ -46,27 +46,27 @@ def target_modules(value: Any) -> Any:
 
 
 def check_validation_loss(value: str) -> str:
-    """The names under which other trainers know the validation loss."""
+    """Accept the names that other trainers use for the validation loss."""
     if value not in ("val.loss", "val_loss", "eval_loss", "loss"):
         raise ValueError("megasft measures the validation loss only: 'val.loss'")
     return "val.loss"
 
 
 def check_deepspeed_stage(value: int | None) -> int | None:
-    """The ZeRO stages that describe what megasft does."""
+    """Accept the ZeRO stages that megasft implements."""
     if value not in (None, 1, 2):
         reason = {
-            0: "stage 0 keeps whole optimizer states on every rank; megasft always shards them",
-            3: "stage 3 shards the weights over data parallel; megasft shards them by [data.topology]",
+            0: "stage 0 keeps complete optimizer states on every rank, but megasft always shards them",
+            3: "stage 3 shards the weights over data parallel, but megasft shards them by [data.topology]",
         }.get(value, "there is no such stage")
-        raise ValueError(f"{reason}; stage 1 or 2 (optimizer states sharded over data parallel) is what it does")
+        raise ValueError(f"{reason}; set stage 1 or 2 (optimizer states sharded over data parallel)")
     return value
 
 
 def check_block_size(value: int) -> int:
     """A block size of bitsandbytes' 4-bit types."""
     if value not in BLOCK_SIZES:
-        raise ValueError(f"bitsandbytes has blocks of {', '.join(map(str, BLOCK_SIZES))}")
+        raise ValueError(f"must be one of {', '.join(map(str, BLOCK_SIZES))}")
     return value
 
 
@@ -79,14 +79,14 @@ def _tag(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
-    """A list of tables as a tuple."""
+    """Convert a list of tables to a tuple."""
     if not isinstance(value, list | tuple):
         raise ValueError('must be a list of tables, such as [{ path = "a.jsonl", weight = 0.5 }]')
     return tuple(value)
 
 
 def list_as_tuple(value: Any) -> Any:
-    """A list as a tuple, anything else as it is."""
+    """Convert a list to a tuple; leave anything else unchanged."""
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -1,1 +1,1 @@
-"""Process groups, and work that one rank of a node does for the others."""
+"""Process groups, and work that one rank per node does for the others."""

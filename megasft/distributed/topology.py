@@ -1,6 +1,6 @@
 """Ranks and process groups: tensor, sequence, expert, expert-tensor, pipeline and data parallel.
 
-megatron-core's `parallel_state` makes the groups; a `Topology` carries them to whoever needs one.
+megatron-core's `parallel_state` creates the groups, and `Topology` passes them to the code that uses them.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from megasft.messages import UserError
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this rank stands: world = tensor x pipeline x data = expert_tensor x expert x pipeline x expert-data."""
+    """Sizes and process groups: world = tensor x pipeline x data = expert_tensor x expert x pipeline x expert-data."""
 
     sizes: TopologySizes
     groups: ProcessGroupCollection
@@ -42,7 +42,7 @@ class Topology:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, the one that speaks and writes files."""
+        """Whether this is rank 0, which prints and writes files."""
         return self.rank == 0
 
     @property
@@ -57,28 +57,28 @@ class Topology:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Run the body on every rank; if it raised `UserError` on any, raise the first such rank's on all.
+        """Run the body on every rank. If it raises `UserError` on any rank, raise the first rank's error on all ranks.
 
-        So that one rank's bad input ends every rank with the same words, and none is left waiting in a collective.
-        The body itself must not hold collectives that a failing rank would skip.
+        So bad input on one rank ends every rank with the same message, and none waits in a collective forever. The body
+        must not contain collectives that a failing rank would skip.
         """
-        mine: str | None = None
+        message: str | None = None
         try:
             yield
         except UserError as error:
-            mine = str(error)
-        said: list[str | None] = [None] * self.world
-        dist.all_gather_object(said, mine)
-        first = next((words for words in said if words is not None), None)
+            message = str(error)
+        messages: list[str | None] = [None] * self.world
+        dist.all_gather_object(messages, message)
+        first = next((found for found in messages if found is not None), None)
         if first is not None:
             raise UserError(first)
 
 
 def join_world(sizes: TopologySizes, seed: int, timeout_minutes: float = 30.0) -> Topology:
-    """Join the world, make the process groups of `sizes`, and seed every random state.
+    """Join the world, create the process groups of `sizes`, and seed all random states.
 
-    The ranks meet in their launcher's store; without a launcher, one process is a world of its own. A collective fails
-    after `timeout_minutes`, in its backend's words.
+    Ranks rendezvous at their launcher's store. Without a launcher, the process is a world of one rank. A collective
+    fails after `timeout_minutes` with its backend's error.
     """
     host.prepare()
     if not dist.is_initialized():
@@ -93,7 +93,7 @@ def join_world(sizes: TopologySizes, seed: int, timeout_minutes: float = 30.0) -
 
 
 def regroup(sizes: TopologySizes, seed: int, timeout_minutes: float = 30.0) -> Topology:
-    """Make the process groups of `sizes` in a world already joined, in place of any made before."""
+    """Create the process groups of `sizes` in a world already joined, replacing earlier ones."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -109,12 +109,11 @@ def regroup(sizes: TopologySizes, seed: int, timeout_minutes: float = 30.0) -> T
 
 
 def seed_step(topology: Topology, seed: int, step: int) -> None:
-    """Set every random state for an optimizer step: what it draws depends on `seed` and its number alone.
+    """Seed all random states for an optimizer step from `seed` and the step's number alone.
 
-    So there is nothing to save of random states, and a resumed run draws what the first would have drawn. The adapters'
-    dropout has a state for each way in which ranks must draw alike or differently: ranks that hold the same input
-    (whole tokens under tensor parallel) share a state; ranks with different tokens, or different slices of their
-    features, have their own.
+    So checkpoints store no random states, and a resumed run draws the numbers that an uninterrupted one would. Dropout
+    in the adapters has several random states: ranks with the same input (full tokens under tensor parallel) share one;
+    ranks with different tokens, or different slices of the features, have their own.
     """
     groups = topology.groups
     seed = derived_seed(seed, "step", step) >> 1  # megatron-core adds to it
@@ -133,13 +132,13 @@ def seed_step(topology: Topology, seed: int, step: int) -> None:
 
 
 def derived_seed(seed: int, *words: object) -> int:
-    """A 63-bit seed that depends on `seed` and on every word, and on nothing else (no process state, no hash seed)."""
+    """A 63-bit seed that depends only on `seed` and `words`, not on process state or Python's hash seed."""
     text = "/".join(map(str, (seed, *words)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def leave_world() -> None:
-    """Leave the world."""
+    """Destroy all process groups."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,1 +1,1 @@
-"""Low-rank adapters on every linear layer, sharded as their base layer is."""
+"""LoRA layers, sharded like their base layers."""

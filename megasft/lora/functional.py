@@ -1,14 +1,14 @@
-"""The two products every adapted layer is made of: one linear, and one linear per expert.
+"""The two products that adapted layers consist of: one linear layer, and one linear layer per expert.
 
     y = x W^T + s drop(x) A^T B^T         (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685)
 
-W is frozen, and dense or in 4 bits; then it is dequantized for each product, forward and backward, and dropped. Layers
-that share their input (q, k, v; gate, up) are fused: their W are stacked along the outputs, their A along the rank, so
-that each product over the input is one GEMM, while B stays block diagonal: output columns `columns[n]` belong to B_n,
-which sees rank columns [n r, (n + 1) r).
+W is frozen. It is dense or in 4 bits; a 4-bit W is dequantized for each product, in forward and in backward, and then
+discarded. Layers with the same input (q, k, v; gate, up) are fused: their W are stacked along the outputs and their A
+along the rank, so that each product over the input is one GEMM. B stays block diagonal: output columns `columns[n]`
+belong to B_n, which reads rank columns [n r, (n + 1) r).
 
-Autograd would keep drop(x) and add gradients in passes of their own; these functions keep x, the mask (a byte an
-element) and h = drop(x) A^T, and add into the frozen branch's result inside the GEMM where that can be.
+Autograd would save drop(x) and add gradients in separate passes. These functions save x, the mask (one byte per
+element) and h = drop(x) A^T, and where possible add to the frozen branch's result inside the GEMM.
 
 T tokens, K inputs, N outputs, R = rank x number of stacked adapters, E experts.
 """
@@ -27,16 +27,16 @@ Weight = Tensor | QuantizedWeight
 
 def lora_linear(x: Tensor, weight: Weight, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
                 mask: Tensor | None = None) -> Tensor:  # fmt: skip
-    """y [T, N] of x [T, K], frozen weight [N, K], A [R, K] and B_n [len(columns[n]), r].
+    """x [T, K], frozen weight [N, K], A [R, K] and B_n [len(columns[n]), r] -> y [T, N].
 
-    `mask` [T, K] (bool) keeps the elements of x that the adapters see; its 1 / (1 - p) belongs in `scaling`.
+    `mask`, bool [T, K], is true for the elements of x that the adapters see. `scaling` includes its 1 / (1 - p).
     """
     return _LoraLinear.apply(x, weight, A, scaling, mask, columns, *B)
 
 
 def grouped_lora_linear(x: Tensor, weight: Weight, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
                         offsets: Tensor, mask: Tensor | None = None) -> Tensor:  # fmt: skip
-    """The same for rows sorted by expert: x [T, K], weight [E, N, K], A [E, R, K], B_n [E, len(columns[n]), r].
+    """`lora_linear` for rows sorted by expert: x [T, K], weight [E, N, K], A [E, R, K], B_n [E, len(columns[n]), r].
 
     Rows offsets[e - 1] to offsets[e] (int32 [E]) belong to expert e.
     """
@@ -44,12 +44,12 @@ def grouped_lora_linear(x: Tensor, weight: Weight, A: Tensor, B: Sequence[Tensor
 
 
 def frozen_linear(x: Tensor, weight: Weight) -> Tensor:
-    """x [T, K] times the transposed weight [N, K]; no gradient for the weight."""
+    """x [T, K] times the transposed weight [N, K] -> [T, N], without a gradient for the weight."""
     return _FrozenLinear.apply(x, weight)
 
 
 def grouped_linear(x: Tensor, weight: Weight, offsets: Tensor) -> Tensor:
-    """The same for rows sorted by expert and weight [E, N, K]."""
+    """`frozen_linear` for rows sorted by expert and weight [E, N, K]."""
     return _GroupedLinear.apply(x, weight, offsets)
 
 
@@ -145,7 +145,7 @@ class _GroupedLoraLinear(torch.autograd.Function):
         gB = []
         for n, (at, b) in enumerate(zip(ctx.columns, B, strict=True)):
             gh[:, _block(n, b)] = grouped_mm(gy[:, at], b, offsets)
-            gB.append(grouped_mm(gy[:, at].t(), h[:, _block(n, b)], offsets))  # h carries the scaling already
+            gB.append(grouped_mm(gy[:, at].t(), h[:, _block(n, b)], offsets))  # h includes the scaling
         gh *= ctx.scaling
         gA = grouped_mm(gh.t(), x if mask is None else x * mask, offsets)
         gx = None
@@ -157,13 +157,13 @@ class _GroupedLoraLinear(torch.autograd.Function):
 
 
 def _dense(weight: Weight) -> Tensor:
-    """[N, K]; of a quantized weight in the workspace, so to be used at once."""
+    """The weight [N, K]. A dequantized one is in the shared workspace: use it before the next is dequantized."""
     return weight if isinstance(weight, Tensor) else weight.dequantize()[0]
 
 
 def _grouped(x: Tensor, weight: Weight, offsets: Tensor, transposed: bool = False) -> Tensor:
-    """x [T, .] times the weight [E, N, K] of each row's expert. Of a quantized one only experts with rows are
-    dequantized, as many at once as its settings say.
+    """x [T, .] times the weight [E, N, K] of each row's expert. For a quantized weight, only experts with rows are
+    dequantized, at most `experts_at_once` together.
     """
     if isinstance(weight, Tensor):
         return grouped_mm(x, weight.transpose(-2, -1) if transposed else weight, offsets)
@@ -182,16 +182,16 @@ def _grouped(x: Tensor, weight: Weight, offsets: Tensor, transposed: bool = Fals
 
 
 def _block(n: int, b: Tensor) -> slice:
-    """Rank columns of the n-th stacked adapter."""
+    """The rank columns of the n-th stacked adapter."""
     r = b.shape[-1]
     return slice(n * r, (n + 1) * r)
 
 
 def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """`torch.nn.functional.grouped_mm`, with a loop over the groups for strides that its kernels do not take.
+    """`torch.nn.functional.grouped_mm`, or a loop over the groups for strides that its kernels do not support.
 
-    Either a [T, K] with groups of rows and b [E, K, N], giving [T, N]; or a [M, T] and b [T, N] with groups along T,
-    giving [E, M, N].
+    Either a [T, K] with groups of rows and b [E, K, N] -> [T, N]; or a [M, T] and b [T, N] with groups along T ->
+    [E, M, N].
     """
     if _aligned(a) and _aligned(b):
         return torch.nn.functional.grouped_mm(a, b, offs=offsets)
@@ -206,7 +206,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _aligned(tensor: Tensor) -> bool:
-    # The grouped kernels load 16 bytes at a time: torch 2.13 refuses other strides and starting addresses.
+    # The grouped kernels load 16 bytes at a time; torch 2.13 refuses unaligned strides and start addresses.
     size = tensor.element_size()
     strides = [step * size for step in tensor.stride() if step != 1]
     return tensor.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in strides)

@@ -1,9 +1,9 @@
-"""One linear per expert with an adapter per expert, all experts of a rank in one grouped GEMM.
+"""One linear layer and one adapter per expert, with all experts of a rank in one grouped GEMM.
 
 Weights are stacked over the experts of this rank, W [E, N, K], A [E, R, K], B [E, N, r]; rows come sorted by expert.
-With expert-tensor parallel the layers split as in `lora.linear`, but the dispatcher owns the collectives: it gathers
-the tokens before the first product and reduces after the last. Whole factors (A of gate and up, B of down) then hold
-partial gradients over the expert-tensor group, which megatron-core does not sum; they carry the mark
+Expert-tensor parallelism splits the layers as in `lora.linear`, but the dispatcher does the collectives: it gathers the
+tokens before the first product and reduces after the last. Unsplit factors (A of gate and up, B of down) then have
+partial gradients over the expert-tensor group. megatron-core does not sum these, so they are marked
 `partial_over_expert_tp` for `train.optimizer`.
 """
 
@@ -21,12 +21,12 @@ from megasft.storage.shards import Shard
 
 
 class GroupedLoraLinear(ShardedLinear):
-    """The linear layers of one name, or of several fused along their outputs, of all experts on this rank.
+    """One projection of all experts on this rank, or several projections fused along their outputs.
 
     Args:
-        experts: numbers of this rank's experts in the whole layer.
-        in_features, parts, lora, writer: of a whole expert; see `ShardedLinear`.
-        mode: "column" or "row", how an expert is split over the expert-tensor group `group`.
+        experts: indices of this rank's experts in the full layer.
+        in_features, parts, lora, writer: of one full expert; see `ShardedLinear`.
+        mode: "column" or "row": how each expert is split over the expert-tensor group `group`.
         quant: keep the frozen matrices in 4 bits; None: in `dtype`.
     """
 
@@ -45,8 +45,8 @@ class GroupedLoraLinear(ShardedLinear):
         super().__init__(in_features, parts, mode, lora, group, writer)
         self.experts = list(experts)
         self.weight: Weight = self.frozen_weight(len(self.experts), dtype, quant)
-        # Grouped kernels want the rank in multiples of 8. The rows of A and columns of B beyond r are zero, and so are
-        # their gradients (each is a product with the other), so they stay zero.
+        # Grouped kernels need a rank that is a multiple of 8. Rows of A and columns of B beyond r start at zero and
+        # stay zero, because the gradient of each is a product with the other.
         self.padded_r = -(-lora.r // 8) * 8
         self.lora_B = nn.ParameterDict()
         if self.adapted:
@@ -63,7 +63,7 @@ class GroupedLoraLinear(ShardedLinear):
                 parameter.partial_over_expert_tp = not split  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [T, K_local] sorted by expert, offsets int32 [E] (the end of each expert's rows): [T, N_local]."""
+        """x [T, K_local] sorted by expert, offsets int32 [E] (the end of each expert's rows) -> [T, N_local]."""
         if not self.adapted:
             return grouped_linear(x, self.weight, offsets)
         dropped, scaling = self.scaling()
@@ -72,7 +72,7 @@ class GroupedLoraLinear(ShardedLinear):
         return grouped_lora_linear(x, self.weight, self.lora_A, B, self.lora_columns, scaling, offsets, mask)
 
     def base_shards(self) -> Iterator[Shard]:
-        """The frozen matrices, one for each expert and part."""
+        """The frozen matrices, one per expert and part."""
         for i, e in enumerate(self.experts):
             for name in self.parts:
                 yield self.weight_shard(f"experts.{e}.{name}", name, self.weight, i)

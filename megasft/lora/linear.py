@@ -1,20 +1,20 @@
 """Tensor-parallel linear layers with LoRA that issue exactly the collectives of the frozen layer.
 
-Column parallel (q, k, v; gate, up): W and B are split over the outputs, A is whole on every rank.
+Column parallel (q, k, v; gate, up): W and B are split over the outputs, A is replicated.
 
     y_i = x W_i^T + s (x A^T) B_i^T
 
-The all-gather of x serves both branches; in backward their shares of dx are added before the one reduce-scatter. Each
-rank has only its part of A's gradient.
+Both branches use the same all-gather of x. Backward adds their gradients of x before the one reduce-scatter. Each rank
+has a partial gradient of A.
 
-Row parallel (o; down): W and A are split over the inputs, B is whole on every rank.
+Row parallel (o; down): W and A are split over the inputs, B is replicated.
 
     y = reduce_scatter(x_i W_i^T + s (x_i A_i^T) B^T)
 
-The partial LoRA output rides in the frozen branch's reduction. Each rank has only its part of B's gradient.
+The frozen branch's reduce-scatter also sums the partial LoRA outputs. Each rank has a partial gradient of B.
 
-The partial gradients are summed over TP once a step, not once a micro batch: they are marked `sequence_parallel`, as
-layer norm weights are, and megatron-core's `finalize_model_grads` adds up what carries that mark.
+The partial gradients are summed over TP once per step, not once per micro batch: the factors are marked
+`sequence_parallel`, as layer norm weights are, and megatron-core's `finalize_model_grads` sums marked gradients.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,13 +35,13 @@ from megasft.storage.shards import Shard, leaf
 
 
 class LoraLinear(ShardedLinear):
-    """One frozen matrix, or several fused along their outputs, each with an adapter of its own if it is a target.
+    """One frozen matrix, or several fused along their outputs. Each has its own adapter if it is a target.
 
     Args:
-        in_features, parts, mode, lora, group, writer: see `ShardedLinear`; `mode` "replicated" is for an input that is
-            a sequence shard, as the router's.
+        in_features, parts, mode, lora, group, writer: see `ShardedLinear`. Use `mode` "replicated" if the input is a
+            sequence shard, as the router's is.
         group: the tensor-parallel group.
-        dtype: of all parameters.
+        dtype: dtype of all parameters.
         quant: keep the frozen matrices in 4 bits; None: in `dtype`.
 
     Parameters: weight [N_local, K_local] (or a QuantizedWeight), lora_A [r * adapted parts, K_local], lora_B.<part>
@@ -70,12 +70,12 @@ class LoraLinear(ShardedLinear):
                 (self.lora_A, mode == "row"),
                 *((b, mode == "column") for b in self.lora_B.values()),
             ]:
-                # `tensor_model_parallel` says that each rank has its own part, which counts in the gradient norm.
+                # Gradient norms count `tensor_model_parallel` parameters on every rank, and others only once.
                 parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
                 parameter.sequence_parallel = not split  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [S, 1, K]: column takes the sequence shard and gives [S * TP, 1, N / TP]; row the reverse."""
+        """Column: a sequence shard x [S, 1, K] -> [S * TP, 1, N / TP]. Row: x [S * TP, 1, K / TP] -> [S, 1, N]."""
         if self.mode == "column" and self.size > 1:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.group)
         y = self.multiply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
@@ -84,22 +84,22 @@ class LoraLinear(ShardedLinear):
         return y
 
     def multiply(self, x: Tensor, weight: Weight) -> Tensor:
-        """x [T, K_local] through the frozen and the low-rank branch, in the dtype of x: [T, N_local]."""
+        """The sum of the frozen and the LoRA branch, in the dtype of x: x [T, K_local] -> [T, N_local]."""
         if not self.adapted:
             return frozen_linear(x, weight)
         dropped, scaling = self.scaling()
-        # In column mode all ranks hold the same x and must drop the same elements; otherwise each has its own part.
+        # In column mode, all ranks hold the same x and must drop the same elements; otherwise each has its own slice.
         mask = dropout_mask(x, dropped, "lora" if self.mode == "column" else "lora-sharded")
         A, B = self.lora_A.to(x.dtype), [self.lora_B[leaf(name)].to(x.dtype) for name in self.adapted]
         return lora_linear(x, weight, A, B, self.lora_columns, scaling, mask)
 
     def base_shards(self) -> Iterator[Shard]:
-        """The frozen matrices, one for each part."""
+        """The frozen matrices, one per part."""
         for name in self.parts:
             yield self.weight_shard(name, name, self.weight, None)
 
     def adapter_shards(self) -> Iterator[Shard]:
-        """The factors of each adapted part."""
+        """The LoRA factors of each adapted part."""
         r = self.lora.r
         for i, name in enumerate(self.adapted):
             A, B = self.lora_A.data[i * r : (i + 1) * r], self.lora_B[leaf(name)].data
@@ -107,7 +107,7 @@ class LoraLinear(ShardedLinear):
 
 
 def dropout_mask(x: Tensor, p: float, random_state: str) -> Tensor | None:
-    """Which elements of x an adapter sees, drawn from a state of megatron-core's tracker; None if it sees all."""
+    """Mask of the elements of x that an adapter sees, bool; None if p is 0. Draws from megatron-core's RNG tracker."""
     if p == 0.0:
         return None
     with get_cuda_rng_tracker().fork(random_state):

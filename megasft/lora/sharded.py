@@ -1,4 +1,4 @@
-"""Where a linear layer, or several fused along their outputs, lie on a rank, and which of them are adapted."""
+"""How linear layers, single or fused along their outputs, are sharded over ranks, and which of them are adapted."""
 
 from collections.abc import Iterator, Mapping
 from typing import Literal
@@ -17,18 +17,18 @@ Mode = Literal["column", "row", "replicated"]
 
 
 class ShardedLinear(Sharded):
-    """What `LoraLinear` and `GroupedLoraLinear` have in common.
+    """The common base of `LoraLinear` and `GroupedLoraLinear`.
 
     Args:
-        in_features: K of the whole layer.
-        parts: name to N of the whole layer, in the order in which the fused outputs stand on every rank.
+        in_features: K of the full layer.
+        parts: by name, N of each full layer, in the order of the fused outputs on every rank.
         mode: "column" splits the outputs over `group`, "row" the inputs, "replicated" nothing.
-        lora: r, alpha, dropout and targets; a part is adapted if its last name is a target.
-        writer: whether this rank is the one of its data-parallel replicas that writes adapters.
+        lora: r, alpha, dropout and targets. A part is adapted if its last name is a target.
+        writer: whether this rank, of all data-parallel replicas, writes the adapters.
 
     Attributes:
-        in_local, out_local: K, and name to N, of what this rank holds.
-        columns: name to the output columns of a part on this rank; `lora_columns` those of the adapted parts.
+        in_local, out_local: K and, by name, N on this rank.
+        columns: by name, each part's output columns on this rank; `lora_columns` are those of the adapted parts.
         adapted: names of the adapted parts.
     """
 
@@ -52,12 +52,12 @@ class ShardedLinear(Sharded):
         self.lora_columns = [self.columns[name] for name in self.adapted]
 
     def scaling(self) -> tuple[float, float]:
-        """(probability of dropping an input of the adapters, factor of their output)."""
+        """(dropout probability of the adapters' input, factor of their output)."""
         dropped = self.lora.dropout if self.training else 0.0
         return dropped, self.lora.alpha / self.lora.r / (1 - dropped)
 
     def frozen_weight(self, experts: int | None, dtype: torch.dtype, quant: QuantSettings | None) -> Weight:
-        """Storage for the frozen matrices, [N_local, K_local] or stacked over `experts`; with `quant` in 4 bits."""
+        """Uninitialized frozen matrices, [N_local, K_local] or stacked over `experts`; with `quant` in 4 bits."""
         if quant is None:
             stack = () if experts is None else (experts,)
             return frozen(*stack, sum(self.out_local.values()), self.in_local, dtype=dtype)
@@ -65,15 +65,15 @@ class ShardedLinear(Sharded):
         return QuantizedWeight(experts or 1, rows, self.in_features, self.inputs(), dtype, quant)
 
     def rows(self, n: int) -> slice:
-        """This rank's outputs of `n`."""
+        """This rank's slice of `n` outputs."""
         return part(n, self.rank, self.size) if self.mode == "column" else slice(0, n)
 
     def inputs(self) -> slice:
-        """This rank's inputs."""
+        """This rank's slice of the inputs."""
         return part(self.in_features, self.rank, self.size) if self.mode == "row" else slice(0, self.in_features)
 
     def weight_shard(self, path: str, name: str, weight: Weight, expert: int | None) -> Shard:
-        """The frozen matrix `path` of a part; `expert` counts in the stack, if there is one."""
+        """The shard of a part's frozen matrix. `expert` is its index in the stack; None for a layer without experts."""
         local: Tensor | Slot
         if isinstance(weight, Tensor):
             local = (weight.data if expert is None else weight.data[expert])[self.columns[name]]
@@ -83,7 +83,7 @@ class ShardedLinear(Sharded):
         return Shard(f"{path}.weight", (n, self.in_features), (self.rows(n), self.inputs()), local)
 
     def factor_shards(self, path: str, name: str, A: Tensor, B: Tensor) -> Iterator[Shard]:
-        """The factors A [r, K_local] and B [N_local, r] of a part; the first rank writes one that is not split."""
+        """The shards of a part's factors A [r, K_local] and B [N_local, r]. Rank 0 writes the replicated one."""
         n, r = self.parts[name], self.lora.r
         first_A, first_B = self.rank == 0 or self.mode == "row", self.rank == 0 or self.mode == "column"
         at_A, at_B = (slice(0, r), self.inputs()), (self.rows(n), slice(0, r))
@@ -92,10 +92,10 @@ class ShardedLinear(Sharded):
 
 
 def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """Storage for a weight that is read from a checkpoint and never trained."""
+    """An uninitialized weight, to be loaded from a checkpoint and never trained."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=host.device()), requires_grad=False)
 
 
 def factor(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """Storage for a LoRA factor, zero."""
+    """A LoRA factor of zeros."""
     return nn.Parameter(torch.zeros(shape, dtype=dtype, device=host.device()))

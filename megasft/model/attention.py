@@ -1,7 +1,7 @@
-"""Grouped-query causal attention with q/k norm and rotary positions, over conversations laid end to end.
+"""Grouped-query causal attention with q/k norm and rotary positions, over concatenated conversations.
 
-S: tokens on this rank's sequence shard; T = S * TP: tokens of the micro batch; h, g: query and key/value heads here; d:
-head dimension.
+S: tokens of this rank's sequence shard; T = S * TP: tokens of the micro batch; h, g: query and key/value heads on this
+rank; d: head dimension.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.linear import LoraLinear
 from megasft.model.batch import Segments
 from megasft.model.norm import RMSNorm
-from megasft.storage.shards import Shard, Sharded, whole
+from megasft.storage.shards import Shard, Sharded, full_index
 
 
 class SelfAttention(Sharded):
@@ -55,7 +55,7 @@ class SelfAttention(Sharded):
     def forward(
         self, x: Tensor, attention_mask: None, rotary_pos_emb: Tensor, packed_seq_params: Segments, **_: Any
     ) -> tuple[Tensor, None]:
-        """x [S, 1, H], rotary_pos_emb [2, T, d] (cos, sin): [S, 1, H] and no bias."""
+        """x [S, 1, H], rotary_pos_emb [2, T, d] (cos, sin) -> [S, 1, H] and no bias."""
         q, k, v = self.linear_qkv(x).squeeze(1).split(self.widths, dim=-1)
         q = self.q_layernorm(q.unflatten(-1, (-1, self.head_dim)))
         k = self.k_layernorm(k.unflatten(-1, (-1, self.head_dim)))
@@ -68,7 +68,7 @@ class SelfAttention(Sharded):
         yield from self.linear_qkv.base_shards()
         yield from self.linear_proj.base_shards()
         for name, norm in (("q_norm", self.q_layernorm), ("k_norm", self.k_layernorm)):
-            yield Shard(f"{name}.weight", (self.head_dim,), whole(self.head_dim), norm.weight.data)
+            yield Shard(f"{name}.weight", (self.head_dim,), full_index(self.head_dim), norm.weight.data)
 
     def adapter_shards(self) -> Iterator[Shard]:
         yield from self.linear_qkv.adapter_shards()
@@ -76,12 +76,12 @@ class SelfAttention(Sharded):
 
 
 class SegmentedAttention(nn.Module):
-    """torch's scaled dot-product attention, one call a segment: no work and no mask between conversations."""
+    """torch's scaled dot-product attention, one call per segment, so that no work or mask crosses conversations."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, attn_mask_type: Any, packed_seq_params: Segments
     ) -> Tensor:
-        """q [T, h, d], k and v [T, g, d]: [T, h, d]."""
+        """q [T, h, d], k and v [T, g, d] -> [T, h, d]."""
         repeat = q.shape[1] // k.shape[1]
         outputs = []
         for qi, ki, vi in zip(*(t.split(packed_seq_params.lengths) for t in (q, k, v)), strict=True):
@@ -92,7 +92,7 @@ class SegmentedAttention(nn.Module):
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864), halves rotated together as Qwen3 does.
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), rotating the two halves as Qwen3 does.
 
     x [T, heads, d], cos_sin [2, T, d].
     """
@@ -100,7 +100,7 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Linear in x, so backward needs cos and sin only; and the transpose of a rotation is the opposite rotation."""
+    """Linear in x, so backward needs only cos and sin. The transpose of a rotation is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos_sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A micro batch: conversations laid end to end, and where each begins."""
+"""A micro batch: concatenated conversations and their boundaries."""
 
 from dataclasses import dataclass, field
 
@@ -12,10 +12,10 @@ IGNORED = -100  # a label that is not supervised, as in torch and transformers
 
 @dataclass
 class Segments(PackedSeqParams):
-    """Lengths of the conversations that lie end to end in a micro batch; attention stays inside each.
+    """Lengths of the concatenated conversations of a micro batch. Attention stays within each segment.
 
-    `lengths` is on the host, so that no layer waits for the device; the rest is megatron-core's description of it. The
-    last `padding` tokens are none of any conversation.
+    `lengths` is on the host, so that no layer waits for the device. The other fields are megatron-core's description of
+    the same segments. The last `padding` tokens belong to no conversation.
     """
 
     lengths: list[int] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Segments(PackedSeqParams):
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device, padding: int = 0) -> "Segments":
-        """The description of segments of these lengths, `padding` among them if it is not 0."""
+        """Segments of these lengths. If `padding` is not 0, `lengths` includes it."""
         ends = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
         longest = max(lengths)
         return cls(
@@ -35,15 +35,15 @@ class Segments(PackedSeqParams):
         return torch.cat([torch.arange(n, device=device) for n in self.lengths])[None]
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, core: nn.Module) -> Tensor:
-        """The attention of layer `number`, whose kernel is `core`: q [T, h, d], k and v [T, g, d]: [T, h, d]."""
+        """Attention of layer `number` with the kernel `core`: q [T, h, d], k and v [T, g, d] -> [T, h, d]."""
         return core(q, k, v, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=self)
 
 
 @dataclass
 class MicroBatch:
-    """Conversations laid end to end. T is a multiple of the tensor-parallel size.
+    """Concatenated conversations. T is a multiple of the tensor-parallel size.
 
-    tokens, labels int64 [T]; labels[i] is the token to be predicted at position i, or IGNORED.
+    tokens, labels: int64 [T]; labels[i] is the token to predict at position i, or IGNORED.
     """
 
     tokens: Tensor

@@ -1,7 +1,7 @@
-"""A Hugging Face checkpoint into this rank's storage: each rank reads the slices it keeps and nothing else.
+"""Read a Hugging Face checkpoint. Each rank reads only the slices it keeps.
 
-Takes both layouts of experts: one tensor per expert and projection, as hub checkpoints have it, and all experts in one
-(`experts.gate_up_proj` [E, 2F, H], `experts.down_proj` [E, H, F]), as transformers 5 holds them in memory.
+Experts may have either layout: one tensor per expert and projection, as in hub checkpoints, or all experts in one
+tensor (`experts.gate_up_proj` [E, 2F, H], `experts.down_proj` [E, H, F]), as transformers 5 holds them in memory.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def fingerprint(folder: str | Path) -> str:
-    """What tells a base model from another: its configuration, and names, shapes, sizes and samples of its weights.
+    """A hash that identifies a base model: of its configuration and of names, shapes, sizes and samples of its weights.
 
-    Of each file of weights the header and 64 KiB at 16 evenly spaced places are read, so it takes no time on any size;
-    weights that were trained further differ nearly everywhere. Where the folder is, is no part of it.
+    It reads the header and 64 KiB at 16 evenly spaced offsets of each weight file, so it is fast for any size. Samples
+    are enough because further training changes nearly all weights. The path of the folder does not matter.
     """
     config = read_config(folder).to_dict()
     for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures"):
@@ -43,7 +43,10 @@ def fingerprint(folder: str | Path) -> str:
 
 
 class Checkpoint:
-    """The safetensors files of a model folder, opened lazily, with the names and shapes of all tensors at hand."""
+    """The safetensors files of a model folder, with the names and shapes of all tensors. Data is read on demand.
+
+    Raises UserError for missing, corrupted or pickled weights, and for an index that does not match the files.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -57,7 +60,7 @@ class Checkpoint:
         for name, path in self.files.items():
             if name not in self.shapes:
                 raise UserError(
-                    f"{self.folder}: the index places tensor {name!r} in {path.name}, which does not have it"
+                    f"{self.folder}: the index lists tensor {name!r} in {path.name}, but the file does not contain it"
                 )
 
     def _files(self) -> dict[str, Path]:
@@ -67,11 +70,12 @@ class Checkpoint:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 files = {str(name): self.folder / Path(file).name for name, file in weight_map.items()}
             except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(f"{index}: not a readable safetensors index ({error})") from None
+                raise UserError(f"{index}: cannot be read as a safetensors index ({error})") from None
             missing = sorted({path.name for path in files.values() if not path.is_file()})
             if missing:
                 raise UserError(
-                    f"{self.folder}: the index names {len(missing)} file(s) that are not there: {missing[0]}"
+                    f"{self.folder}: {len(missing)} file(s) of the index are missing, such as {missing[0]}; download "
+                    "or copy the model again"
                 )
             return files
         if single.is_file():
@@ -79,7 +83,7 @@ class Checkpoint:
         pickled = next(self.folder.glob("pytorch_model*.bin"), None)
         if pickled:
             raise UserError(f"{pickled}: pickled weights are never read; convert them to safetensors")
-        raise UserError(f"{self.folder}: no model.safetensors and no model.safetensors.index.json")
+        raise UserError(f"{self.folder}: has no model.safetensors and no model.safetensors.index.json")
 
     def _file(self, path: Path) -> TensorFile:
         if path not in self._open:
@@ -87,45 +91,45 @@ class Checkpoint:
         return self._open[path]
 
     def locate(self, shard: Shard) -> tuple[str, Index]:
-        """Where a shard's part is: the name of the tensor in the files, and the slices to read of it."""
+        """Where to read a shard: the tensor's name in the files, and the slices of it."""
         for name, index, shape in _candidates(shard):
             if name in self.shapes:
                 found = self.shapes[name]
                 if len(found) != len(shape) or any(want not in (None, n) for n, want in zip(found, shape, strict=True)):
                     raise UserError(
-                        f"{self.files[name]}: tensor {name!r} has shape {list(found)}, config.json asks for "
+                        f"{self.files[name]}: tensor {name!r} has shape {list(found)}, but config.json implies "
                         f"{['experts' if n is None else n for n in shape]}"
                     )
                 if index[0].stop is not None and index[0].stop > found[0]:
                     raise UserError(
-                        f"{self.files[name]}: tensor {name!r} holds {found[0]} experts, too few for config.json"
+                        f"{self.files[name]}: tensor {name!r} holds {found[0]} experts, but config.json needs more"
                     )
                 return name, index
-        raise UserError(f"{self.folder}: the checkpoint has no tensor {shard.name!r}, which config.json asks for")
+        raise UserError(f"{self.folder}: the checkpoint has no tensor {shard.name!r}, which config.json requires")
 
     def read(self, name: str, index: Index) -> Tensor:
-        """The slice of a tensor, a view of the file: only its bytes are read, when they are used."""
+        """A slice of a tensor, as a view of the file. Only the slice's bytes are read, on first use."""
         piece = self._file(self.files[name]).tensor(name)[index]
         return piece[0] if len(index) == 3 else piece
 
     def release(self) -> None:
-        """Forget what was read."""
+        """Free the memory of the data read so far."""
         for file in self._open.values():
             file.release()
 
     def refuse_surplus(self, config: Qwen3MoeConfig) -> None:
-        """Raise UserError for a tensor that the architecture in config.json has no place for."""
+        """Raise UserError for a tensor that is not part of the architecture in config.json."""
         known = set(expected_names(config))
         surplus = sorted(name for name in self.shapes if name not in known)
         if surplus:
             raise UserError(
-                f"{self.files[surplus[0]]}: {len(surplus)} tensor(s) have no place in the model that config.json "
-                f"describes, the first is {surplus[0]!r}"
+                f"{self.files[surplus[0]]}: {len(surplus)} tensor(s) are not part of the model that config.json "
+                f"describes, such as {surplus[0]!r}"
             )
 
 
 def _candidates(shard: Shard) -> Iterator[tuple[str, Index, tuple[int | None, ...]]]:
-    """Names under which a checkpoint may hold a shard, with the index and shape there (None: any number of experts)."""
+    """The names that a shard may have in a checkpoint, with its index and shape there (None: any number of experts)."""
     yield shard.name, shard.index, shard.shape
     expert = _EXPERT.fullmatch(shard.name)
     if expert:
@@ -140,7 +144,7 @@ def _candidates(shard: Shard) -> Iterator[tuple[str, Index, tuple[int | None, ..
 
 
 def expected_names(config: Qwen3MoeConfig) -> Iterator[str]:
-    """Every name a checkpoint of this architecture may hold, on any rank and in either layout of experts."""
+    """All tensor names that a checkpoint of this architecture may contain, in either layout of experts."""
     yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
     for i, sparse in enumerate(sparse_layers(config)):
         layer = f"model.layers.{i}"

@@ -1,4 +1,4 @@
-"""Qwen3-MoE's `config.json`: what it says, and whether we can train it and cut it by a topology."""
+"""Read Qwen3-MoE's `config.json`, and check that we can train the model and shard it over a topology."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,11 @@ from megasft.messages import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # the others change with the length of the sequence
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # the others depend on the sequence length
 
 
 def read_config(folder: str | Path) -> Qwen3MoeConfig:
-    """The architecture in `folder/config.json`. Raises UserError for anything that is not a Qwen3-MoE we can train."""
+    """The architecture in `folder/config.json`. Raises UserError unless it is a Qwen3-MoE that megasft can train."""
     path = Path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -26,20 +26,22 @@ def read_config(folder: str | Path) -> Qwen3MoeConfig:
     except FileNotFoundError:
         raise UserError(f"{folder}: not a model folder: it has no config.json") from None
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable model configuration ({error})") from None
+        raise UserError(f"{path}: cannot be read as a model configuration ({error})") from None
     if kind != "qwen3_moe":
-        raise UserError(f"{path}: model_type = {kind!r}; megasft trains 'qwen3_moe' models")
+        raise UserError(f"{path}: model_type = {kind!r} is not supported; megasft trains 'qwen3_moe' models")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) not in ROPE_TYPES:
-        # asked here because transformers remarks on it in words of its own
-        raise UserError(f"{path}: rope_parameters = {rope!r} is not supported; known: {', '.join(ROPE_TYPES)}")
+        # Checked before transformers, which would print warnings of its own.
+        raise UserError(
+            f"{path}: rope_parameters = {rope!r} is not supported; supported types: {', '.join(ROPE_TYPES)}"
+        )
     try:
         config = Qwen3MoeConfig.from_dict(raw)
         _check_supported(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # transformers raises what it likes on a malformed configuration
-        raise UserError(f"{path}: transformers refuses it: {' '.join(str(error).split())}") from None
+    except Exception as error:  # transformers raises many kinds of errors on a malformed configuration
+        raise UserError(f"{path}: transformers cannot read it: {' '.join(str(error).split())}") from None
     return config
 
 
@@ -49,7 +51,7 @@ def _check_supported(config: Qwen3MoeConfig) -> None:
         if getattr(config, key) < 1:
             raise UserError(f"{key} = {getattr(config, key)!r} must be at least 1")
     if getattr(config, "quantization_config", None):
-        raise UserError("quantization_config: weights that are quantized already cannot be loaded; take the bf16 model")
+        raise UserError("quantization_config: megasft cannot load quantized weights; use the bf16 model")
     refused = {
         "hidden_act": config.hidden_act != "silu",
         "attention_bias": config.attention_bias,
@@ -63,12 +65,12 @@ def _check_supported(config: Qwen3MoeConfig) -> None:
         if bad:
             raise UserError(f"{key} = {getattr(config, key)!r} is not supported; no released Qwen3-MoE model has it")
     if config.num_experts_per_tok == 1 and config.norm_topk_prob:
-        raise UserError("num_experts_per_tok = 1 with norm_topk_prob leaves the router nothing to weigh; unsupported")
+        raise UserError("num_experts_per_tok = 1 with norm_topk_prob = true is not supported: all router weights are 1")
 
 
 def check_fits(config: Qwen3MoeConfig, sizes: TopologySizes, quant: QuantSettings | None = None) -> None:
-    """Whether the model can be cut by this topology, with `quant` into whole blocks; raises UserError naming the number
-    that does not divide.
+    """Raise UserError, naming the size that does not divide, if the topology cannot shard the model; with `quant`, also
+    if a shard would cut a quantization block.
     """
     dense = any(not sparse for sparse in sparse_layers(config))
     for key, n, name, by in (
@@ -83,14 +85,14 @@ def check_fits(config: Qwen3MoeConfig, sizes: TopologySizes, quant: QuantSetting
             fitting = ", ".join(str(d) for d in range(1, by) if n % d == 0)
             raise UserError(
                 f"[data.topology] {name} = {by} does not divide the model's {key} = {n}; "
-                f"smaller sizes that do: {fitting}"
+                f"smaller sizes that divide it: {fitting}"
             )
     if quant:
         _check_blocks(config, sizes, quant.block_size)
 
 
 def _check_blocks(config: Qwen3MoeConfig, sizes: TopologySizes, size: int) -> None:
-    """Whether the inputs of every linear layer that a rank holds are whole blocks of `size`."""
+    """Raise UserError unless `size` divides the inputs of every linear layer on a rank."""
     sparse = sparse_layers(config)
     for layers, key, n, name, by in (
         ("q_proj, k_proj, v_proj, gate_proj and up_proj", "hidden_size", config.hidden_size, "", 1),
@@ -115,12 +117,12 @@ def _check_blocks(config: Qwen3MoeConfig, sizes: TopologySizes, size: int) -> No
 
 
 def head_dim(config: Qwen3MoeConfig) -> int:
-    """Width of an attention head; `head_dim` may be left out of config.json."""
+    """Width of an attention head. config.json may omit `head_dim`."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def sparse_layers(config: Qwen3MoeConfig) -> list[bool]:
-    """For each layer, whether it has experts (else it is dense)."""
+    """For each layer, whether it has experts; if not, it is dense."""
     return [
         i not in (config.mlp_only_layers or []) and (i + 1) % config.decoder_sparse_step == 0
         for i in range(config.num_hidden_layers)

@@ -1,4 +1,4 @@
-"""Where a model is: a local folder, or a Hugging Face hub id."""
+"""Find a model: in a local folder, or by its Hugging Face hub id."""
 
 import functools
 import re
@@ -12,9 +12,9 @@ _ANSWER_SECONDS = 5.0
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: `name` itself if it is one; otherwise from huggingface_hub's cache, or fetched into it.
+    """The folder of a model: `name` if it is a folder; otherwise huggingface_hub's cache, downloading it if needed.
 
-    Raises UserError if it cannot be had, within seconds if there is no network.
+    Raises UserError if there is none; without a network, within seconds.
     """
     folder = Path(name).expanduser()
     return folder if folder.is_dir() else _from_hub(name)
@@ -27,17 +27,18 @@ def _from_hub(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=True))
-    except Exception:  # not in the cache: whatever the reason, the hub is asked next
+    except Exception:  # not in the cache, for whatever reason: ask the hub next
         pass
     try:
-        # huggingface_hub 2.4: snapshot_download asks the same without a time limit, so only where there is an answer.
+        # snapshot_download (huggingface_hub 2.4) has no timeout here, so first check that the hub answers.
         HfApi().model_info(name, timeout=_ANSWER_SECONDS)
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # network, authorisation, spelling: the hub's client raises many kinds
         reason = (str(error).strip() or "no answer").splitlines()[0]
         raise UserError(
-            f"[job] model = {name!r}: not a folder, not in huggingface_hub's cache, and the hub did not give it "
-            f"({type(error).__name__}: {reason}); give the path of a model folder, or fetch it where there is a network"
+            f"[job] model = {name!r}: not a folder, not in huggingface_hub's cache, and the download from the hub "
+            f"failed ({type(error).__name__}: {reason}); set the path of a model folder, or download the model where "
+            "there is a network"
         ) from None
 
 

@@ -1,6 +1,7 @@
-"""The keys and values of a conversation that is being continued, so that each new token costs one position of work.
+"""The KV cache of a conversation during generation, so that each new token costs the work of one position.
 
-n: new tokens; T: n and what fills the sequence shards up; g: key/value heads here; d: head dimension.
+n: new tokens; T: n plus padding to a multiple of the sequence shards; g: key/value heads on this rank; d: head
+dimension.
 """
 
 from dataclasses import dataclass, field
@@ -13,10 +14,10 @@ from megasft.model.batch import Segments
 
 
 class KVCache:
-    """Keys and values of one conversation, on every layer of this rank; the room is taken once, and never zeroed.
+    """Keys and values of one conversation for all layers of this rank. Memory is allocated once and never zeroed.
 
     Attributes:
-        tokens: the conversation so far: position i holds what token i gave.
+        tokens: the conversation so far; position i of the cache belongs to tokens[i].
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class KVCache:
         self._layers: dict[int, Tensor] = {}  # [2, g, room, d] by the number of the layer
 
     def reserve(self, positions: int) -> None:
-        """Make room for so many, keeping what there is."""
+        """Allocate memory for this many positions, keeping the cached ones."""
         if positions <= self._room:
             return
         self._room, used = positions, len(self.tokens)
@@ -34,7 +35,10 @@ class KVCache:
             self._layers[number][:, :, :used] = old[:, :, :used]
 
     def keep(self, prompt: list[int]) -> int:
-        """Forget all that is not the beginning of `prompt`, whose last token is always new; how much is left."""
+        """Keep the longest common prefix with `prompt`, drop the rest and return the prefix's length.
+
+        The last token of `prompt` is never part of the prefix, because its logits must be computed.
+        """
         same = 0
         for old, new in zip(self.tokens, prompt[:-1], strict=False):
             if old != new:
@@ -44,10 +48,10 @@ class KVCache:
         return same
 
     def segments(self, new: list[int], multiple: int, device: torch.device) -> tuple[Tensor, "Continuation"]:
-        """(int64 [T], their description) of tokens to come behind those here, T a multiple of the shards they go to.
+        """The next tokens, int64 [T], and their segments. T is a multiple of `multiple`, the number of sequence shards.
 
-        They are filled up with copies of the last one. A copy wants the same experts, so that none is run, and no
-        weight is read, for the sake of the padding.
+        The padding repeats the last token. A copy is routed to the same experts, so padding runs no other expert and
+        reads no other weights.
         """
         padding = -len(new) % multiple
         past, n = len(self.tokens), len(new)
@@ -59,7 +63,7 @@ class KVCache:
         return tokens, Continuation("thd", lengths=[n + padding], cache=self, new=n, at=at, mask=mask)
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, step: "Continuation") -> Tensor:
-        """Causal attention of new tokens to all: q [T, h, d], k and v [T, g, d] of layer `number`: [T, h, d]."""
+        """Causal attention of the new tokens in layer `number`: q [T, h, d], k and v [T, g, d] -> [T, h, d]."""
         past, n = len(self.tokens), step.new
         if number not in self._layers:
             self._layers[number] = k.new_empty(2, k.shape[1], self._room, k.shape[2])
@@ -81,10 +85,11 @@ class KVCache:
 
 @dataclass
 class Continuation(Segments):
-    """The description of new tokens of one conversation, which lies in a cache as far as it has come.
+    """Segments for new tokens of a conversation whose earlier tokens are in a KV cache.
 
-    `at` int64 [T] are their positions, `new` says how many are not padding. `mask` bool [new, past + new] says what
-    each may see, where it takes saying: in neither the first part of a conversation, nor a single token.
+    `at`, int64 [T], are the positions of the new tokens, and `new` is their number without padding. `mask`, bool [new,
+    past + new], is the attention mask. It is None for the first tokens of a conversation, where attention is plainly
+    causal, and for a single token, which sees all positions.
     """
 
     cache: KVCache = field(default_factory=KVCache)

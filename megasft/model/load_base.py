@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint into this rank's storage: each rank reads the slices it keeps and nothing else."""
+"""Load a Hugging Face checkpoint into this rank's base weights. Each rank reads only the slices it keeps."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from megasft.storage.safetensors import RELEASE_BYTES
 
 
 def load_base(model: Qwen3Moe, folder: str | Path, quantized: QuantizedCheckpoint | None = None) -> None:
-    """Fill this rank's base weights from the checkpoint in `folder`, converting to the model's dtype; those that the
-    model keeps in 4 bits from `quantized`. Memory holds no more than the model and what of a file was touched last.
+    """Load this rank's base weights from the checkpoint in `folder` and convert them to the model's dtype. Weights that
+    the model keeps in 4 bits come from `quantized`. Memory holds the model and the file pages touched last.
 
-    Raises UserError naming any tensor that is missing, surplus or of another shape, before a weight is read.
+    Raises UserError naming any tensor that is missing, surplus or has another shape, before any weight is read.
     """
     checkpoint = Checkpoint(folder)
     plan = [(shard, *checkpoint.locate(shard)) for shard in model.base_shards()]
@@ -21,7 +21,7 @@ def load_base(model: Qwen3Moe, folder: str | Path, quantized: QuantizedCheckpoin
     touched = 0
     for shard, name, index in plan:
         if isinstance(shard.local, Slot):
-            assert quantized is not None, "the model is in 4 bits: model.quantized_base.prepare first"
+            assert quantized is not None, "a 4-bit model needs `quantized`: call model.quantized_base.prepare first"
             matrix = quantized.matrix(shard.name)
             shard.local.fill(matrix)
             touched += sum(tensor.nbytes for tensor in matrix.values())

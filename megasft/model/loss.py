@@ -1,9 +1,9 @@
-"""The loss head: logits and their gradient for supervised positions only, a chunk at a time.
+"""The loss head: logits and their gradient for supervised positions only, in chunks.
 
-The head is frozen, so the gradient of the hidden states is all that backward will ask of it. It is made in forward,
-while a chunk's logits are at hand, and neither the whole logits nor their gradient ever exist. The vocabulary is split
-over tensor parallel ranks; the reductions are those of vocabulary-parallel cross entropy (Megatron-LM, Shoeybi et al.
-2019, section 3).
+The head is frozen, so backward needs only the gradient of the hidden states. Forward computes it chunk by chunk, while
+it has the chunk's logits, so that neither the full logits nor their gradient ever exist. The vocabulary is split over
+the tensor-parallel ranks, with the reductions of vocabulary-parallel cross entropy (Megatron-LM, Shoeybi et al. 2019,
+section 3).
 
 n: supervised positions of the micro batch; V: vocabulary rows on this rank.
 """
@@ -24,14 +24,16 @@ def supervised_loss(
 ) -> Tensor:
     """Sum of the cross entropy over supervised positions, fp32 [].
 
-    hidden [S, 1, H] after the final norm (a sequence shard if `sequence_parallel`), weight [V, H] this rank's rows of
-    the head without padding, labels int64 [T] with -100 where nothing is supervised, first_row the vocabulary id of the
-    rank's first row.
+    Args:
+        hidden: [S, 1, H] after the final norm; a sequence shard if `sequence_parallel`.
+        weight: [V, H], this rank's rows of the head without padding.
+        labels: int64 [T], -100 at positions that are not supervised.
+        first_row: vocabulary id of this rank's first row.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
     at = (labels >= 0).nonzero().squeeze(1)
-    # Each rank's gradient is partial over its part of the vocabulary; the gather's backward adds the parts.
+    # Each rank's gradient covers its part of the vocabulary only; the gather's backward sums the ranks' gradients.
     return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels[at], at, first_row, group)
 
 
@@ -65,7 +67,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup, needs_grad: bool) -> tuple[Tensor, Tensor]:
-    """Summed loss, and the gradient of logits fp32 [n, V], in their storage; targets count from the first row here."""
+    """Summed loss, and its gradient, written in place of the logits, fp32 [n, V]. Targets are relative to this rank's
+    first row.
+    """
     split = group.size() > 1
     top = logits.amax(dim=-1)
     if split:

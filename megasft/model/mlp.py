@@ -1,6 +1,6 @@
-"""Feed-forward layers: the dense SwiGLU of `mlp_only_layers`, and the router and experts of the others.
+"""Feed-forward layers: dense SwiGLU for `mlp_only_layers`, router and experts for the others.
 
-T: tokens (or token copies, one for each chosen expert) on this rank; F: intermediate size; E: experts on this rank.
+T: tokens (in experts: token copies, one per chosen expert) on this rank; F: intermediate size; E: experts on this rank.
 """
 
 import copy
@@ -24,7 +24,7 @@ from megasft.storage.shards import Shard, Sharded
 
 
 class DenseMLP(Sharded):
-    """down(silu(gate x) * up x), split over tensor parallel ranks."""
+    """down(silu(gate x) * up x), split over the tensor-parallel ranks."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class DenseMLP(Sharded):
         self.linear_fc2 = LoraLinear(f, {"down_proj": h}, "row", **common)
 
     def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
-        """x [S, 1, H]: the same shape, and no bias."""
+        """x [S, 1, H] -> [S, 1, H] and no bias."""
         return self.linear_fc2(swiglu(self.linear_fc1(x))), None
 
     def base_shards(self) -> Iterator[Shard]:
@@ -55,7 +55,7 @@ class DenseMLP(Sharded):
 
 
 class SparseMLP(MoELayer, Sharded):
-    """megatron-core's mixture-of-experts layer (its dispatchers and top-k routing) around our router and experts."""
+    """megatron-core's mixture-of-experts layer (dispatchers and top-k routing) with our router and experts."""
 
     def __init__(
         self,
@@ -88,16 +88,16 @@ class SparseMLP(MoELayer, Sharded):
 
 
 class Router(TopKRouter):
-    """Top-k softmax routing in fp32, with LoRA on the gate. It stands on every rank and sees a sequence shard.
+    """Top-k softmax routing in fp32, with LoRA on the gate. It is replicated on every rank and sees a sequence shard.
 
-    It adds up what it does: `tokens_per_expert` int64 [experts], the tokens sent to each, and, while `balance_weights`
-    fp32 [experts] stand, `probability_sums` fp64 [experts], the softmax over all experts summed over tokens. Padding
-    is no token, and the recomputation of a forward is none. With weights w the loss has one more term,
-    sum of w_e p_te over tokens t and experts e (see `train.expert_load`, which owns these tensors).
+    It accumulates `tokens_per_expert`, int64 [experts], the tokens routed to each expert, and, while `balance_weights`,
+    fp32 [experts], are set, `probability_sums`, fp64 [experts], the softmax over all experts summed over tokens.
+    Padding and recomputed forwards do not count. Balance weights w add a term to the loss: the sum of w_e p_te over
+    tokens t and experts e (see `train.expert_load`, which owns these tensors).
 
-    Where `moe_expert_capacity_factor` is set, an expert takes in training at most that many times tokens * k / experts
-    of the tokens here, those of the highest weight, as in megatron-core; `dropped` counts the choices that come to
-    nothing, which are among `tokens_per_expert`.
+    If `moe_expert_capacity_factor` is set, an expert in training accepts at most that many times tokens * k / experts
+    of this rank's tokens, those with the highest weights, as in megatron-core. `dropped` counts the choices that were
+    rejected; `tokens_per_expert` includes them.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Router(TopKRouter):
     ) -> None:
         self.capacity_factor = config.moe_expert_capacity_factor
         plain = copy.copy(config)
-        plain.moe_expert_capacity_factor = None  # megatron-core's own dropping counts padding and drops in validation
+        plain.moe_expert_capacity_factor = None  # megatron-core's dropping counts padding and also drops in validation
         super().__init__(plain, pg_collection, **kwargs)
         del self.weight  # `linear` holds it
         common = {"lora": lora, "group": pg_collection.tp, "dtype": config.params_dtype}
@@ -117,12 +117,12 @@ class Router(TopKRouter):
         self.balance_weights: Tensor | None = None
 
     def gating(self, input: Tensor) -> Tensor:
-        """input [S, 1, H]: logits fp32 [S, 1, experts]."""
+        """input [S, 1, H] -> logits, fp32 [S, 1, experts]."""
         logits = self.linear.multiply(input.flatten(0, -2).float(), self.linear.weight.float())
         return logits.view(*input.shape[:-1], -1)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """logits [S, 1, experts], padding_mask bool [S, 1] (true: padding): weights and choices [S, experts]."""
+        """logits [S, 1, experts], padding_mask bool [S, 1] (true: padding) -> weights and choices [S, experts]."""
         probs, chosen = super().routing(logits, padding_mask)
         recomputes = is_checkpointing() and torch.is_grad_enabled()
         real = None if padding_mask is None else ~padding_mask.view(-1, 1)
@@ -147,7 +147,7 @@ class Router(TopKRouter):
 
 
 class Experts(Sharded):
-    """All experts of this rank: two grouped products around SwiGLU."""
+    """All experts of this rank: two grouped linear layers around SwiGLU."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class Experts(Sharded):
         self.tokens_per_expert: Tensor | None = None
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor, **_: Any) -> tuple[Tensor, None]:
-        """x [T, H] sorted by expert, tokens_per_expert int64 [E], probs [T] (each row's routing weight): [T, H]."""
+        """x [T, H] sorted by expert, tokens_per_expert int64 [E], probs [T] (routing weight of each row) -> [T, H]."""
         rows = host.grouped_rows(x.dtype)
         counts = tokens_per_expert.to(x.device)
         if rows == 1:
@@ -182,7 +182,7 @@ class Experts(Sharded):
         return self._run(wide, offsets, wide_probs).index_select(0, at), None
 
     def _run(self, x: Tensor, offsets: Tensor, probs: Tensor) -> Tensor:
-        # The routing weight is applied to the F-wide activations, not the H-wide outputs: `down` is linear.
+        # `down` is linear, so the routing weights can scale the F-wide activations instead of the H-wide outputs.
         return self.down(swiglu(self.gate_up(x, offsets), probs), offsets)
 
     def base_shards(self) -> Iterator[Shard]:
@@ -195,12 +195,12 @@ class Experts(Sharded):
 
 
 def swiglu(gate_up: Tensor, weight: Tensor | None = None) -> Tensor:
-    """silu(gate) * up * weight (Shazeer 2020, arXiv:2002.05202): gate_up [..., 2F], weight [...]: [..., F]."""
+    """silu(gate) * up * weight (Shazeer 2020, arXiv:2002.05202): gate_up [..., 2F], weight [...] -> [..., F]."""
     return _SwiGLU.apply(gate_up, weight)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps gate_up and weight only; silu(gate) is made again in backward."""
+    """Saves only gate_up and weight; backward recomputes silu(gate)."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weight: Tensor | None) -> Tensor:

@@ -1,12 +1,12 @@
-"""A checkpoint in 4 bits on disk: quantized once, matrix by matrix, and cut by every topology.
+"""The disk cache of 4-bit checkpoints: quantized once, matrix by matrix, and usable under every topology.
 
-    CACHE/nf4/<key>/layer-00000.safetensors   one file a layer; per projection, stacked over its experts (1 without),
-                                              <name>.packed, .scales, .groups, .mean as `nf4` describes them, and
-                                              <name>.sums, int64 [E, these]: a check sum of each, and of its place
-                    manifest.json             what it is of, and the sizes of the files
+    CACHE/nf4/<key>/layer-00000.safetensors   one file per layer; per projection, stacked over experts (1 if dense),
+                                              <name>.packed, .scales, .groups, .mean as in `nf4`, and <name>.sums,
+                                              int64 [E, fields]: a checksum of each field and of its position
+                    manifest.json             the checkpoint and settings it was made from, and the file sizes
     CACHE/digests/                            see `storage.digests`
 
-The key is of the content of the checkpoint's files, so a copy of a checkpoint, or another path to it, shares them.
+The key is a hash of the checkpoint's content, so copies of a checkpoint and other paths to it share one folder.
 """
 
 import functools
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,15 +26,14 @@ from transformers import Qwen3MoeConfig
 
 from megasft.config.schema import QuantSettings
 from megasft.messages import UserError, say_once
+from megasft.model.hf_checkpoint import Checkpoint
+from megasft.model.hf_config import head_dim, sparse_layers
 from megasft.quant import kernels, nf4
 from megasft.quant.nf4 import Quantized
 from megasft.storage.digests import cached_sha256
 from megasft.storage.disk_cache import default_cache_dir, make_once
 from megasft.storage.safetensors import RELEASE_BYTES, TensorFile, TensorFileWriter, TensorSpec
-from megasft.storage.shards import Shard, whole
-
-if TYPE_CHECKING:  # model.load_base fills models from here
-    from megasft.model.hf_checkpoint import Checkpoint
+from megasft.storage.shards import Shard, full_index
 
 MANIFEST = "manifest.json"
 REPORT_SECONDS = 10.0
@@ -47,16 +46,14 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
 
 def prepare(model: str | Path, config: Qwen3MoeConfig, settings: QuantSettings, workers: int | None = None) -> Path:
-    """The folder in the cache with the checkpoint in `model` quantized, made now if need be.
+    """The cache folder of the quantized checkpoint in `model`; quantizes the checkpoint first if the folder is missing.
 
-    A folder that is not what was written, or of something else, is made again. It takes the memory of a matrix and its
-    codes for each of `workers` threads, by default as many as there are cores.
+    A folder that is incomplete or belongs to another checkpoint is rebuilt. Each of `workers` threads, by default one
+    per core, needs the memory of one matrix and its codes.
 
-    Raises UserError for a tensor that is missing, of another shape or not to be quantized (see `nf4.quantize`), a
+    Raises UserError for a tensor that is missing, has another shape or cannot be quantized (see `nf4.quantize`), a
     checkpoint that changes meanwhile, and a cache that cannot be written.
     """
-    from megasft.model.hf_checkpoint import Checkpoint
-
     kernels.require()
     checkpoint, path = Checkpoint(model), Path(model)
     root = Path(settings.cache_dir or default_cache_dir()).expanduser()
@@ -68,22 +65,22 @@ def prepare(model: str | Path, config: Qwen3MoeConfig, settings: QuantSettings, 
     def make(part: Path) -> None:
         _quantize(checkpoint, config, settings, key, part, workers or len(os.sched_getaffinity(0)))
         if _digests(files, root) != digests:
-            raise UserError(f"{model}: changed while it was read; start again")
+            raise UserError(f"{model}: changed while it was read; start the command again")
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
         described = {"key": key, "quantized": str(path.absolute()), "settings": _format(settings), "files": sizes}
         (part / MANIFEST).write_text(json.dumps(described, indent=2), encoding="utf-8")
 
     try:
         return make_once(
-            folder, lambda found: _usable(found, config), make, f"{model}: another run quantizes it; waiting"
+            folder, lambda found: _usable(found, config), make, f"{model}: waiting for another run that quantizes it"
         )
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"[quant] cache_dir: {root} cannot be written ({reason}); name another folder") from None
+        raise UserError(f"[quant] cache_dir: {root} cannot be written ({reason}); set another folder") from None
 
 
 class QuantizedCheckpoint:
-    """A finished folder of the cache. A matrix is a view of its file, checked against its sums when it is asked for."""
+    """A complete cache folder. `matrix` returns views of the files and verifies their checksums."""
 
     def __init__(self, folder: Path, config: Qwen3MoeConfig, settings: QuantSettings) -> None:
         self.folder = folder
@@ -91,17 +88,17 @@ class QuantizedCheckpoint:
         self._open: dict[int, TensorFile] = {}
 
     def matrix(self, name: str) -> Quantized:
-        """The quantized matrix that the checkpoint calls `name`. Raises UserError if it is damaged."""
+        """The quantized matrix of the checkpoint tensor `name`. Raises UserError if it is corrupted."""
         stack, e = _stack_of(name)
         file = self._file(int(_LAYER.match(name)[1]))  # type: ignore[index]
         fields = [field for field in ("packed", "scales", "groups", "mean") if f"{stack}.{field}" in file.specs]
         found = {field: file.tensor(f"{stack}.{field}")[e] for field in fields}
         if not torch.equal(_sums(found, f"{self.folder.name}/{name}"), file.tensor(f"{stack}.sums")[e]):
-            raise self._damaged(f"{file.path}: {name!r} is damaged, its check sum is another")
+            raise self._corrupted(f"{file.path}: {name!r} is corrupted: its checksum does not match")
         return found
 
     def release(self) -> None:
-        """Forget what was read."""
+        """Free the memory of the data read so far."""
         for file in self._open.values():
             file.release()
 
@@ -111,20 +108,18 @@ class QuantizedCheckpoint:
             try:
                 file = TensorFile(path)
             except UserError as error:
-                raise self._damaged(str(error)) from None
+                raise self._corrupted(str(error)) from None
             if file.specs != self._specs[layer]:
-                raise self._damaged(f"{path}: damaged, it holds other tensors than were written")
+                raise self._corrupted(f"{path}: corrupted: its tensors are not the ones that were written")
             self._open[layer] = file
         return self._open[layer]
 
-    def _damaged(self, what: str) -> UserError:
-        return UserError(f"{what}; delete {self.folder}, and the next run makes it again")
+    def _corrupted(self, what: str) -> UserError:
+        return UserError(f"{what}; delete {self.folder}, and the next run rebuilds it")
 
 
 def quantized_layers(config: Qwen3MoeConfig) -> Iterator[list[tuple[str, tuple[int, int, int]]]]:
-    """For each layer its stacks of matrices that are quantized: name and [E, N, K]."""
-    from megasft.model.hf_config import head_dim, sparse_layers
-
+    """For each layer, its quantized projections: name and [E, N, K]."""
     h, d = config.hidden_size, head_dim(config)
     q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
     attention = {"q_proj": (1, q, h), "k_proj": (1, kv, h), "v_proj": (1, kv, h), "o_proj": (1, h, q)}
@@ -137,9 +132,9 @@ def quantized_layers(config: Qwen3MoeConfig) -> Iterator[list[tuple[str, tuple[i
         yield found
 
 
-def through_4_bits(name: str, matrix: Tensor, settings: QuantSettings, dtype: torch.dtype) -> Tensor:
-    """What a model over 4 bits of this dtype (bf16 or fp32) computes with in the place of a tensor of the checkpoint,
-    or of one expert of a fused tensor. Tensors that are not quantized are given back as they are.
+def quantize_dequantize(name: str, matrix: Tensor, settings: QuantSettings, dtype: torch.dtype) -> Tensor:
+    """The values that a QLoRA model of this dtype (bf16 or fp32) computes with in place of the checkpoint tensor
+    `name`, or of one expert of a fused tensor. Returns tensors that are not quantized unchanged.
     """
     if not _QUANTIZED.fullmatch(name):
         return matrix
@@ -148,16 +143,16 @@ def through_4_bits(name: str, matrix: Tensor, settings: QuantSettings, dtype: to
 
 
 def _quantize(
-    checkpoint: "Checkpoint", config: Qwen3MoeConfig, settings: QuantSettings, key: str, folder: Path, workers: int
+    checkpoint: Checkpoint, config: Qwen3MoeConfig, settings: QuantSettings, key: str, folder: Path, workers: int
 ) -> None:
     layers = list(quantized_layers(config))
     places = {}
     for stack, (experts, n, k) in (one for layer in layers for one in layer):
         for e in range(experts):
             name = _matrix_name(stack, e)
-            places[name] = checkpoint.locate(Shard(name, (n, k), whole(n, k), None))
+            places[name] = checkpoint.locate(Shard(name, (n, k), full_index(n, k), None))
     last = time.monotonic()
-    # A thread for each matrix, and none within: what there is to do to one is too little to share.
+    # One thread per matrix, and one inside torch: a matrix is too little work to split.
     with nf4.one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for i, stacks in enumerate(layers):
@@ -198,20 +193,20 @@ def _file_specs(stacks: list[tuple[str, tuple[int, int, int]]], settings: QuantS
 
 
 def _usable(folder: Path, config: Qwen3MoeConfig) -> Path | None:
-    """The folder if it is there and whole; bits that have changed since are noticed when they are read."""
+    """The folder if it exists and is complete. Corrupted values are detected later, when they are read."""
     if not folder.is_dir():
         return None
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["key"] != folder.name:
-            say_once(f"{folder}: is of another checkpoint ({manifest['quantized']}); making it again")
+            say_once(f"{folder}: belongs to another checkpoint ({manifest['quantized']}); rebuilding it")
             return None
         for name in map(_file_name, range(config.num_hidden_layers)):
             if (folder / name).stat().st_size != manifest["files"][name]:
-                say_once(f"{folder / name}: is not as long as it was written; making {folder} again")
+                say_once(f"{folder / name}: has another size than when it was written; rebuilding {folder}")
                 return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        say_once(f"{folder}: is not a whole quantized checkpoint ({error}); making it again")
+        say_once(f"{folder}: is an incomplete quantized checkpoint ({error}); rebuilding it")
         return None
     return folder
 
@@ -225,7 +220,7 @@ def _digests(files: list[Path], root: Path) -> list[str]:
 
 
 def _key(settings: QuantSettings, digests: list[str]) -> str:
-    """Changes with all that decides the numbers: the checkpoint, the format, and the code that writes it."""
+    """A hash of everything that determines the values: the checkpoint, the format, and the code that quantizes."""
     code = [Path(str(module)).read_bytes() for module in (nf4.__file__, __file__)]
     parts: list[Any] = [hashlib.sha256(b"".join(code)).hexdigest(), _format(settings), digests]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -251,22 +246,23 @@ def _stack_of(name: str) -> tuple[str, int]:
 
 
 def _sums(quantized: Quantized, key: str) -> Tensor:
-    """int64 [fields]: a check sum of each, which only what was written as this field of `key` has."""
+    """int64 [fields]: a checksum of each field. It covers `key` and the field's name, so moved data does not match."""
     return torch.stack([_sum(value, f"{key}/{field}") for field, value in quantized.items()])
 
 
-_PIECE = 2**18  # words: 2 MiB of weights, and as much for a piece made wide
-_STEP = 6364136223846793005  # from piece to piece: Knuth's multiplier, odd
+_PIECE = 2**18  # words per piece: 2 MiB of hash weights, and 2 MiB for the piece as int64
+_STEP = 6364136223846793005  # multiplier between pieces: Knuth's, odd
 
 
 def _sum(value: Tensor, key: str) -> Tensor:
-    """int64 []: a number of `key`, and every 32-bit word times a weight of its place, modulo 2^64.
+    """int64 []: a number derived from `key`, plus each 32-bit word times the weight of its position, modulo 2^64.
 
-    Multilinear hashing (Lemire and Kaser 2014, https://arxiv.org/abs/1202.4961). One changed word always shows, as the
-    weights are odd. The words have half the bits of the sum, or changes of two words' upper bits would cancel.
+    Multilinear hashing (Lemire and Kaser 2014, https://arxiv.org/abs/1202.4961). The weights are odd, so a change of
+    one word always changes the sum. Words have half the bits of the sum, because changes in the upper bits of two words
+    would otherwise cancel.
     """
     data = value.contiguous().view(-1).view(torch.uint8)
-    if len(data) % 4 or data.storage_offset() % 4:  # torch wants words where words may begin
+    if len(data) % 4 or data.storage_offset() % 4:  # torch needs aligned words
         data = torch.nn.functional.pad(data, (0, -len(data) % 4))
     digest = hashlib.sha256(key.encode()).digest()
     total = torch.tensor(int.from_bytes(digest[:8], "little", signed=True))
@@ -280,5 +276,5 @@ def _weights() -> Tensor:
     """int64 [_PIECE]: odd numbers, by splitmix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195)."""
     found = torch.arange(1, _PIECE + 1) * (0x9E3779B97F4A7C15 - 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
-        found = (found ^ (found >> shift & 2 ** (64 - shift) - 1)) * factor  # torch shifts the sign in
+        found = (found ^ (found >> shift & 2 ** (64 - shift) - 1)) * factor  # the mask removes shifted-in sign bits
     return found | 1

@@ -1,4 +1,4 @@
-"""Qwen3-MoE from a Hugging Face `config.json` to a megatron-core GPTModel with LoRA."""
+"""Build Qwen3-MoE with LoRA as a megatron-core GPTModel, from a Hugging Face `config.json`."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,7 +26,7 @@ from megasft.model.loss import supervised_loss
 from megasft.model.mlp import DenseMLP, Router, SparseMLP
 from megasft.model.norm import RMSNorm
 from megasft.model.rotary import RotaryEmbedding
-from megasft.storage.shards import Shard, part, whole
+from megasft.storage.shards import Shard, full_index, part
 
 
 def build_model(
@@ -39,11 +39,12 @@ def build_model(
     capacity_factor: float | None = None,
     quant: QuantSettings | None = None,
 ) -> "Qwen3Moe":
-    """This rank's part of the model: storage for its base weights and, where `lora` names targets, zero adapters.
+    """Build this rank's part of the model: uninitialized base weights and, for the targets of `lora`, zero adapters.
 
-    `model.load_base` fills the first, `adapters.model_io` the second. `recompute` keeps each layer's input only and
-    runs the layer again in backward. `capacity_factor` limits what an expert takes in training (`model.mlp.Router`).
-    `quant` keeps the frozen linear layers and experts in 4 bits.
+    `model.load_base` loads the base weights; `adapters.model_io` initializes or loads the adapters. `recompute` saves
+    only each layer's input and recomputes the layer in backward. `capacity_factor` limits the tokens of an expert in
+    training (`model.mlp.Router`). `quant` keeps the frozen linear layers and experts in 4 bits. Raises UserError for a
+    topology that cannot shard the model.
     """
     check_fits(config, topology.sizes, quant)
     if lora is None:
@@ -106,7 +107,7 @@ def _megatron_config(
 
 
 class Qwen3Moe(GPTModel):
-    """megatron-core's GPTModel with Qwen3-MoE layers, Qwen3 rotary positions and the supervised loss head."""
+    """megatron-core's GPTModel with Qwen3-MoE layers, Qwen3 rotary embedding and the supervised loss head."""
 
     def __init__(
         self,
@@ -141,11 +142,11 @@ class Qwen3Moe(GPTModel):
         return self._run(batch, self._loss)
 
     def route(self, batch: MicroBatch) -> Tensor:
-        """For what the routers count on the way: 0 in place of the loss; hidden states on stages before the last."""
+        """Run the layers for the routers' counts only: returns 0, or hidden states on stages before the last."""
         return self._run(batch, lambda hidden_states, **_: hidden_states.new_zeros(()))
 
     def logits(self, batch: MicroBatch) -> Tensor:
-        """Logits of every position, [T, vocabulary]: for tests, never for training."""
+        """Logits of all positions, [T, vocabulary]; for tests only, training never needs them."""
         return self._run(batch, self._logits)
 
     def next_logits(self, batch: MicroBatch) -> Tensor:
@@ -168,23 +169,23 @@ class Qwen3Moe(GPTModel):
         prepared = list(super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **kwargs))
         hidden = prepared[0]
         if hidden is not None and self.training and self.config.recompute_granularity and torch.is_grad_enabled():
-            # Recomputation runs backward only for layers whose input asks for a gradient; frozen embeddings do not.
+            # Recomputation runs backward only for layers whose input requires a gradient; frozen embeddings give none.
             hidden.requires_grad_(True)
         prepared[1] = torch.cat(self.rotary(position_ids, self.config.params_dtype))
         prepared[5] = self._padding_mask(input_ids, packed_seq_params.padding)
         return tuple(prepared)
 
     def _padding_mask(self, input_ids: Tensor, padding: int) -> Tensor | None:
-        """Which tokens of this rank's sequence shard are padding, bool [1, S], for the routers; None if none is."""
+        """Mask of the padding in this rank's sequence shard, for the routers: bool [1, S]; None without padding."""
         if not padding:
             return None
         places = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         mask = places >= input_ids.shape[1] - padding
-        # megatron-core 0.19.2 cuts a mask that it is given into sequence shards on the first pipeline stage only.
+        # megatron-core 0.19.2 splits a given mask into sequence shards on the first pipeline stage only.
         return mask.chunk(self.topology.sizes.tensor, dim=1)[self.topology.groups.tp.rank()]
 
     def _head_weight(self) -> tuple[Tensor, int]:
-        """This rank's rows of the head that stand for tokens, and the id of the first."""
+        """This rank's rows of the head without padding rows, and the vocabulary id of the first."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
         first = self.topology.groups.tp.rank() * weight.shape[0]
@@ -202,36 +203,36 @@ class Qwen3Moe(GPTModel):
         return logits[:, 0, : self.true_vocab_size]
 
     def _next_logits(self, hidden_states: Tensor, **given: Any) -> Tensor:
-        # The last position is the last of the last sequence shard; the head sees one of each shard.
+        # The last position is the last of the last sequence shard. The head gathers one position from each shard.
         return self._logits(hidden_states[-1:], **given)[-1].float()
 
     def base_shards(self) -> Iterator[Shard]:
-        """Every checkpoint tensor of the base model of which this rank holds a part."""
+        """The base-model tensors that this rank holds a slice of."""
         h = self.config.hidden_size
         tied = self.share_embeddings_and_output_weights
         if self.pre_process:
             yield self._vocabulary_shard("model.embed_tokens.weight", self.embedding.word_embeddings.weight)
         for prefix, layer in self._layers():
-            yield Shard(f"{prefix}.input_layernorm.weight", (h,), whole(h), layer.input_layernorm.weight.data)
+            yield Shard(f"{prefix}.input_layernorm.weight", (h,), full_index(h), layer.input_layernorm.weight.data)
             yield Shard(
-                f"{prefix}.post_attention_layernorm.weight", (h,), whole(h), layer.pre_mlp_layernorm.weight.data
+                f"{prefix}.post_attention_layernorm.weight", (h,), full_index(h), layer.pre_mlp_layernorm.weight.data
             )
             yield from _under(f"{prefix}.self_attn", layer.self_attention.base_shards())
             yield from _under(f"{prefix}.mlp", layer.mlp.base_shards())
         if self.post_process:
-            yield Shard("model.norm.weight", (h,), whole(h), self.decoder.final_layernorm.weight.data)
+            yield Shard("model.norm.weight", (h,), full_index(h), self.decoder.final_layernorm.weight.data)
             if not tied or not self.pre_process:
                 name = "model.embed_tokens.weight" if tied else "lm_head.weight"
                 yield self._vocabulary_shard(name, self.output_layer.weight)
 
     def adapter_shards(self) -> Iterator[Shard]:
-        """Every adapter tensor of which this rank holds a part: `<name in the base>.lora_A.weight` and `lora_B`."""
+        """The adapter tensors that this rank holds a slice of: `<name in the base>.lora_A.weight` and `lora_B`."""
         for prefix, layer in self._layers():
             yield from _under(f"{prefix}.self_attn", layer.self_attention.adapter_shards())
             yield from _under(f"{prefix}.mlp", layer.mlp.adapter_shards())
 
     def routers(self) -> Iterator[tuple[int, Router]]:
-        """(layer, router) of this stage's sparse layers, layers counted from 0 over the whole model."""
+        """(layer, router) for this stage's sparse layers; layers are numbered from 0 over all stages."""
         for layer in self.decoder.layers:
             if isinstance(layer.mlp, SparseMLP):
                 yield layer.layer_number - 1, layer.mlp.router
@@ -271,7 +272,7 @@ def _layer_specs(
 
 
 def _residual_add(training: bool, fused: bool) -> Any:
-    """In the place of megatron-core's bias-dropout-add: Qwen3-MoE has neither bias nor dropout there."""
+    """Replaces megatron-core's bias-dropout-add, because Qwen3-MoE has neither bias nor dropout there."""
     return lambda output_and_bias, residual, dropout: residual + output_and_bias[0]
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions with every static rope scaling that transformers knows."""
+"""Rotary position embedding with all static rope scalings of transformers."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from megasft.model.hf_config import head_dim
 class RotaryEmbedding:
     """Cosines and sines of rotary position embeddings (Su et al. 2021, https://arxiv.org/abs/2104.09864).
 
-    The inverse frequencies of scaled variants are transformers'; importing its model of Qwen3-MoE for them would take
-    a rank a second.
+    The inverse frequencies of scaled variants come from transformers. Importing its Qwen3-MoE model instead would cost
+    each rank a second.
     """
 
     def __init__(self, config: Qwen3MoeConfig) -> None:
@@ -29,7 +29,7 @@ class RotaryEmbedding:
 
     @torch.no_grad()
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [1, T, head_dim], of positions int64 [1, T]; computed in fp32, both halves alike."""
+        """positions int64 [1, T] -> (cos, sin), each [1, T, head_dim], computed in fp32; both halves are equal."""
         angles = positions[..., None].float() * self.inverse_frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)

@@ -1,10 +1,10 @@
-"""The one place that calls bitsandbytes: NF4 to bf16 or fp32, and scales to 8 bits.
+"""The one place that calls bitsandbytes: to dequantize NF4 to bf16 or fp32, and to quantize scales to 8 bits.
 
-On CPUs the compiled library is called without the Python package around it. The package's operator makes a new tensor
-for every result, whose pages the kernel then has to fault in: 2.1 GB/s of bf16 on one core of an AMD EPYC (Zen 5), and
-16 GB/s, the speed of a plain copy, into a buffer that is used again. Look-ups through torch operators reach 4 GB/s at
-best, because they pass over fp32 three times (`benchmarks/quant.py speed` prints all of these). And importing the
-package costs every rank 6 s. On CUDA the package's own operators are called; they take a result to write to.
+On CPUs we call the compiled library without its Python package. The package's operator allocates a new tensor for
+every result, and page faults then limit it to 2.1 GB/s of bf16 on one core of an AMD EPYC (Zen 5); into a reused buffer
+the library writes 16 GB/s, the speed of a plain copy. Look-ups with torch operators reach 4 GB/s at best, because they
+pass over fp32 three times (`benchmarks/quant.py speed` prints all of these). Importing the package would also cost each
+rank 6 s. On CUDA we call the package's operators, which write to a given output.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megasft.messages import UserError
 
-GROUP = 256  # scales that share a scale of their own, when they are quantized too
+GROUP = 256  # number of scales that share one second-level scale (double quantization)
 
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -26,8 +26,8 @@ _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 def dequantize_nf4(packed: Tensor, scales: Tensor, out: Tensor, block_size: int) -> None:
     """out = code[packed] * scales, in fp32 and rounded once to out's dtype (bf16 or fp32).
 
-    packed uint8, two weights a byte, the first in the upper half; scales fp32, one for every `block_size` weights in
-    the order of memory; all contiguous.
+    packed: uint8, two weights per byte, the first in the upper half. scales: fp32, one per `block_size` weights in
+    memory order. All tensors must be contiguous.
     """
     if out.device.type == "cuda":
         operators().dequantize_4bit.out(packed, scales, block_size, "nf4", out.shape, out.dtype, out=out)
@@ -40,8 +40,9 @@ def dequantize_nf4(packed: Tensor, scales: Tensor, out: Tensor, block_size: int)
 
 
 def quantize_scales(scales: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 [n] on the CPU in groups of GROUP: indices uint8 [n] of the nearest entries of `code` [256], and the
-    largest magnitude of each group, fp32.
+    """Quantize fp32 scales [n] on the CPU in groups of GROUP.
+
+    Returns the indices of the nearest entries of `code` [256], uint8 [n], and each group's largest magnitude, fp32.
     """
     indices = torch.empty(scales.shape, dtype=torch.uint8)
     largest = torch.empty(-(-scales.numel() // GROUP))
@@ -53,7 +54,7 @@ def quantize_scales(scales: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def require() -> None:
-    """Raise UserError if there is no bitsandbytes to work with."""
+    """Raise UserError if bitsandbytes is missing or has no CPU library."""
     _library()
 
 
@@ -64,14 +65,14 @@ def _library() -> ctypes.CDLL:
         raise UserError("[training] use_qlora = true needs bitsandbytes: pip install 'megasft[qlora]'")
     found = sorted(Path(package.origin).parent.glob("libbitsandbytes_cpu.*"))
     if not found:
-        raise UserError(f"{Path(package.origin).parent}: this bitsandbytes has no library for CPUs; install 0.50.2")
+        raise UserError(f"{Path(package.origin).parent}: bitsandbytes has no CPU library; install bitsandbytes 0.50.2")
     return ctypes.CDLL(str(found[0]))
 
 
 @functools.cache
 def operators() -> "torch._ops._OpNamespace":
     """bitsandbytes' operators for CUDA."""
-    # that there is no fused kernel for CPUs, which nobody asked for
+    # Silences a warning that no fused CPU kernel exists; we do not use one.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes  # noqa: F401 (registers them)
 

@@ -1,16 +1,16 @@
-"""bitsandbytes' NF4 numbers: a matrix to 4-bit codes with a scale a block, and the scales to 8 bits.
+"""bitsandbytes' NF4 format: quantize a matrix to 4-bit codes with one scale per block, and the scales to 8 bits.
 
-A block is `block_size` weights of one row. Its scale is its largest magnitude; a weight divided by it becomes the
-nearest of sixteen fixed numbers, the quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314).
-Double quantization then takes the mean of all scales of the matrix from each, and quantizes what remains to 8 bits in
-groups of 256 (Dettmers et al. 2021, arXiv:2110.02861). All of it is done to a whole matrix of the checkpoint and cut
-afterwards, so that the values do not depend on topology; and the codes, scales and means are bit for bit those of
-`bitsandbytes.functional.quantize_4bit` of the same matrix, on one thread.
+A block is `block_size` weights of one row. Its scale is its largest magnitude. A weight divided by the scale becomes
+the nearest of sixteen fixed numbers, the quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314).
+Double quantization subtracts the matrix's mean scale from each scale and quantizes the rest to 8 bits in groups of 256
+(Dettmers et al. 2021, arXiv:2110.02861). We quantize the full matrix of the checkpoint and slice it afterwards, so that
+values do not depend on the topology. Codes, scales and means are bitwise those of
+`bitsandbytes.functional.quantize_4bit` on the same matrix with one thread.
 
-    packed  uint8 [N, K / 2]            two codes a byte, the first in the upper half
-    scales  uint8 [N, K / block_size]   indices into DYNAMIC; fp32 without double quantization, and then nothing below
-    groups  fp32  [ceil(scales / 256)]  the largest magnitude of each group of scales, counted along the rows
-    mean    fp32  []                    of all scales
+    packed  uint8 [N, K / 2]            two codes per byte, the first in the upper half
+    scales  uint8 [N, K / block_size]   indices into DYNAMIC. Without double quantization: fp32, no groups and no mean
+    groups  fp32  [ceil(scales / 256)]  the largest magnitude of each group of scales, in row-major order
+    mean    fp32  []                    the mean of all scales
 """
 
 import contextlib
@@ -29,18 +29,18 @@ from megasft.storage.safetensors import TensorSpec
 
 Quantized = dict[str, Tensor]
 
-# fp32, as bitsandbytes' get_4bit_type("nf4") has them
+# fp32, from bitsandbytes' get_4bit_type("nf4")
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
-BOUNDS = (NF4[1:] + NF4[:-1]) / 2  # a weight that lies on one becomes the smaller of its neighbours
-LARGEST = 65504.0  # of fp16
+BOUNDS = (NF4[1:] + NF4[:-1]) / 2  # a weight exactly on a bound becomes the smaller of the two neighbours
+LARGEST = 65504.0  # largest fp16 number
 
 
 def specs(shape: tuple[int, ...], settings: QuantSettings) -> dict[str, TensorSpec]:
-    """Types and shapes of a quantized matrix [N, K], or of a stack of them [E, N, K]."""
+    """Dtypes and shapes of a quantized matrix [N, K] or of a stack of matrices [E, N, K]."""
     *stack, n, k = shape
     blocks = k // settings.block_size
     found = {"packed": TensorSpec(torch.uint8, (*stack, n, k // 2))}
@@ -54,7 +54,7 @@ def specs(shape: tuple[int, ...], settings: QuantSettings) -> dict[str, TensorSp
 
 
 def bytes_per_weight(settings: QuantSettings) -> float:
-    """What a weight takes, but for the mean (4 bytes a matrix) and a last group that is not full."""
+    """Bytes per weight, not counting the mean (4 bytes per matrix) and a last group that is not full."""
     if not settings.double:
         return 0.5 + 4 / settings.block_size
     return 0.5 + (1 + 4 / GROUP) / settings.block_size
@@ -63,8 +63,8 @@ def bytes_per_weight(settings: QuantSettings) -> float:
 def quantize(weight: Tensor, settings: QuantSettings, name: str) -> Quantized:
     """Quantize a matrix [N, K] of bf16, fp16 or fp32 on the CPU.
 
-    Raises UserError naming the tensor if K is not a number of blocks, or if it holds a value that is not finite or
-    beyond what fp16 can hold: in 4 bits such a weight leaves nothing of those that share its scale.
+    Raises UserError naming the tensor if `block_size` does not divide K, or if a value is not finite or exceeds fp16:
+    in 4 bits, such a weight would round all weights that share its scale to zero.
     """
     n, k = weight.shape
     if k % settings.block_size:
@@ -76,11 +76,11 @@ def quantize(weight: Tensor, settings: QuantSettings, name: str) -> Quantized:
     largest = float(scales.max())
     if not largest <= LARGEST:
         what = f"a weight of {largest:g}, beyond fp16's {LARGEST:g}" if math.isfinite(largest) else "values not finite"
-        raise UserError(f"tensor {name!r} holds {what}: it cannot be quantized; repair the checkpoint, or set "
+        raise UserError(f"tensor {name!r} holds {what}, and cannot be quantized; repair the checkpoint, or set "
                         "[training] use_qlora = false")  # fmt: skip
     found = {"packed": _pack(codes).view(n, k // 2), "scales": scales.view(n, -1)}
     if settings.double:
-        with one_thread():  # torch adds up more than 2^15 numbers in another order on every number of threads
+        with one_thread():  # the order in which torch adds more than 2^15 numbers depends on the number of threads
             mean = scales.mean()
         found["scales"], found["groups"] = kernels.quantize_scales(found["scales"] - mean, DYNAMIC)
         found["mean"] = mean
@@ -88,7 +88,7 @@ def quantize(weight: Tensor, settings: QuantSettings, name: str) -> Quantized:
 
 
 def dequantize(quantized: Quantized, settings: QuantSettings, dtype: torch.dtype) -> Tensor:
-    """The matrix [N, K] again, in bf16 or fp32."""
+    """The dequantized matrix [N, K], in bf16 or fp32."""
     scales = quantized["scales"]
     if settings.double:
         groups = quantized["groups"].repeat_interleave(GROUP)[: scales.numel()].view(scales.shape)
@@ -101,7 +101,7 @@ def dequantize(quantized: Quantized, settings: QuantSettings, dtype: torch.dtype
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one thread, within."""
+    """Run torch on one thread inside the block."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -114,14 +114,14 @@ def one_thread() -> Iterator[None]:
 
 
 def _quantize_by_rule(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """blocks [n, block_size] of any dtype to codes uint8 [n, block_size] and scales fp32 [n]."""
+    """Quantize blocks [n, block_size] of any dtype to codes, uint8 [n, block_size], and scales, fp32 [n]."""
     blocks = blocks.float()
     scales = blocks.abs().amax(1)
     return _nearest(blocks * (1 / scales.clamp_min(1e-38))[:, None]), scales
 
 
 def _nearest(scaled: Tensor) -> Tensor:
-    """How many of BOUNDS are less than each: counted bound by bound, which is faster than `torch.bucketize`."""
+    """The code of each scaled weight: the number of BOUNDS below it. Counting is faster than `torch.bucketize`."""
     codes = torch.zeros(scaled.shape, dtype=torch.uint8)
     above = torch.empty(scaled.shape, dtype=torch.bool)
     for bound in BOUNDS.tolist():
@@ -129,16 +129,16 @@ def _nearest(scaled: Tensor) -> Tensor:
     return codes
 
 
-# A bf16's bits without the sign, read as an integer, count in steps of 1/128 of an octave. So the distance of a weight
-# from its block's largest magnitude says, with that one's fraction and the sign, what their quotient is; whatever the
-# exponent. Beyond six octaves the quotient is less than half of the codes next to zero.
+# Read as an integer, the bits of a bf16 without its sign count in steps of 1/128 of an octave. So a weight's distance
+# from its block's largest magnitude, together with the fraction of that magnitude and the sign, determines their
+# quotient, for any exponent. Beyond six octaves the quotient is less than half of the codes next to zero.
 _FRACTIONS, _DISTANCES, _SIGN = 128, 1024, 1024
-_SMALLEST, _LARGEST = (7 * _FRACTIONS, 0x7E80)  # magnitudes (bits) within which nothing is subnormal
-_CHUNK = 2**18  # weights at a time: all intermediates stay in the second-level cache
+_SMALLEST, _LARGEST = (7 * _FRACTIONS, 0x7E80)  # between these magnitudes (bits), no value involved is subnormal
+_CHUNK = 2**18  # weights per chunk, so that all intermediates fit the L2 cache
 
 
 def _quantize_bf16(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for bf16, by a table of the rule's answers: 2 GB/s on a core, against 0.3 by the rule."""
+    """As `_quantize_by_rule`, for bf16, with a lookup table of its results: 2 GB/s per core instead of 0.3."""
     bits, table = blocks.view(torch.int16), _table()
     size = blocks.shape[1]
     codes = torch.empty(bits.shape, dtype=torch.uint8)
@@ -161,7 +161,7 @@ def _quantize_bf16(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _table() -> Tensor:
-    """uint8 [fraction of the largest magnitude, sign, distance]: the codes that the rule gives, 256 KiB."""
+    """uint8 [fraction of the largest magnitude, sign, distance]: the codes of `_quantize_by_rule`, 256 KiB."""
     largest = (0x3F80 + torch.arange(_FRACTIONS)).view(-1, 1, 1)
     magnitude = (largest - torch.arange(_DISTANCES)).expand(-1, 2, -1)
     bits = magnitude | torch.tensor([0, -0x8000]).view(1, 2, 1)
@@ -170,8 +170,8 @@ def _table() -> Tensor:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    # Two codes lie in a little-endian 16-bit word, the first in its lower half. Shifts of words, because torch is slow
-    # on every other byte.
+    # Each little-endian 16-bit word holds two codes, the first in its lower half. Shifting words is fast; torch is slow
+    # on strided bytes.
     pairs = codes.view(torch.int16)
     return (pairs << 4).bitwise_or_(pairs >> 8).to(torch.uint8)
 
@@ -180,7 +180,7 @@ def _pack(codes: Tensor) -> Tensor:
 
 
 def _dynamic_map() -> Tensor:
-    """The 256 numbers of the dynamic 8-bit type: sign, a decimal exponent of 0 to 6, and as fraction the bits left."""
+    """The 256 numbers of the dynamic 8-bit type: a sign, a decimal exponent of 0 to 6, and the rest as fraction."""
     found = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1)

@@ -1,7 +1,7 @@
-"""A rank's part of frozen matrices, kept in 4 bits: a stack over experts of matrices fused along their outputs.
+"""A rank's shard of frozen matrices in 4 bits: fused along their outputs and stacked over experts.
 
-Nothing but the codes and scales stays in memory. `dequantize` writes into a workspace that all layers share, so at most
-one of them is ever there in full precision, and what it returns is good until the next call.
+Only codes and scales stay in memory. `dequantize` writes to a workspace that all layers share, so at most one layer
+exists in full precision at a time, and its result is valid until the next call.
 """
 
 import functools
@@ -19,14 +19,14 @@ from megasft.quant.nf4 import DYNAMIC, Quantized
 
 
 class QuantizedWeight(nn.Module):
-    """The weights [E, N_local, K_local] of E matrices, each fused of several parts along its outputs.
+    """The weights [E, N_local, K_local] of E matrices, each the fusion of several parts along the outputs.
 
     Args:
         experts: E; 1 for a linear layer.
-        parts: name of each part, its N in the checkpoint, and the rows of it that this rank holds.
+        parts: by name, each part's N in the checkpoint and the rows that this rank holds.
         in_features: K in the checkpoint.
-        inputs: which of them this rank holds: whole blocks.
-        dtype: of what `dequantize` gives, bf16 or fp32.
+        inputs: the inputs that this rank holds. They start and end at block boundaries.
+        dtype: dtype of the dequantized weights, bf16 or fp32.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class QuantizedWeight(nn.Module):
         size = settings.block_size
         assert inputs.start % size == inputs.stop % size == in_features % size == 0
         self.settings, self.dtype, self.experts = settings, dtype, experts
-        self.blocks, self.whole_blocks = slice(inputs.start // size, inputs.stop // size), in_features // size
+        self.blocks, self.blocks_per_row = slice(inputs.start // size, inputs.stop // size), in_features // size
         self.parts = {}
         row = group = 0
         for number, (name, (_, rows)) in enumerate(parts.items()):
-            groups = slice(rows.start * self.whole_blocks // GROUP, -(-rows.stop * self.whole_blocks // GROUP))
+            groups = slice(rows.start * self.blocks_per_row // GROUP, -(-rows.stop * self.blocks_per_row // GROUP))
             height, length = rows.stop - rows.start, groups.stop - groups.start
             place = _Place(number, rows, slice(row, row + height), groups, slice(group, group + length))
             self.parts[name] = place
@@ -65,15 +65,15 @@ class QuantizedWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that stay in memory."""
+        """Bytes of codes and scales."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def slot(self, expert: int, part: str) -> "Slot":
-        """Where a quantized matrix of the checkpoint goes."""
+        """The place of one quantized matrix of the checkpoint."""
         return Slot(self, expert, part)
 
     def dequantize(self, first: int = 0, last: int = 1) -> Tensor:
-        """The matrices `first` to `last`, [last - first, N_local, K_local], in the workspace."""
+        """Dequantize matrices `first` to `last` into the workspace: [last - first, N_local, K_local]."""
         _, n, k = self.shape
         out = workspace(self.dtype, (last - first) * n * k).view(last - first, n, k)
         scales = self._scales(first, last) if self.settings.double else self.scales[first:last]
@@ -81,7 +81,10 @@ class QuantizedWeight(nn.Module):
         return out
 
     def runs(self, ends: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Runs of consecutive matrices with rows of their own, `experts_at_once` at most; rows end at `ends`."""
+        """Split the experts that have rows into runs (first, last) of at most `experts_at_once` consecutive ones.
+
+        `ends` [E] are the ends of each expert's rows.
+        """
         most = self.settings.experts_at_once or host.experts_at_once()
         # bitsandbytes counts weights in an int32 on CUDA (`cdequantize_blockwise_*`)
         most = min(most, max(1, (2**31 - 1) // (self.shape[1] * self.shape[2])))
@@ -96,7 +99,7 @@ class QuantizedWeight(nn.Module):
             yield first, len(ends)
 
     def _scales(self, first: int, last: int) -> Tensor:
-        """fp32 [last - first, N_local, blocks]."""
+        """Dequantized scales, fp32 [last - first, N_local, blocks]."""
         codes = self.scales[first:last]
         found = torch.index_select(_dynamic(codes.device), 0, codes.flatten().int())
         at = self._group_of_each
@@ -110,14 +113,14 @@ class QuantizedWeight(nn.Module):
 
     @functools.cached_property
     def _group_of_each(self) -> Tensor | None:
-        """Number of the group of each scale of a matrix, int32 [N_local * blocks]; None if they simply follow."""
-        return _group_of_each(tuple(self.parts.values()), self.blocks.start, self.blocks.stop, self.whole_blocks,
+        """The group of each scale of a matrix, int32 [N_local * blocks]; None if groups are consecutive."""
+        return _group_of_each(tuple(self.parts.values()), self.blocks.start, self.blocks.stop, self.blocks_per_row,
                               self.packed.device)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Rows and groups of a matrix of the checkpoint, and where they go."""
+    """Rows and scale groups of a checkpoint matrix that this rank holds, and where it stores them."""
 
     number: int
     rows: slice
@@ -134,26 +137,26 @@ class Slot:
     expert: int
     part: str
 
-    def fill(self, whole: Quantized) -> None:
-        """Take this rank's part of a quantized matrix."""
+    def fill(self, matrix: Quantized) -> None:
+        """Store this rank's slice of a full quantized matrix."""
         weight, e, place = self.weight, self.expert, self.weight.parts[self.part]
         size = weight.settings.block_size // 2
         columns = slice(weight.blocks.start * size, weight.blocks.stop * size)
-        weight.packed[e, place.to_rows] = whole["packed"][place.rows, columns]
-        weight.scales[e, place.to_rows] = whole["scales"][place.rows, weight.blocks]
+        weight.packed[e, place.to_rows] = matrix["packed"][place.rows, columns]
+        weight.scales[e, place.to_rows] = matrix["scales"][place.rows, weight.blocks]
         if weight.settings.double:
-            weight.groups[e, place.to_groups] = whole["groups"][place.groups]
-            weight.means[e, place.number] = whole["mean"]
+            weight.groups[e, place.to_groups] = matrix["groups"][place.groups]
+            weight.means[e, place.number] = matrix["mean"]
 
 
-# All layers of a kind share this table: it depends on how their matrices are cut, not on what is in them.
+# All layers of a kind share this table, because it depends only on how their matrices are sliced.
 @functools.lru_cache(maxsize=64)
 def _group_of_each(
-    parts: tuple[_Place, ...], first: int, last: int, whole_blocks: int, device: torch.device
+    parts: tuple[_Place, ...], first: int, last: int, blocks_per_row: int, device: torch.device
 ) -> Tensor | None:
     rows = torch.cat(
         [
-            torch.arange(p.rows.start, p.rows.stop)[:, None] * whole_blocks
+            torch.arange(p.rows.start, p.rows.stop)[:, None] * blocks_per_row
             + torch.arange(first, last)
             - (p.groups.start - p.to_groups.start) * GROUP
             for p in parts
@@ -174,15 +177,15 @@ _workspaces: dict[torch.dtype, Tensor] = {}
 
 
 def workspace(dtype: torch.dtype, numel: int) -> Tensor:
-    """The first `numel` elements of the one buffer of this dtype, which grows as it has to."""
+    """The first `numel` elements of the one buffer of this dtype, which grows on demand."""
     held = _workspaces.get(dtype)
     if held is None or held.numel() < numel or held.device != host.device():
         _workspaces.pop(dtype, None)
-        held = None  # the last reference: the old one goes before the new one comes
+        held = None  # drop the last reference, so that the old buffer is freed before the new one is allocated
         _workspaces[dtype] = held = torch.empty(numel, dtype=dtype, device=host.device())
     return held[:numel]
 
 
 def workspace_bytes() -> int:
-    """What the workspace takes now."""
+    """Bytes that the workspace occupies now."""
     return sum(held.nbytes for held in _workspaces.values())

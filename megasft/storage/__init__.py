@@ -1,1 +1,1 @@
-"""Files and folders: safetensors in place, folders that appear complete, caches, a rank's part of a tensor."""
+"""Files and folders: memory-mapped safetensors, folders that appear complete, disk caches, shards of tensors."""

@@ -1,4 +1,4 @@
-"""SHA-256 of files, of large ones remembered between runs."""
+"""SHA-256 of files, cached between runs for large ones."""
 
 import contextlib
 import hashlib
@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-UNSETTLED_SECONDS = 3.0  # a file written to so recently may change again without its times showing it
+UNSETTLED_SECONDS = 3.0  # a file modified more recently may change again without a visible change of its timestamps
 
 
 def file_sha256(path: Path) -> str:
@@ -17,23 +17,23 @@ def file_sha256(path: Path) -> str:
 
 
 def cached_sha256(file: Path, root: Path) -> str:
-    """SHA-256 of a file; remembered under `root` for as long as no time, size or number of the file changes."""
-    notes = root / "digests"
-    note = notes / hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:32]
+    """SHA-256 of a file, cached under `root` until the file's size, timestamps, inode or device change."""
+    cache = root / "digests"
+    entry = cache / hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:32]
     before = _stat(file)
     with contextlib.suppress(OSError, ValueError):
-        *remembered, digest = note.read_text().split()
-        if remembered == before:
+        *cached, digest = entry.read_text().split()
+        if cached == before:
             return digest
     started = time.time()
     digest = file_sha256(file)
     status = file.stat()
     if _stat(file) == before and max(status.st_mtime, status.st_ctime) < started - UNSETTLED_SECONDS:
-        part = note.with_name(f"{note.name}.{socket.gethostname()}.{os.getpid()}")
-        with contextlib.suppress(OSError):  # then it is read again next time
-            notes.mkdir(parents=True, exist_ok=True)
+        part = entry.with_name(f"{entry.name}.{socket.gethostname()}.{os.getpid()}")
+        with contextlib.suppress(OSError):  # without an entry, the next run hashes the file again
+            cache.mkdir(parents=True, exist_ok=True)
             part.write_text(" ".join([*before, digest]))
-            part.replace(note)
+            part.replace(entry)
     return digest
 
 

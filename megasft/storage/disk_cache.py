@@ -1,7 +1,7 @@
-"""Folders on disk that are made once for a key and used by every run after, and by which key: the content of files.
+"""Cache folders on disk: one process builds a folder for its key, and every later run uses it.
 
-A folder gets its name when all that is in it is on the disk, so one that is there is whole. Whoever makes one holds the
-lock beside it; the kernel takes that from a process that ends, however it ends.
+A folder gets its final name only after its files are flushed to disk, so a folder with that name is complete. The
+process that builds it holds a lock file beside it, which the kernel releases when the process ends, however it ends.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ def default_cache_dir() -> Path:
 def make_once[T](
     folder: Path, usable: Callable[[Path], T | None], make: Callable[[Path], None], waiting: str
 ) -> T:  # fmt: skip
-    """What `usable(folder)` finds there; if that is None, after `make` has filled a folder that takes its name.
+    """Return `usable(folder)`; if that is None, build the folder with `make` first.
 
-    A folder that is there and not usable is replaced. `waiting` is said where another process is at it already. Raises
-    OSError.
+    An existing folder that is not usable is replaced. If another process is building it, print `waiting` and wait.
+    Raises OSError.
     """
     found = usable(folder)
     if found is not None:
         return found
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder.with_suffix(".lock"), waiting) as locked:
-        found = usable(folder)  # another may have made it meanwhile
+        found = usable(folder)  # another process may have built it meanwhile
         if found is None:
             if locked:
                 _remove_leftovers(folder)
@@ -46,7 +46,10 @@ def make_once[T](
 
 @contextlib.contextmanager
 def _lock(file: Path, waiting: str) -> Iterator[bool]:
-    """Hold the lock; false on a file system without locks, where whoever is done first gives the folder its name."""
+    """Hold the lock, and yield whether it is held.
+
+    It is not on a file system without locks, where the process that finishes first names the folder.
+    """
     locked = True
     with file.open("a") as stream:
         try:
@@ -60,7 +63,7 @@ def _lock(file: Path, waiting: str) -> Iterator[bool]:
 
 
 def _make[T](folder: Path, usable: Callable[[Path], T | None], make: Callable[[Path], None]) -> None:
-    """Fill a folder beside where it belongs, and move it there."""
+    """Build the folder under a temporary name beside its final one, then rename it."""
     part = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}@{socket.gethostname()}.part")
     part.mkdir()
     try:
@@ -73,17 +76,17 @@ def _make[T](folder: Path, usable: Callable[[Path], T | None], make: Callable[[P
         os.fsync(descriptor)
         os.close(descriptor)
     if usable(folder) is None:
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        shutil.rmtree(folder, ignore_errors=True)  # incomplete, or of another key
     try:
         part.rename(folder)
     except OSError:
         if usable(folder) is None:
             raise
-        shutil.rmtree(part)  # on another host, without a lock between us, somebody was faster
+        shutil.rmtree(part)  # a process on another host, with no lock between the two, finished first
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Delete what runs on this host have left that were killed while they wrote; we hold the lock of `folder`."""
+    """Delete unfinished folders of killed runs on this host. The caller holds the lock of `folder`."""
     for part in folder.parent.glob(f"*@{socket.gethostname()}.part"):
         key = part.name.partition(".")[0]
         if key == folder.name:

@@ -10,10 +10,11 @@ from megasft.messages import UserError
 
 
 class NewFolder:
-    """A folder made under another name, beside its own, that takes its own when whole: `with NewFolder(x) as new:`.
+    """Builds a folder under a temporary name beside its final one: `with NewFolder(x) as new:`.
 
-    In the block, files go to `new.path`; the way out gives the name, an exception removes all. A folder of that name
-    is replaced, unless `replace` is false and it holds something. Raises UserError where the disk does not allow it.
+    Write files to `new.path` inside the block. The end of the block renames the folder to its final name; an exception
+    deletes it. An existing folder is replaced. Raises UserError if the folder cannot be written, or if `replace` is
+    false and the existing folder holds files.
     """
 
     def __init__(self, folder: str | Path, replace: bool = True) -> None:
@@ -43,7 +44,7 @@ class NewFolder:
         return UserError(f"{self.folder}: cannot be written ({error.strerror or error})")
 
     def finish(self) -> None:
-        """Flush to disk and give the folder its name."""
+        """Flush to disk and rename the folder to its final name."""
         try:
             for path in (*self.path.rglob("*"), self.path):
                 descriptor = os.open(path, os.O_RDONLY)
@@ -62,5 +63,5 @@ class NewFolder:
             raise self._failed(error) from None
 
     def discard(self) -> None:
-        """Remove what was made so far."""
+        """Delete the unfinished folder."""
         shutil.rmtree(self.path, ignore_errors=True)

@@ -1,8 +1,7 @@
-"""Safetensors files read and written in place, and folders that appear whole or not at all.
+"""Read and write safetensors files in place, including files larger than memory.
 
-For files larger than memory: a tensor is a view of the mapped file, of which only the touched pages are ever in memory,
-and `release` gives those back. A file is 8 bytes of header length, a JSON header and the tensors
-(https://github.com/huggingface/safetensors#format).
+A tensor is a view of the memory-mapped file: only touched pages occupy memory, and `release` frees them. A file is 8
+bytes of header length, a JSON header and the tensors (https://github.com/huggingface/safetensors#format).
 """
 
 import hashlib
@@ -26,12 +25,12 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-RELEASE_BYTES = 64 * 2**20  # of pages touched, after which a reader of many tensors gives them back
+RELEASE_BYTES = 64 * 2**20  # a reader of many tensors calls `release` after touching this many bytes
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorSpec(NamedTuple):
-    """What the header says of a tensor, its place aside."""
+    """Type and shape of a tensor, from the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -43,7 +42,7 @@ class TensorSpec(NamedTuple):
 
 
 class TensorFile:
-    """A safetensors file to read from. Raises UserError where it is missing, damaged or of unknown dtypes."""
+    """A safetensors file opened for reading. Raises UserError if it is missing, corrupted or has unknown dtypes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,32 +52,31 @@ class TensorFile:
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header: dict[str, Any] = json.loads(file.read(length))
-                # A private mapping: torch wants writable memory, the file stays as it is.
+                # A private mapping: torch needs writable memory, and the file must not change.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
+            raise UserError(f"{path}: corrupted or not a safetensors file ({error})") from None
         header.pop("__metadata__", None)
         unknown = next((name for name, entry in header.items() if entry["dtype"] not in DTYPES), None)
         if unknown:
-            raise UserError(
-                f"{path}: tensor {unknown!r} is of type {header[unknown]['dtype']}, which cannot be read here"
-            )
+            dtype = header[unknown]["dtype"]
+            raise UserError(f"{path}: tensor {unknown!r} has dtype {dtype}; megasft reads {', '.join(DTYPES)}")
         self.specs = {name: TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
         self.offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the file; nothing is read until it is used."""
+        """The tensor as a view of the file; its data is read on first use."""
         return _view(self._map, self.specs[name], self.offsets[name])
 
     def release(self) -> None:
-        """Forget the pages that were read."""
+        """Free the memory of the pages read so far."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class TensorFileWriter:
-    """A safetensors file of known tensors, all zero at first, to be filled in place. Its space is taken at once.
+    """A safetensors file with the given tensors, initially zero, to write in place. Disk space is reserved up front.
 
     Raises OSError, such as "No space left on device".
     """
@@ -91,25 +89,25 @@ class TensorFileWriter:
             self.offsets[name] = end
             end += spec.nbytes
         self._file = open(path, "w+b", buffering=0)  # noqa: SIM115 (until close)
-        # Without this a full disk would be a bus error on the first page that finds no room.
+        # Without this, a full disk would kill the process with a bus error on the first page it cannot allocate.
         os.posix_fallocate(self._file.fileno(), 0, end)
         self._file.write(begin)
         self._map = mmap.mmap(self._file.fileno(), 0)
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the file: what is written to it is in the file."""
+        """The tensor as a view of the file: writing to it writes to the file."""
         return _view(self._map, self.specs[name], self.offsets[name])
 
     def write(self, name: str, index: tuple[int | slice, ...], value: Tensor) -> None:
-        """`tensor(name)[index] = value` for a contiguous part: several times as fast, because no page faults."""
-        whole = self.tensor(name)
-        offset = whole[index].data_ptr() - whole.data_ptr()
-        assert whole[index].is_contiguous(), index
-        data = value.to(whole.dtype).contiguous().view(-1).view(torch.uint8).numpy()
+        """`tensor(name)[index] = value` for a contiguous slice: several times as fast, because no page faults."""
+        full = self.tensor(name)
+        offset = full[index].data_ptr() - full.data_ptr()
+        assert full[index].is_contiguous(), index
+        data = value.to(full.dtype).contiguous().view(-1).view(torch.uint8).numpy()
         os.pwrite(self._file.fileno(), data, self.offsets[name] + offset)
 
     def release(self) -> None:
-        """Leave the pages that were written to the operating system."""
+        """Free the memory of the pages written so far; the operating system writes them to the file."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
@@ -119,7 +117,7 @@ class TensorFileWriter:
 
 
 def header(specs: Mapping[str, TensorSpec]) -> bytes:
-    """The bytes before the tensors of a safetensors file, which follow in this order without a gap."""
+    """The bytes that precede the tensors in a safetensors file. The tensors follow in this order without gaps."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, spec in specs.items():
@@ -132,7 +130,7 @@ def header(specs: Mapping[str, TensorSpec]) -> bytes:
 
 
 def write_new(path: Path, begin: bytes, tensors: Iterable[Tensor]) -> str:
-    """Write a file of these bytes, which reaches the disk; its SHA-256. Raises OSError."""
+    """Write a new file of `begin` and `tensors`, flush it to disk and return its SHA-256. Raises OSError."""
     digest = hashlib.sha256()
     data: Any
     with open(path, "xb", buffering=0) as file:

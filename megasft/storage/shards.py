@@ -1,4 +1,4 @@
-"""Which part of which checkpoint tensor a rank holds: one table serves loading, exporting and initialising."""
+"""Which slice of which checkpoint tensor a rank holds: one table for loading, exporting and initializing."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,12 +11,11 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of one checkpoint tensor that this rank holds.
+    """The slice of one checkpoint tensor that this rank holds.
 
-    `local` is a view of the rank's own storage with the shape of `whole[index]`, or the slot for a matrix that is kept
-    in 4 bits; `index` has one slice with explicit ends for each dimension. Of all the ranks that hold this part,
-    `writer` says whether this is the one to write it, and `first` the same of those that hold it for one data-parallel
-    replica.
+    `index` has one slice with explicit bounds per dimension of the full tensor. `local` is a view of the rank's own
+    storage with the shape of the slice, or the slot of a matrix that is kept in 4 bits. `writer` is true on exactly one
+    of all ranks that hold the slice, and that rank writes it; `first` is true on one rank per data-parallel replica.
     """
 
     name: str
@@ -28,7 +27,7 @@ class Shard:
 
 
 class Sharded(nn.Module):
-    """A module that knows its checkpoint tensors. Names are Hugging Face's, from the layer's own folder on."""
+    """A module that lists its checkpoint tensors, by their Hugging Face names relative to the module."""
 
     def base_shards(self) -> Iterator[Shard]:
         """The frozen tensors."""
@@ -40,15 +39,15 @@ class Sharded(nn.Module):
 
 
 def consecutive(lengths: Iterable[int]) -> Iterator[slice]:
-    """Slices of these lengths, one after the other."""
+    """Consecutive slices of these lengths, from 0."""
     start = 0
     for n in lengths:
         yield slice(start, start + n)
         start += n
 
 
-def whole(*shape: int) -> Index:
-    """The index that takes all of a tensor."""
+def full_index(*shape: int) -> Index:
+    """The index of a full tensor of this shape."""
     return tuple(slice(0, n) for n in shape)
 
 
@@ -58,5 +57,5 @@ def part(n: int, rank: int, size: int) -> slice:
 
 
 def leaf(name: str) -> str:
-    """The last name of a dotted one: `up_proj` of `model.layers.0.mlp.experts.7.up_proj`."""
+    """The last part of a dotted name: `up_proj` of `model.layers.0.mlp.experts.7.up_proj`."""
     return name.rpartition(".")[2]

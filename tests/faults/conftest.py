@@ -1,4 +1,4 @@
-"""Commands that are meant to fail: run to their end, for what they say and how they exit."""
+"""Run commands that are expected to fail, and collect their output and exit codes."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ from tests.support.world import make_world
 
 @dataclass(frozen=True)
 class Ended:
-    """Exit codes, in order of rank, and all that was written to standard error and output."""
+    """Exit codes in rank order, and everything written to standard error and output."""
 
     codes: list[int | None]
     said: str
@@ -27,7 +27,7 @@ class Ended:
 
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory) -> Path:
-    """A folder with a job that nothing is wrong with, on two tensor-parallel ranks."""
+    """A folder with a valid job for two tensor-parallel ranks."""
     folder = tmp_path_factory.mktemp("pristine")
     make_world(folder, tensor=2, data=1)
     return folder
@@ -35,7 +35,7 @@ def pristine(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def world(pristine, tmp_path) -> Path:
-    """A copy of it to spoil: model/, train.jsonl, validation.jsonl, job.toml; run/ is where it would write."""
+    """A copy of the job for a test to spoil: model/, train.jsonl, validation.jsonl, job.toml; its output goes to run/."""
     folder = shutil.copytree(pristine, tmp_path / "world")
     run_file = folder / "job.toml"
     run_file.write_text(run_file.read_text().replace(str(pristine), str(folder)))
@@ -44,7 +44,7 @@ def world(pristine, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """With bytecode: where none is kept, every process would compile megatron-core again."""
+    """Keep bytecode, because otherwise every process would compile megatron-core again."""
     changed = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
     if sys.dont_write_bytecode:
         changed |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("bytecode"))}

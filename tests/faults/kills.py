@@ -1,10 +1,10 @@
-"""Kill ranks of a tiny job at random moments, again and again, and hold what it ends in against a run left in peace.
+"""Kill ranks of a tiny job at random moments, repeatedly, and compare its results with those of an uninterrupted run.
 
     python -m tests.faults.kills --kills 40 --seed 0
 
-Each run is begun again by the same command until it is done. After every kill each checkpoint there is must verify, and
-the newest one must not be older than before; in the end adapters, optimizer states and metrics must be those of the
-other run, bit for bit.
+The same command restarts each run until it is complete. After every kill, all checkpoints must verify, and the newest
+one must not be older than before. At the end, adapters, optimizer states and metrics must be bitwise those of the
+uninterrupted run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SETTINGS = ("lora.dropout=0.2", "checkpoint.keep=2", "training.validation.eval_s
 
 @dataclass(frozen=True)
 class Point:
-    """A call before, after or (of a generator) within which to kill; `test` is given its arguments."""
+    """A call before, after or (for a generator) within which to kill; `test` receives the call's arguments."""
 
     owner: str
     name: str
@@ -111,7 +111,7 @@ OFTEN = {"step": 7, "metrics": 10, "data preparation": 1, "loading": 1, "writing
 
 
 def arm(moment: str, place: int, nth: int, victim: int, everyone: bool) -> None:
-    """In a rank: the nth call of a point of a moment by rank `victim` ends it, or all ranks and the launcher at once."""
+    """In a rank: at the nth call of a moment's point, kill rank `victim`, or all ranks and the launcher at once."""
     if os.environ["RANK"] != str(victim):
         return
     point = MOMENTS[moment][place]
@@ -155,7 +155,7 @@ def _dying_within(items: Iterator[Any], die: Callable[[], None]) -> Iterator[Any
 
 
 class Killed:
-    """A tiny job under a topology, run in peace once."""
+    """A tiny job under a topology, with one uninterrupted run."""
 
     def __init__(self, folder: Path, topology: str) -> None:
         self.folder = folder / topology
@@ -210,7 +210,7 @@ class Killed:
         return self._start(run, cache, moment, place, nth, rank, victim is None), words
 
     def _check(self, run: Path, newest: int, words: str) -> int:
-        """Hold every checkpoint there is against its manifest: the newest one's step, not before `newest`."""
+        """Verify every checkpoint against its manifest; return the newest one's step, which must not be before `newest`."""
         checkpoints = Checkpoints(run / "checkpoints")
         steps = [int(folder.name.removeprefix("step-")) for folder in checkpoints.all()]
         for folder in checkpoints.all():
@@ -238,7 +238,7 @@ class Killed:
 def survive(
     folder: Path, kills: int, seed: int, topologies: list[str], moments: list[str], say: Callable[[str], None]
 ) -> Counter[str]:
-    """Kill so often, in as many runs as it takes: how often at which moment. Raises AssertionError at the first loss."""
+    """Kill `kills` times, over as many runs as needed; return the kills per moment. Raises AssertionError at the first loss."""
     chance, survived = random.Random(seed), Counter[str]()
     jobs = {name: Killed(folder, name) for name in topologies}
     number = 0
@@ -254,7 +254,7 @@ def survive(
 
 
 def main() -> None:
-    """Print how many kills were survived, by kind of moment."""
+    """Print the number of survived kills per kind of moment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Adapters and bases that cannot be used: one line that says why, exit code 2, and nothing left behind."""
+"""Unusable adapters and bases: one line with the reason, exit code 2, and no files left behind."""
 
 import json
 import pickle
@@ -27,7 +27,7 @@ EXPERTS = f"{PREFIX}model.layers.1.mlp.experts"
 
 
 class Exploding:
-    """Unpickling this would leave a file behind."""
+    """Unpickling this would create a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,21 +81,21 @@ def of_other_width(tensors):
 # What is wrong, how to bring it about, and what the line says. These are wrong whatever is done with the adapter.
 BROKEN = {
     "no such folder": (lambda folder: (folder / CONFIG).unlink(), "it has no adapter_config.json"),
-    "not JSON": (lambda folder: (folder / CONFIG).write_text("{"), "not a readable adapter configuration"),
-    "not an object": (lambda folder: (folder / CONFIG).write_text("[]"), "not a readable adapter configuration"),
+    "not JSON": (lambda folder: (folder / CONFIG).write_text("{"), "cannot be read as an adapter configuration"),
+    "not an object": (lambda folder: (folder / CONFIG).write_text("[]"), "cannot be read as an adapter configuration"),
     "another method": (lambda folder: edit_config(folder, peft_type="IA3"), "peft_type = 'IA3'"),
     "DoRA": (lambda folder: edit_config(folder, use_dora=True), "use_dora = True is not supported"),
     "PiSSA": (lambda folder: edit_config(folder, init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
-    "no rank": (lambda folder: edit_config(folder, r=None), "do not give positive ranks"),
-    "bad pattern": (lambda folder: edit_config(folder, rank_pattern={"(": 4}), "do not give positive ranks"),
-    "rank not of the tensors": (lambda folder: edit_config(folder, r=8), "gives it rank 8"),
+    "no rank": (lambda folder: edit_config(folder, r=None), "ranks in rank_pattern must be positive"),
+    "bad pattern": (lambda folder: edit_config(folder, rank_pattern={"(": 4}), "patterns valid regular expressions"),
+    "rank not of the tensors": (lambda folder: edit_config(folder, r=8), "sets its rank to 8"),
     "pickled": (pickled, "pickled adapters are never read"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "no such file"),
-    "truncated": (truncate, "damaged or not a safetensors file"),
-    "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "damaged or not a safetensors file"),
+    "truncated": (truncate, "corrupted or not a safetensors file"),
+    "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "corrupted or not a safetensors file"),
     "NaN": (lambda folder: edit_tensors(folder, set_nan), "lora_B.weight' holds values that are not finite"),
     "infinite": (lambda folder: edit_tensors(folder, set_infinite), "lora_A.weight' holds values that are not finite"),
-    "A without B": (lambda folder: edit_tensors(folder, lambda t: t.pop(f"{Q}.lora_B.weight")), "and not the other"),
+    "A without B": (lambda folder: edit_tensors(folder, lambda t: t.pop(f"{Q}.lora_B.weight")), "lora_A but no lora_B"),
     "a bias too": (
         lambda folder: edit_tensors(folder, lambda t: t.update({f"{Q}.bias": torch.ones(4)})),
         "q_proj.bias'",
@@ -137,7 +137,7 @@ def fuse(folder, change):
 
 
 def try_all(settings, folders):
-    """What `load_adapter` says of each."""
+    """The error of `load_adapter` for each folder, "" without one."""
     _, topology, model = on_ranks.start(settings)
     said = []
     for folder in folders:
@@ -150,7 +150,7 @@ def try_all(settings, folders):
     return said
 
 
-def test_a_job_refuses_an_adapter_that_does_not_fit_on_every_rank_alike(ranks, tmp_path):
+def test_every_rank_refuses_an_unsuitable_adapter_with_the_same_error(ranks, tmp_path):
     random_model(tiny_config(mlp_only_layers=[])).save_pretrained(tmp_path / "base")
     cases = {"good": (lambda folder: None, "")} | BROKEN | FOREIGN | OTHER
     for name, (spoil, _) in cases.items():
@@ -177,7 +177,7 @@ def matches(want, line):
 
 
 def refused(capsys, monkeypatch, *arguments) -> str:
-    """The one line with which the command ends."""
+    """The one line of the command's error."""
     monkeypatch.setattr(sys, "argv", ["megasft", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -196,7 +196,7 @@ def world(tmp_path):
 
 
 @pytest.mark.parametrize("case", [*BROKEN, *FOREIGN])
-def test_merge_refuses_it_and_leaves_nothing(world, capsys, monkeypatch, case):
+def test_merge_refuses_a_broken_or_foreign_adapter_and_leaves_no_output(world, capsys, monkeypatch, case):
     spoil, want = (BROKEN | FOREIGN)[case]
     spoil(world / "adapter")
     arguments = ("--model", world / "base", "--adapter", world / "adapter", "--out", world / "out")
@@ -206,7 +206,7 @@ def test_merge_refuses_it_and_leaves_nothing(world, capsys, monkeypatch, case):
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_export_refuses_it_and_leaves_nothing(world, capsys, monkeypatch, case):
+def test_export_refuses_a_broken_adapter_and_leaves_no_output(world, capsys, monkeypatch, case):
     spoil, want = BROKEN[case]
     spoil(world / "adapter")
     line = refused(capsys, monkeypatch, "export", world / "adapter", world / "out", "--layout", "fused")
@@ -227,7 +227,7 @@ def disk_that_fills_up(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])
-def test_an_output_that_holds_files_is_left_alone(world, capsys, monkeypatch, command):
+def test_an_output_folder_with_files_is_refused_and_unchanged(world, capsys, monkeypatch, command):
     (world / "out").mkdir()
     (world / "out" / "mine").write_text("precious")
     arguments = {
@@ -254,26 +254,26 @@ def quantized_base(world):
 @pytest.mark.parametrize(
     ("spoil", "want"),
     [
-        (lambda world, patch: full_disk(patch), "needs 0.0 GB, and its disk has 0.0 GB free"),
+        (lambda world, patch: full_disk(patch), "needs 0.0 GB, but its disk has 0.0 GB free"),
         (lambda world, patch: disk_that_fills_up(patch), "No space left on device"),
-        (lambda world, patch: broken_base(world), "model.safetensors: damaged or not a safetensors file"),
+        (lambda world, patch: broken_base(world), "model.safetensors: corrupted or not a safetensors file"),
         (lambda world, patch: quantized_base(world), "q_proj.weight' is quantized"),
         (lambda world, patch: (world / "base" / "config.json").unlink(), "not a model folder"),
     ],
     ids=["no room", "disk fills up", "base truncated", "base quantized", "base without configuration"],
 )
-def test_merge_refuses_what_it_cannot_write_or_read(world, capsys, monkeypatch, spoil, want):
+def test_merge_refuses_unreadable_input_and_unwritable_output(world, capsys, monkeypatch, spoil, want):
     spoil(world, monkeypatch)
     arguments = ("--model", world / "base", "--adapter", world / "adapter", "--out", world / "out")
     assert matches(want, refused(capsys, monkeypatch, "merge", *arguments))
     assert {path.name for path in world.iterdir()} == {"base", "adapter"}
 
 
-def test_a_size_that_is_none_is_refused(world, capsys, monkeypatch):
+def test_an_invalid_size_is_refused(world, capsys, monkeypatch):
     arguments = ("--adapter", world / "adapter", "--out", world / "out", "--max-shard-size", "big")
     assert "'big' is not a size" in refused(capsys, monkeypatch, "merge", *arguments)
 
 
 def test_an_adapter_that_names_no_base_needs_the_option(world, capsys, monkeypatch):
     arguments = ("--adapter", world / "adapter", "--out", world / "out")
-    assert "add --model" in refused(capsys, monkeypatch, "merge", *arguments)
+    assert "pass --model" in refused(capsys, monkeypatch, "merge", *arguments)

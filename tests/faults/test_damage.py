@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, or that lie: the run goes on from the one before, or ends in one clear line."""
+"""Corrupted and falsified checkpoints: the run resumes from the previous one, or ends with one clear line."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ FILES = [
 
 
 def resumed(settings: dict[str, Any], samples: list[on_ranks.Sample], tries: list[tuple[str, str]]) -> list[str]:
-    """What comes of resuming each (output_dir, resume): "step N", the words of a UserError, or a traceback."""
+    """The outcome of resuming each (output_dir, resume): "step N", the text of a UserError, or a traceback."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     came: list[str] = []
@@ -59,7 +59,7 @@ def runs(ranks, tmp_path_factory) -> Runs:
 
 @pytest.fixture
 def try_each(runs, ranks, tmp_path) -> Callable[[dict[str, Callable[[Path], Any]], str], dict[str, str]]:
-    """`try_each({name: spoil}, resume)`: what comes of resuming a copy of the run whose newest checkpoint is spoilt."""
+    """`try_each({name: spoil}, resume)`: the outcomes of resuming copies of the run with a spoiled newest checkpoint."""
 
     def run(spoils: dict[str, Callable[[Path], Any]], setting: str) -> dict[str, str]:
         tries = []
@@ -116,12 +116,12 @@ def test_every_file_is_held_against_the_manifest(runs):
     assert sorted(path.name for path in (runs.folder / "whole" / "checkpoints" / LAST).iterdir()) == FILES
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(try_each):
+def test_resume_skips_a_corrupted_checkpoint_for_the_previous_one(try_each):
     came = try_each(DAMAGES, "auto")
     assert came == dict.fromkeys(DAMAGES, "step 6")
 
 
-def test_a_damaged_checkpoint_that_was_asked_for_is_refused_naming_the_file(try_each):
+def test_a_requested_corrupted_checkpoint_is_refused_naming_the_file(try_each):
     came = try_each(DAMAGES, f"{{}}/{LAST}")
     assert_one_line_each(came)
     for name, words in came.items():
@@ -130,16 +130,16 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_naming_the_file(try_
         assert name.split()[0] in own
 
 
-def test_if_all_are_damaged_one_line_says_how_to_begin_again(try_each):
+def test_if_all_checkpoints_are_corrupted_one_line_says_how_to_restart(try_each):
     def all_of_them(folder: Path) -> None:
         for name in (LAST, BEFORE):
             empty(folder.with_name(name) / "state.json")
 
     words = try_each({"all": all_of_them}, "auto")["all"]
-    assert 'all checkpoints in it are corrupted; start from scratch with --resume never' in words
+    assert "all checkpoints in it are corrupted; start from scratch with --resume never" in words
 
 
-def test_the_link_to_the_latest_decides_nothing(try_each):
+def test_the_latest_link_has_no_effect_on_resuming(try_each):
     def replace_link(by: Callable[[Path], Any]) -> Callable[[Path], Any]:
         def spoil(folder: Path) -> None:
             link = folder.with_name("latest")
@@ -161,7 +161,7 @@ def test_the_link_to_the_latest_decides_nothing(try_each):
 
 
 def seal(folder: Path) -> None:
-    """Have the manifest say what is there."""
+    """Make the manifest match the files."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
         content = (folder / name).read_bytes()
@@ -179,7 +179,7 @@ def writing(name: str, content: str | bytes) -> Callable[[Path], None]:
 
 
 def changing(name: str, *path: str, to: Any = None, drop: bool = False) -> Callable[[Path], None]:
-    """One value in a JSON file."""
+    """Change one value in a JSON file."""
 
     def spoil(folder: Path) -> None:
         whole = json.loads((folder / name).read_text())
@@ -226,15 +226,15 @@ STATES: dict[str, Callable[[Path], Any]] = {
 }  # fmt: skip
 
 
-def test_a_manifest_that_lies_is_passed_over(try_each):
+def test_resume_skips_a_checkpoint_with_a_false_manifest(try_each):
     assert try_each(MANIFESTS, "auto") == dict.fromkeys(MANIFESTS, "step 6")
 
 
-def test_a_manifest_that_lies_is_refused_if_asked_for(try_each):
+def test_a_requested_checkpoint_with_a_false_manifest_is_refused(try_each):
     assert_one_line_each(try_each(MANIFESTS, f"{{}}/{LAST}"))
 
 
-def test_a_state_of_wrong_types_is_passed_over(try_each):
+def test_resume_skips_a_state_with_wrong_types(try_each):
     assert try_each(STATES, "auto") == dict.fromkeys(STATES, "step 6")
 
 
@@ -274,7 +274,7 @@ def reshape(values: dict[str, torch.Tensor]) -> None:
 
 
 def overlap(values: dict[str, torch.Tensor]) -> None:
-    """The first row of a rectangle twice and its last not at all: as many elements as before."""
+    """Store the first row of a rectangle twice and its last not at all, with the same number of elements."""
     key, value = next((key, value) for key, value in values.items() if len(value) > 1)
     name, rows, columns = re.fullmatch(r"(.+)\[(\d+):\d+(,\d+:\d+\])", key).groups()
     del values[key]
@@ -307,7 +307,7 @@ LIES: dict[str, Callable[[Path], Any]] = {
 }  # fmt: skip
 
 
-def test_other_lies_are_one_line(try_each):
+def test_every_false_content_is_refused_in_one_line(try_each):
     came = try_each(LIES, f"{{}}/{LAST}")
     for name, words in came.items():
         assert "Traceback" not in words, f"{name}: {words}"
@@ -316,12 +316,12 @@ def test_other_lies_are_one_line(try_each):
         assert len(words) < 700, f"{name}: {words}"
 
 
-def test_a_run_file_of_other_shape_is_no_matter(try_each):
+def test_a_malformed_saved_run_file_does_not_prevent_resuming(try_each):
     spoils = {"empty": writing("config.toml", ""), "data a number": writing("config.toml", "data = 3\n[lora]\nr = [1]")}
     assert try_each(spoils, f"{{}}/{LAST}") == dict.fromkeys(spoils, "step 8")
 
 
-def test_a_huge_step_takes_no_time(try_each):
+def test_a_huge_step_number_resumes_at_once(try_each):
     def spoil(folder: Path) -> None:
         for key in ("step", "updates"):
             changing("state.json", key, to=2**62)(folder)

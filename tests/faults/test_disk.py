@@ -1,4 +1,4 @@
-"""A disk that is full, or that nothing may be written to: training goes on, or stops where it was told to, and it is said."""
+"""A full or read-only disk: training continues with a warning, or stops if the run file says so."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ def fill(folder: Path) -> None:
 
 
 def spoil_between(disk: str, read_only: bool) -> None:
-    """In a rank: before step FULL + 1 rank 0 makes a disk full or read-only, before step FREE + 1 undoes that."""
+    """In a rank: rank 0 makes the disk full or read-only before step FULL + 1, and undoes that before step FREE + 1."""
     train_step = Trainer.train_step
 
     def spoiling(trainer: Trainer) -> dict:
@@ -48,7 +48,7 @@ def spoil_between(disk: str, read_only: bool) -> None:
 
 
 def spoil_the_end(disk: str) -> None:
-    """In a rank: the disk is full when the last adapter is to be written."""
+    """In a rank: the disk is full when the final adapter is written."""
     save = Trainer.save
 
     def spoiling(trainer: Trainer, folder: str | Path) -> None:
@@ -78,7 +78,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """With `whole`, the run on a disk that is well."""
+    """A folder with a job and, in `whole`, its run on a healthy disk."""
     folder = tmp_path_factory.mktemp("disk")
     make_world(folder, tensor=2, steps=STEPS)
     assert start(folder, folder / "whole").wait() == 0
@@ -94,7 +94,7 @@ def start(world: Path, output: Path, *settings: str, in_rank=None, args=()) -> C
 
 
 def assert_same_run(one: Path, other: Path, failed: Sequence[int] = ()) -> None:
-    """The same lines, but for those of checkpoints that `other` could not write, and the same results."""
+    """The same metrics, except for checkpoints that `other` could not write, and the same results."""
     assert [line for line in lines(one) if not (line["kind"] == "checkpoint" and line["step"] in failed)] == [
         line for line in lines(other) if line["kind"] != "event"
     ]
@@ -119,7 +119,7 @@ def events(run: Path) -> list[str]:
     return [f"{record['event']}: {record['reason']}" for record in records if record["kind"] == "event"]
 
 
-def test_a_full_disk_costs_checkpoints_but_no_step_and_no_line(world, tmp_path):
+def test_a_full_disk_costs_checkpoints_but_no_steps_and_no_metrics(world, tmp_path):
     with small_disk(tmp_path / "small") as disk:
         run = disk / "full"
         command = start(world, run, in_rank=spoil_between, args=(str(disk), False))
@@ -135,7 +135,7 @@ def test_a_full_disk_costs_checkpoints_but_no_step_and_no_line(world, tmp_path):
         assert {path.name for path in run.rglob(".*")} == {".lock"}
 
 
-def test_lines_of_metrics_that_find_no_space_are_kept_for_when_there_is_some(tmp_path, capsys):
+def test_metrics_are_buffered_while_the_disk_is_full_and_written_later(tmp_path, capsys):
     with small_disk(tmp_path / "small") as disk:
         metrics = Metrics(disk, 200)
         metrics.record("event", 1, event="before")
@@ -154,7 +154,7 @@ def test_lines_of_metrics_that_find_no_space_are_kept_for_when_there_is_some(tmp
     ] == [True] * 2
 
 
-def test_a_read_only_folder_of_checkpoints_costs_checkpoints_only(world, tmp_path):
+def test_a_read_only_checkpoint_folder_costs_only_checkpoints(world, tmp_path):
     run = tmp_path / "readonly"
     with small_disk(run / "checkpoints") as disk:
         command = start(world, run, in_rank=spoil_between, args=(str(disk), True))
@@ -166,7 +166,7 @@ def test_a_read_only_folder_of_checkpoints_costs_checkpoints_only(world, tmp_pat
         ]
 
 
-def test_told_so_the_run_stops_with_one_line_and_goes_on_when_there_is_space(world, tmp_path):
+def test_with_on_failure_stop_a_full_disk_ends_the_run_and_it_resumes_when_there_is_space(world, tmp_path):
     with small_disk(tmp_path / "small") as disk:
         run = disk / "stops"
         command = start(world, run, "checkpoint.on_failure='stop'", "training.validation.save_best_model_at_end=false",
@@ -179,7 +179,7 @@ def test_told_so_the_run_stops_with_one_line_and_goes_on_when_there_is_space(wor
         assert_same_run(world / "whole", run)
 
 
-def test_a_final_adapter_that_finds_no_space_is_one_line_and_made_by_the_same_command(world, tmp_path):
+def test_a_full_disk_at_the_final_adapter_is_one_line_and_the_same_command_finishes_it(world, tmp_path):
     with small_disk(tmp_path / "small") as disk:
         run = disk / "end"
         command = start(world, run, in_rank=spoil_the_end, args=(str(disk),))
@@ -193,7 +193,7 @@ def test_a_final_adapter_that_finds_no_space_is_one_line_and_made_by_the_same_co
         assert {path.name for path in run.rglob(".*")} == {".lock"}
 
 
-def test_an_output_folder_that_may_not_be_written_to_is_refused_before_a_launch(world, tmp_path):
+def test_a_read_only_output_folder_is_refused_before_the_launch(world, tmp_path):
     with small_disk(tmp_path / "small") as disk:
         mount("-o", "remount,ro", str(disk))
         command = start(world, disk / "run")

@@ -1,4 +1,4 @@
-"""However a job ends, all of its processes end within 30 seconds and one line says why."""
+"""However a job ends, all its processes end within 30 seconds, and one line says why."""
 
 import json
 import os
@@ -26,7 +26,7 @@ BY_ITSELF = {"megasft train": [sys.executable], "torchrun": TORCHRUN}
 
 @pytest.fixture
 def start(world, environment) -> Callable[..., subprocess.Popen]:
-    """`start(command, *settings)`: begin the job of `world` in a process group of its own, as a terminal does."""
+    """`start(command, *settings)`: start the job of `world` in its own process group, as a terminal does."""
     started = []
 
     def begin(command: list[str], *settings: str) -> subprocess.Popen:
@@ -44,7 +44,7 @@ def start(world, environment) -> Callable[..., subprocess.Popen]:
 
 
 def processes_of(world: Path) -> list[int]:
-    """Every process whose command line names the run file: launcher and ranks, zombies left out."""
+    """All processes whose command line names the run file: launcher and ranks, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -69,7 +69,7 @@ def finish(process: subprocess.Popen, world: Path, seconds: float) -> tuple[int,
 
 
 def steps(world: Path) -> int:
-    """How many steps the job has recorded."""
+    """The number of steps that the job has logged."""
     metrics = world / "run" / "metrics.jsonl"
     return metrics.read_text().count('"train"') if metrics.exists() else 0
 
@@ -79,7 +79,7 @@ NOT_BEGUN = "megasft: interrupted; checkpoints written before are under {}/run"
 
 
 def assert_saved(world: Path, line: str) -> None:
-    """The line names a checkpoint of the last recorded step that nothing is wrong with."""
+    """Assert that the line names an intact checkpoint of the last logged step."""
     match = re.fullmatch(SAVED, line)
     assert match, line
     folder = Path(match[1])
@@ -103,18 +103,18 @@ def test_megasft_train_refuses_with_one_line_and_nothing_else(world, start):
     weights.write_bytes(weights.read_bytes()[:-1000])
     process = start([str(BIN / "megasft"), "train"])
     code, said = finish(process, world, 120)
-    assert re.fullmatch(r"megasft: .*model\.safetensors: damaged.*\n", said)
+    assert re.fullmatch(r"megasft: .*model\.safetensors: corrupted.*\n", said)
     assert code == 2
 
 
-def test_the_script_without_torchrun_passes_on_what_its_ranks_refuse(world, start):
+def test_the_script_without_torchrun_exits_with_its_ranks_refusal(world, start):
     (world / "train.jsonl").write_text("{}\n")
     code, said = finish(start([sys.executable, str(ROOT / "tools" / "train.py")]), world, 120)
     assert re.fullmatch(r"megasft: .*train\.jsonl:1: .*\n", said)
     assert code == 2
 
 
-def test_under_torchrun_the_line_is_there_once_and_every_rank_exits_with_2(world, start):
+def test_under_torchrun_the_error_is_printed_once_and_every_rank_exits_with_2(world, start):
     (world / "train.jsonl").write_text("{}\n")
     process = start([*TORCHRUN, str(ROOT / "tools" / "train.py")])
     code, said = finish(process, world, 120)
@@ -127,7 +127,7 @@ def test_under_torchrun_the_line_is_there_once_and_every_rank_exits_with_2(world
 
 
 @pytest.mark.parametrize("launcher", BY_ITSELF)
-def test_a_crash_of_one_rank_ends_all_and_is_traced_once(world, start, launcher):
+def test_a_crash_of_one_rank_ends_all_with_one_traceback(world, start, launcher):
     process = start([*BY_ITSELF[launcher], *MISBEHAVE], "tags.fault=fail", "hyperparameters.max_steps=100000")
     wait_until(lambda: steps(world) or process.poll() is not None)
     code, said = finish(process, world, 30)
@@ -140,7 +140,7 @@ def test_a_crash_of_one_rank_ends_all_and_is_traced_once(world, start, launcher)
 
 
 @pytest.mark.parametrize("launcher", BY_ITSELF)
-def test_a_killed_rank_ends_all_and_one_line_says_that_it_is_lost(world, start, launcher):
+def test_a_killed_rank_ends_all_and_is_reported_in_one_line(world, start, launcher):
     process = start([*BY_ITSELF[launcher], *MISBEHAVE], "tags.fault='be killed'", "hyperparameters.max_steps=100000")
     wait_until(lambda: steps(world) or process.poll() is not None)
     code, said = finish(process, world, 30)
@@ -156,7 +156,7 @@ def test_a_killed_rank_ends_all_and_one_line_says_that_it_is_lost(world, start, 
 
 
 @pytest.mark.parametrize("launcher", BY_ITSELF)
-def test_ctrl_c_ends_all_ranks_and_leaves_the_adapters_whole(world, start, launcher):
+def test_ctrl_c_ends_all_ranks_and_leaves_complete_adapters(world, start, launcher):
     process = start([*BY_ITSELF[launcher], *MISBEHAVE], "hyperparameters.max_steps=100000")
     wait_until(lambda: steps(world) > 3)
     os.killpg(process.pid, signal.SIGINT)
@@ -169,7 +169,7 @@ def test_ctrl_c_ends_all_ranks_and_leaves_the_adapters_whole(world, start, launc
         assert without_progress(said) == spoken(said)[0] + "\n"
 
 
-def test_ctrl_c_while_the_ranks_are_starting_is_as_quiet(world, start):
+def test_ctrl_c_while_the_ranks_start_is_quiet_too(world, start):
     process = start([sys.executable, *MISBEHAVE])
     wait_until(lambda: len(processes_of(world)) == 3)
     os.killpg(process.pid, signal.SIGINT)
@@ -207,7 +207,7 @@ def test_a_second_ctrl_c_ends_ranks_that_cannot_save_at_once(world, start):
 # --- and go on ---
 
 
-def test_a_run_that_was_stopped_and_then_crashed_ends_as_if_nothing_had_been(world, start):
+def test_a_run_that_was_stopped_and_then_crashed_ends_like_an_uninterrupted_one(world, start):
     settings = ("lora.dropout=0.2", "hyperparameters.max_steps=12", "checkpoint.keep=9")
     code, said = finish(start([sys.executable, *MISBEHAVE], *settings, f"job.output_dir='{world}/whole'"), world, 120)
     assert code == 0, said

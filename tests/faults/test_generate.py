@@ -1,4 +1,4 @@
-"""`megasft generate` as a user meets it: what it prints, what it refuses, and how it ends."""
+"""`megasft generate` from the command line: its output, its errors and its exit."""
 
 import json
 import os
@@ -32,7 +32,7 @@ GREETING = "what comes after 3? naïve"
 
 @pytest.fixture
 def adapter(world) -> Path:
-    """An adapter of all layers where the run file's training would put it."""
+    """A run directory with an adapter of all layers."""
     config = tiny_config(vocab_size=264, mlp_only_layers=[])
     write_adapter(random_adapter(config, 4, frozenset(LINEAR_LAYERS)), world / "plain", 4, 8)
     export_adapter(world / "plain", world / "run" / "adapter", "per-expert", str(world / "model"))
@@ -56,7 +56,7 @@ def answer_by_peft(world: Path, adapter: Path, messages: list[dict], new: int) -
 # --- what it prints ---
 
 
-def test_an_answer_is_on_standard_output_and_all_else_on_standard_error(megasft, world, adapter):
+def test_only_the_answer_is_on_standard_output(megasft, world, adapter):
     messages = [{"role": "system", "content": "Say it."}, {"role": "user", "content": GREETING}]
     want = answer_by_peft(world, adapter, messages, 30)
     # The run file says model, adapter, topology (two ranks) and precision; the prompt is given, or piped in.
@@ -117,7 +117,7 @@ def short_context(world: Path) -> None:
 
 
 def without_weights(world: Path) -> None:
-    """To see that a refusal comes before they are read."""
+    """Remove the weights, to show that the error comes before they are read."""
     path = world / "model" / "model.safetensors"
     save_file({name: value for name, value in load_file(path).items() if "norm" in name}, path, {"format": "pt"})
 
@@ -156,7 +156,7 @@ ON_THE_RANKS = {
         ["adapter_model.safetensors", "another model"],
     ),
     "adapter of a larger model": (
-        other_adapter(num_hidden_layers=4), "{}/model --adapter {}/other -p x", ["model.layers.3", "another one"]
+        other_adapter(num_hidden_layers=4), "{}/model --adapter {}/other -p x", ["model.layers.3", "another model"]
     ),
     "prompt beyond the context": (
         lambda world: short_context(world) or without_weights(world), "{}/model -p much_more_than_there_is_room_for",
@@ -172,7 +172,7 @@ ON_THE_RANKS = {
 
 
 @pytest.mark.parametrize("case", BEFORE_THE_LAUNCH)
-def test_before_anything_is_launched(megasft, world, case):
+def test_a_mistake_is_refused_before_the_launch(megasft, world, case):
     spoil, text, words = BEFORE_THE_LAUNCH[case]
     spoil(world)
     ended = megasft("generate", *text.format(*[world] * text.count("{}")).split())
@@ -181,7 +181,7 @@ def test_before_anything_is_launched(megasft, world, case):
 
 
 @pytest.mark.parametrize("case", ON_THE_RANKS)
-def test_by_all_ranks_with_one_voice(megasft, world, case):
+def test_a_mistake_that_only_ranks_find_is_reported_once(megasft, world, case):
     spoil, text, words = ON_THE_RANKS[case]
     spoil(world)
     ended = megasft("generate", *text.format(*[world] * text.count("{}")).split(), ranks=2)
@@ -194,7 +194,7 @@ def test_by_all_ranks_with_one_voice(megasft, world, case):
 
 
 class Terminal:
-    """A command on a terminal of its own."""
+    """A command with its own terminal."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         ours, theirs = pty.openpty()
@@ -215,7 +215,7 @@ class Terminal:
         os.write(self._terminal, text.encode())
 
     def wait_for(self, text: str) -> None:
-        """Until `text` has come, and forget it with all before."""
+        """Read until `text` appears, and discard it and everything before."""
         self.wait_until(lambda: text in self.seen)
         self.seen = self.seen[self.seen.index(text) + len(text) :]
 
@@ -226,7 +226,7 @@ class Terminal:
             self._read()
 
     def rest(self) -> str:
-        """What comes until the command has ended."""
+        """The output until the command has ended."""
         self.wait_until(lambda: self._closed, 60)
         return self.seen
 
@@ -252,7 +252,7 @@ def _take_terminal() -> None:
 
 @pytest.fixture
 def endless(world, adapter) -> list[str]:
-    """A command whose answers nothing ends but Ctrl-C."""
+    """A command whose answers end only with Ctrl-C."""
     script = world / "endless.py"
     script.write_text(
         "import logging, warnings\n"

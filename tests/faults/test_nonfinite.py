@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: the step changes nothing, on all ranks alike, and too many in a row end the run."""
+"""If the loss or a gradient is not finite, all ranks skip the step; too many skipped steps in a row end the run."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ SPOILT = (3, 4)  # steps
 
 
 def spoil(trainer: Trainer, where: str, value: float, rank: int) -> None:
-    """In the steps SPOILT, put `value` into the loss, or one gradient, of one rank only."""
+    """In the steps SPOILT, put `value` into the loss, or into one gradient, of one rank."""
     if trainer.topology.rank != rank:
         return
     if where == "loss":
@@ -59,7 +59,7 @@ def states(trainer: Trainer) -> dict[str, Any]:
 
 
 def spoilt(settings: dict[str, Any], samples: list, where: str, value: float, rank: int) -> list[dict[str, Any]]:
-    """The records of seven steps; asserts that those spoilt change nothing and the others do."""
+    """The records of seven steps; asserts that the spoiled steps change nothing and the others do."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     spoil(trainer, where, value, rank)
@@ -85,14 +85,14 @@ def runs(ranks, tmp_path_factory) -> Runs:
      (CASES[2], "gradient", torch.inf, 1), (CASES[3], "gradient", -torch.inf, 0)],
     ids=str,
 )  # fmt: skip
-def test_what_is_not_finite_on_one_rank_changes_nothing_on_any(runs, case, where, value, rank):
+def test_a_nonfinite_value_on_one_rank_skips_the_step_on_all(runs, case, where, value, rank):
     answers = runs.pool(case.ranks, spoilt, runs.settings(case, "unused"), runs.samples, where, value, rank)
     for records in answers:
         assert [i for i, record in enumerate(records) if record["loss"] is None] == list(SPOILT)
 
 
 def fit(settings: dict[str, Any], samples: list, held_out: list, broken: bool) -> str:
-    """Train to the end: "" or the words in which the run stops."""
+    """Train to the end: "" or the error that stops the run."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples), on_ranks.as_samples(held_out))
     if broken:
@@ -105,7 +105,7 @@ def fit(settings: dict[str, Any], samples: list, held_out: list, broken: bool) -
 
 
 def blind(settings: dict[str, Any], samples: list, held_out: list) -> None:
-    """Train to the end with a loss that is not a number in every validation."""
+    """Train to the end with a NaN loss in every validation."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples), on_ranks.as_samples(held_out))
     loss_of = trainer_module._loss
@@ -113,7 +113,7 @@ def blind(settings: dict[str, Any], samples: list, held_out: list) -> None:
     trainer.fit()
 
 
-def test_a_validation_that_is_not_finite_is_told_and_ends_nothing(runs):
+def test_a_nonfinite_validation_is_reported_and_the_run_continues(runs):
     settings = runs.settings(CASES[1], "blind")
     runs.pool(2, blind, settings, runs.samples, runs.held_out)
     found = [(line["step"], line["loss"]) for line in lines(runs.folder / "blind") if line["kind"] == "validation"]
@@ -127,7 +127,7 @@ def run(runs: Runs, name: str, broken: bool, most: int) -> tuple[Path, str]:
     return runs.folder / name, said[0]
 
 
-def test_steps_that_are_skipped_are_counted_and_their_samples_written_down(runs):
+def test_skipped_steps_are_counted_and_their_samples_logged(runs):
     folder, said = run(runs, "skipping", broken=True, most=3)
     assert said == ""
     events = [line for line in lines(folder) if line["kind"] == "event"]
@@ -139,7 +139,7 @@ def test_steps_that_are_skipped_are_counted_and_their_samples_written_down(runs)
     assert (state["step"], state["updates"], state["skipped"]) == (STEPS, STEPS - len(SPOILT), 0)
 
 
-def test_too_many_in_a_row_stop_the_run_which_goes_on_where_it_was(runs):
+def test_too_many_skipped_steps_in_a_row_stop_the_run_and_it_resumes_there(runs):
     folder, said = run(runs, "stopping", broken=True, most=2)
     assert "not finite in 2 steps in a row, the last of them step 5" in said
     assert "metrics.jsonl" in said
@@ -154,7 +154,7 @@ def test_too_many_in_a_row_stop_the_run_which_goes_on_where_it_was(runs):
     assert adapters[0] == adapters[1]
 
 
-def test_skips_in_a_row_are_counted_over_a_resumption(runs):
+def test_skipped_steps_in_a_row_are_counted_across_a_resume(runs):
     # `spoil` breaks the steps 3 and 4; a checkpoint after the first of them has skipped = 1.
     settings = {
         "training": {"max_nonfinite_steps": 2, "validation": {"enabled": False}},

@@ -1,4 +1,4 @@
-"""A user's mistake is one line that names it and says what would work, and exit code 2."""
+"""A user's mistake ends with exit code 2 and one line that names it and what would work."""
 
 import json
 import socket
@@ -64,7 +64,7 @@ def with_text(name: str, text: str):
 
 
 def with_line(text: str):
-    """Put a line into the training data, as the third."""
+    """Insert a line into the training data, as the third."""
 
     def spoil(world: Path) -> None:
         lines = (world / "train.jsonl").read_text().splitlines()
@@ -154,7 +154,7 @@ BEFORE_THE_LAUNCH = {
         nothing, "--set job.model=megasft-tests/no-such-model", ["[job] model", "no-such-model", "the hub", "a model folder"]
     ),
     "model folder without configuration": (without("model/config.json"), "", ["world/model", "no config.json"]),
-    "configuration is no JSON": (with_text("model/config.json", "{"), "", ["config.json", "not a readable"]),
+    "configuration is no JSON": (with_text("model/config.json", "{"), "", ["config.json", "cannot be read"]),
     "another kind of model": (in_model_config(model_type="llama"), "", ["config.json", "'llama'", "'qwen3_moe'"]),
     "configuration of no model": (in_model_config(num_attention_heads=0), "", ["config.json", "num_attention_heads = 0"]),
     "unknown kind of rope": (in_model_config(rope_parameters={"rope_type": "spiral"}), "", ["rope_parameters", "spiral"]),
@@ -167,8 +167,8 @@ BEFORE_THE_LAUNCH = {
     ),
     "no weights": (without("model/model.safetensors"), "", ["world/model", "no model.safetensors"]),
     "pickled weights": (pickled, "", ["pytorch_model.bin", "convert them to safetensors"]),
-    "truncated weights": (truncated, "", ["model.safetensors", "damaged"]),
-    "index of a missing file": (index_of_a_missing_file, "", ["model-00002-of-00002.safetensors", "not there"]),
+    "truncated weights": (truncated, "", ["model.safetensors", "corrupted"]),
+    "index of a missing file": (index_of_a_missing_file, "", ["model-00002-of-00002.safetensors", "missing"]),
     "no such adapter": (nothing, "--set job.init_adapter={}/adapter", ["[job] init_adapter", "world/adapter", "no such"]),
     "no adapter in the folder": (nothing, "--set job.init_adapter={}", ["world", "adapter_config.json"]),
     "pickled adapter": (
@@ -229,7 +229,7 @@ def arguments(case: str, text: str, world: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("case", BEFORE_THE_LAUNCH)
-def test_before_anything_is_launched(megasft, world, case):
+def test_a_mistake_is_refused_before_the_launch(megasft, world, case):
     spoil, text, words = BEFORE_THE_LAUNCH[case]
     spoil(world)
     ended = megasft(*arguments(case, text, world))
@@ -239,7 +239,7 @@ def test_before_anything_is_launched(megasft, world, case):
 
 
 @pytest.mark.parametrize("case", ON_THE_RANKS)
-def test_by_all_ranks_with_one_voice(megasft, world, case):
+def test_a_mistake_that_only_ranks_find_is_reported_once(megasft, world, case):
     spoil, text, words = ON_THE_RANKS[case]
     spoil(world)
     ended = megasft(*arguments(case, text, world), ranks=2)
@@ -258,7 +258,7 @@ def test_torchruns_ranks_refuse_what_the_launcher_would(megasft, world, case):
 
 
 @pytest.mark.parametrize("case", ["unknown key", "topology on another number of ranks"])
-def test_the_rank_that_comes_first_speaks(megasft, world, case):
+def test_the_first_rank_with_an_error_reports_it(megasft, world, case):
     # torchrun ends the others as soon as one has exited.
     spoil, text, words = BEFORE_THE_LAUNCH[case]
     spoil(world)
@@ -267,22 +267,22 @@ def test_the_rank_that_comes_first_speaks(megasft, world, case):
     assert ended.codes == [2]
 
 
-def test_a_line_break_in_a_path_makes_no_second_line(megasft, world):
+def test_a_line_break_in_a_path_does_not_break_the_error_line(megasft, world):
     ended = megasft("train", "--config", f"{world}/job.toml", "--dataset", "no\nsuch.jsonl")
     assert_one_line(without_progress(ended.said), ["[job] data", "no such.jsonl"])
 
 
-def test_nothing_is_wrong_with_the_job_that_the_cases_spoil(megasft, world):
+def test_the_unspoiled_job_runs(megasft, world):
     ended = megasft("train", "--config", f"{world}/job.toml")
     assert ended.said == "nothing was refused before the launch\n"
     ended = megasft("train", "--config", f"{world}/job.toml", ranks=2)
     assert ended.codes == [0, 0]
 
 
-def test_a_hub_that_never_answers_is_given_up_in_15_seconds(monkeypatch):
+def test_an_unresponsive_hub_fails_within_15_seconds(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
-        with pytest.raises(UserError, match="the hub did not give it"):
+        with pytest.raises(UserError, match="the download from the hub failed"):
             find_model("megasft-tests/no-such-model")
         assert time.monotonic() - started < 15

@@ -1,4 +1,4 @@
-"""What a command that finds an earlier run goes on from, moves aside or refuses."""
+"""What a command does with an earlier run: resume it, move it aside or refuse."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.support.world import make_world
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
-    """A job whose run of four steps is finished, with checkpoints of steps 2 and 4."""
+    """A job with a finished run of four steps and checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("done")
     make_world(folder, tensor=2)
     assert start(folder).wait() == 0
@@ -30,7 +30,7 @@ def done(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def world(done, tmp_path) -> Path:
-    """A copy of it to change."""
+    """A copy of the finished job for a test to change."""
     folder = shutil.copytree(done, tmp_path / "world", symlinks=True)
     run_file = folder / "job.toml"
     run_file.write_text(run_file.read_text().replace(str(done), str(folder)))
@@ -131,7 +131,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("setting", "what", "remedy"), REFUSED.values(), ids=REFUSED)
-def test_a_change_that_makes_another_run_of_it_is_refused_before_a_launch(world, setting, what, remedy):
+def test_a_changed_setting_that_forbids_resuming_is_refused_before_the_launch(world, setting, what, remedy):
     (world / "launched").unlink()
     command = start(world, MORE, setting)
     assert command.wait() == 2
@@ -142,7 +142,7 @@ def test_a_change_that_makes_another_run_of_it_is_refused_before_a_launch(world,
 
 
 @pytest.mark.parametrize("change", [change_weights, change_model_config])
-def test_another_base_is_refused_before_a_launch_unless_allowed(world, change):
+def test_another_base_is_refused_before_the_launch_unless_allowed(world, change):
     (world / "launched").unlink()
     change(world)
     command = start(world, MORE)
@@ -171,7 +171,7 @@ def test_other_data_are_refused_unless_allowed(world):
     assert now["data"] != then["data"]
 
 
-def test_another_topology_goes_on(world):
+def test_a_run_resumes_with_another_topology(world):
     topology = (
         "data.topology.tensor_parallel=1",
         "data.topology.data_parallel=2",
@@ -195,7 +195,7 @@ def test_a_finished_run_has_nothing_left_to_train(world):
     assert (world / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_never_begins_anew_and_moves_what_is_there_aside(world):
+def test_resume_never_starts_from_scratch_and_moves_old_files_aside(world):
     before = lines(world / "run")
     for number in (1, 2):
         command = start(world, options=("--resume", "never"))
@@ -206,7 +206,7 @@ def test_never_begins_anew_and_moves_what_is_there_aside(world):
         assert damage(earlier / "checkpoints" / "step-000004") is None
 
 
-def test_never_means_it_also_where_the_first_attempt_is_killed_before_it_began(world):
+def test_resume_never_holds_if_the_first_attempt_is_killed_before_it_starts(world):
     fresh = f"data.cache_dir='{world}/fresh'"
     options = ("--resume", "never", "--max-restarts", "1")
     command = start(world, fresh, options=options, in_rank=killed_once_in_data_preparation)
@@ -216,7 +216,7 @@ def test_never_means_it_also_where_the_first_attempt_is_killed_before_it_began(w
     assert (world / "run" / "earlier-1" / "adapter").is_dir()
 
 
-def test_never_is_heeded_once_where_a_later_attempt_finds_a_checkpoint_of_the_first(world):
+def test_resume_never_applies_to_the_first_attempt_and_restarts_use_its_checkpoints(world):
     options = ("--resume", "never", "--max-restarts", "1")
     command = start(world, options=options, in_rank=killed_once_in_step_four)
     assert command.wait() == 0, command.said()
@@ -224,7 +224,7 @@ def test_never_is_heeded_once_where_a_later_attempt_finds_a_checkpoint_of_the_fi
     assert not (world / "run" / "earlier-2").exists()
 
 
-def test_a_run_told_to_stop_before_a_checkpoint_was_due_speaks_of_it_later(world):
+def test_a_run_stopped_before_a_checkpoint_was_due_saves_one_and_says_how_to_resume(world):
     whole = lines(world / "run")
     (world / "launched").unlink()
     own = f"job.output_dir='{world}/other'"
@@ -237,7 +237,7 @@ def test_a_run_told_to_stop_before_a_checkpoint_was_due_speaks_of_it_later(world
     assert lines(world / "other") == whole
 
 
-def test_an_older_checkpoint_of_the_run_gives_up_those_after_it(world):
+def test_resuming_from_an_older_checkpoint_discards_the_later_ones(world):
     before = lines(world / "run")
     command = start(world, options=("--resume", f"{world}/run/checkpoints/step-000002"))
     assert command.wait() == 0
@@ -246,7 +246,7 @@ def test_an_older_checkpoint_of_the_run_gives_up_those_after_it(world):
     assert (world / "run" / "checkpoints" / "latest").readlink().name == "step-000004"
 
 
-def test_a_checkpoint_of_another_run_goes_on_in_this_ones_folder(world):
+def test_a_run_can_resume_from_a_checkpoint_of_another_run(world):
     source = world / "run" / "checkpoints" / "step-000002"
     before = lines(world / "run")
     command = start(world, f"job.output_dir='{world}/other'", options=("--resume", str(source)))

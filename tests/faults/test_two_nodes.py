@@ -1,4 +1,4 @@
-"""Two nodes: network namespaces of this machine, joined by a cable, with an agent of torchrun in each."""
+"""Two nodes: network namespaces of this machine, joined by a virtual cable, with a torchrun agent in each."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ STEPS = 40
 
 
 class Node:
-    """A node: a network namespace with one interface, `cable`, and the agent that runs in it."""
+    """A node: a network namespace with one interface, `cable`, and a torchrun agent."""
 
     def __init__(self, number: int, logs: Path, variables: dict[str, str]) -> None:
         self.address, self.namespace = ADDRESSES[number], f"megasft-{os.getpid()}-{number}"
@@ -34,11 +34,11 @@ class Node:
         return self.agents[-1]
 
     def run(self, *command: str) -> list[str]:
-        """The command as one of this node."""
+        """The command, to be run on this node."""
         return ["ip", "netns", "exec", self.namespace, *command]
 
     def begin(self, run_file: Path, *settings: str) -> None:
-        """Start the agent, as one would by hand on each of the nodes."""
+        """Start the agent, as a user would on each node."""
         overrides = [argument for setting in settings for argument in ("--set", setting)]
         command = self.run(
             str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3",
@@ -53,18 +53,18 @@ class Node:
             ))  # fmt: skip
 
     def processes(self) -> list[int]:
-        """Everything that runs on this node."""
+        """The ids of all processes on this node."""
         answer = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=True)
         return [int(line) for line in answer.stdout.split()]
 
     def power_off(self) -> None:
-        """End everything on it without a word."""
+        """Kill all processes on the node."""
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
         self.agent.wait()
 
     def said(self) -> str:
-        """What all its agents and ranks wrote."""
+        """Everything that its agents and ranks have written."""
         return "".join(path.read_text() for path in sorted(self._logs.glob(f"node{self._number}-*")))
 
 
@@ -109,7 +109,7 @@ def run(run_file: Path, output_dir: str) -> None:
 
 @pytest.fixture(scope="module")
 def one_node(tmp_path_factory, ranks) -> Path:
-    """A folder with a job for two data-parallel ranks, and in `alone` what becomes of it on one node."""
+    """A folder with a job for two data-parallel ranks and, in `alone`, its run on one node."""
     folder = tmp_path_factory.mktemp("nodes")
     run_file = make_world(folder, data=2, steps=STEPS)
     ranks(2, run, run_file, str(folder / "alone"))
@@ -117,7 +117,7 @@ def one_node(tmp_path_factory, ranks) -> Path:
 
 
 def finish(pair: tuple[Node, Node], back: Callable[[], None]) -> None:
-    """Wait for the end of the job; `back` is called when an agent of the second node has failed."""
+    """Wait for the end of the job. Call `back` when an agent of the second node has failed."""
     deadline = time.monotonic() + 180
     while any(node.agent.poll() is None for node in pair):
         if pair[1].agent.poll() not in (None, 0) and pair[0].agent.poll() is None:
@@ -132,7 +132,7 @@ def said(pair: tuple[Node, Node]) -> str:
 
 
 def assert_as_on_one_node(folder: Path, pair: tuple[Node, Node]) -> None:
-    """The same metrics, without a gap or a duplicate, and the same adapter to the last bit."""
+    """Assert the same metrics, without gaps or duplicates, and a bitwise equal adapter."""
     alone, run_dir = folder / "alone", folder / "run"
     assert lines(run_dir) == lines(alone), said(pair)
     wanted, got = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (alone, run_dir))
@@ -141,7 +141,7 @@ def assert_as_on_one_node(folder: Path, pair: tuple[Node, Node]) -> None:
 
 
 def begun(pair: tuple[Node, Node], folder: Path, *settings: str) -> None:
-    """Run until it has some steps behind it."""
+    """Start the job and wait for its first steps."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     for node in pair:
         node.begin(folder / "job.toml", "tags.fault=dawdle", "job.timeout_minutes=0.25", *settings)
@@ -150,7 +150,7 @@ def begun(pair: tuple[Node, Node], folder: Path, *settings: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_node_that_loses_its_power_and_comes_back_changes_nothing(one_node, nodes):
+def test_a_run_survives_a_node_that_reboots(one_node, nodes):
     begun(nodes, one_node)
     nodes[1].power_off()
     nodes[1].begin(one_node / "job.toml")
@@ -160,7 +160,7 @@ def test_a_node_that_loses_its_power_and_comes_back_changes_nothing(one_node, no
 
 
 @pytest.mark.slow
-def test_a_cable_that_is_cut_for_a_while_changes_nothing(one_node, nodes):
+def test_a_run_survives_a_temporary_network_failure(one_node, nodes):
     begun(nodes, one_node)
     ip("-n", nodes[1].namespace, "link", "set", "cable", "down")
     wait_until(lambda: "no progress" in nodes[0].said() and "no answer" in nodes[1].said(), 90)

@@ -1,4 +1,4 @@
-"""A rank that hangs is named within the time limit, and all end."""
+"""The watchdog names a hanging rank within the time limit and ends all ranks."""
 
 import re
 import signal
@@ -29,7 +29,7 @@ WAITING = r"; waiting: rank 0 in \w+ \d+ of \w+"
         ),
     ],
 )
-def test_one_line_names_the_rank_its_host_and_the_last_collective(megasft, world, fault, finding, code):
+def test_a_hang_is_reported_with_rank_host_and_last_collective(megasft, world, fault, finding, code):
     # Stopped after some seconds: its reports until then are all that is known of it.
     faults = ["--set", f"tags.fault={fault}", "--set", f"tags.fault_after={1 if fault == 'sleep' else 100}"]
     ended = megasft("train", "--config", str(world / "job.toml"), *faults, *LIMIT, ranks=2)

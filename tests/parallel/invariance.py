@@ -42,7 +42,7 @@ LENGTHS = [
 
 @dataclass(frozen=True)
 class Case:
-    """A topology and how the global batch of 8 is cut: `BATCH / data / batch` micro batches of `batch` on each rank."""
+    """A topology, and a split of the global batch of 8 into `BATCH / data / batch` micro batches of `batch` per rank."""
 
     ranks: int
     tensor: int = 1
@@ -91,7 +91,7 @@ QLORA_CASES = [
 
 
 class Experiment:
-    """A tiny model with random adapters, and its numbers on one rank to compare with; with `qlora` over 4 bits."""
+    """A tiny model with random adapters and its reference numbers on one rank; with `qlora` over a 4-bit base."""
 
     def __init__(self, folder: Path, pool: RankPool, bf16: bool = False, qlora: bool = False, **changes: Any) -> None:
         self.config = tiny_config(num_hidden_layers=4, **(IN_BLOCKS if qlora else {}) | changes)
@@ -102,7 +102,7 @@ class Experiment:
         self.alone = self.run(Case(1))
 
     def run(self, case: Case) -> dict[str, Any]:
-        """Loss, gradients, curve and final adapter under a topology, whole."""
+        """Loss, gradients, loss curve and final adapter under a topology, gathered from all ranks."""
         settings = {
             "job": {"model": str(self.folder / "base"), "init_adapter": str(self.folder / "adapter"), "output_dir": str(self.folder)},
             "lora": {"r": R, "alpha": 12.0, "dropout": 0.0},

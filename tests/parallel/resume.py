@@ -1,4 +1,4 @@
-"""A run that goes on under any topology. `python -m tests.parallel.resume` prints the table, from each of 6 to each."""
+"""Resume a run under any topology. `python -m tests.parallel.resume` prints a table, from each of 6 topologies to each."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def fit(settings: dict[str, Any], samples: list[on_ranks.Sample], held_out: list
 
 
 class Runs:
-    """Runs of one tiny job, each in a folder of its own."""
+    """Runs of one tiny job, each in its own folder."""
 
     def __init__(self, folder: Path, pool: RankPool, dropout: float = 0.0, bf16: bool = False, **changes: Any) -> None:
         self.folder, self.pool, self.dropout, self.bf16 = folder, pool, dropout, bf16
@@ -41,12 +41,12 @@ class Runs:
         self.held_out = on_ranks.random_samples(self.config.vocab_size, [12, 7, 30], seed=5)
 
     def run(self, case: Case, name: str, **settings: dict[str, Any]) -> Path:
-        """Train under a topology; `settings` are sections that replace or extend those of the job. The run's folder."""
+        """Train under a topology and return the run's folder. `settings` replace or extend sections of the job."""
         self.pool(case.ranks, fit, self.settings(case, name, **settings), self.samples, self.held_out)
         return self.folder / name
 
     def settings(self, case: Case, name: str, **settings: dict[str, Any]) -> dict[str, Any]:
-        """Its run file."""
+        """The run file of a run."""
         output = self.folder / name
         own = {
             "job": {"model": str(self.folder / "base"), "output_dir": str(output)},
@@ -67,8 +67,8 @@ class Runs:
             own[section] = own.get(section, {}) | values
         return own
 
-    def go_on(self, run: Path, step: int, case: Case, name: str, **settings: dict[str, Any]) -> Path:
-        """Go on from a checkpoint of another run, as if that run had been killed right after it was written."""
+    def resume_from(self, run: Path, step: int, case: Case, name: str, **settings: dict[str, Any]) -> Path:
+        """Resume from a checkpoint of another run, as if that run had been killed right after writing it."""
         output = self.folder / name
         kept = output / "checkpoints" / f"step-{step:06d}"
         shutil.copytree(run / "checkpoints" / kept.name, kept)
@@ -78,7 +78,7 @@ class Runs:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times and paths, by step: a checkpoint's line stands where it reached the disk."""
+    """metrics.jsonl without times and paths, sorted by step, because a checkpoint's line is written when it is on disk."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = [record["step"] for record in records if record["kind"] == "train"]
     assert trained == sorted(set(trained)), "a step is in metrics.jsonl twice, or out of order"
@@ -89,7 +89,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def tensors(run: Path, checkpoint: str) -> dict[str, torch.Tensor]:
-    """Everything in a checkpoint's safetensors files."""
+    """All tensors in a checkpoint's safetensors files."""
     found = {}
     for path in sorted((run / "checkpoints" / checkpoint).glob("*.safetensors")):
         found |= load_file(path)
@@ -97,7 +97,7 @@ def tensors(run: Path, checkpoint: str) -> dict[str, torch.Tensor]:
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest relative difference of the losses of two runs and of the adapters they end in."""
+    """The largest relative difference of two runs' losses and final adapters."""
     curves = [
         torch.tensor([line["loss"] for line in lines(run) if line["kind"] != "checkpoint"]) for run in (one, other)
     ]
@@ -121,7 +121,7 @@ def main() -> None:
         runs = Runs(Path(folder), RankPool())
         whole = [runs.run(case, str(case)) for case in CASES]
         for before, run in zip(CASES, whole, strict=True):
-            ended = [runs.go_on(run, EVERY, after, f"{before} to {after}") for after in CASES]
+            ended = [runs.resume_from(run, EVERY, after, f"{before} to {after}") for after in CASES]
             table.add_row(str(before), *(f"{difference(run, other):.1e}" for other in ended))
     Console(width=200).print(table)
 

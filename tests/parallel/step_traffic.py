@@ -1,8 +1,8 @@
-"""What one optimizer step sends, by formula: for each group and kind of collective, the calls and bytes of one rank.
+"""Formulas for the traffic of one optimizer step: calls and bytes of one rank, per group and kind of collective.
 
 b: bytes of an activation or weight; gradients are reduced in fp32. T, n: tokens and supervised tokens of a micro batch;
 E: experts, k: experts per token. Groups of one rank send nothing and are left out. Bytes are those of the larger side:
-the gathered tensor, the one to be scattered; of an all-to-all, those that the rank puts in.
+the gathered tensor, or the tensor to scatter; for an all-to-all, the rank's input.
 """
 
 from collections import Counter
@@ -21,8 +21,8 @@ SHAPE_MESSAGE = 3 * 8  # a pipeline stage tells the next the shape of what it se
 class StepTraffic:
     """Formulas for a rank of pipeline stage `stage`, with LoRA of rank `r` on every linear layer.
 
-    `calls` and `bytes` are by (group, kind). `forwards` are those that a layer runs for a micro batch with the backward
-    to follow: 2 with recomputation. `counts_first` adds the one without a head that the load-balancing loss asks for.
+    `calls` and `bytes` are by (group, kind). `forwards` is how often a layer runs forward per micro batch: 2 with
+    recomputation. `counts_first` adds the forward without a head that the load-balancing loss needs.
     """
 
     config: Qwen3MoeConfig
@@ -44,7 +44,7 @@ class StepTraffic:
         self.is_first, self.is_last = self.stage == 0, self.stage == self.sizes.pipeline - 1
 
     def of(self, micro_batches: list[tuple[int, int]]) -> "StepTraffic":
-        """With all of a step whose micro batches have these (T, n) on this rank."""
+        """Add the traffic of a step whose micro batches have these (T, n) on this rank."""
         for tokens, supervised in micro_batches:
             self._layers(tokens, self.forwards + self.counts_first)
             self._ends(tokens, supervised)
@@ -59,7 +59,7 @@ class StepTraffic:
             self.bytes[group, kind] += times * size
 
     def _layers(self, tokens: int, forwards: int) -> None:
-        """Forward: gather before a column parallel product, scatter after a row parallel one; backward the reverse."""
+        """Forward: gather before a column-parallel product, scatter after a row-parallel one; backward: the reverse."""
         s, config = self.sizes, self.config
         hidden = tokens * config.hidden_size * self.b
         pairs = self.layers + (self.layers - self.sparse)  # attention everywhere, the MLP of dense layers
@@ -99,7 +99,7 @@ class StepTraffic:
             self._add("tp", t, "all-reduce", 2 * supervised * 4)
 
     def _pipeline(self, tokens: int) -> None:
-        """Hidden states one way, their gradients the other, each after its shape."""
+        """Hidden states in one direction and their gradients in the other, each preceded by its shape."""
         shard = tokens // self.sizes.tensor * self.config.hidden_size * self.b
         for size in (SHAPE_MESSAGE, shard):
             forwards = 1 + self.counts_first
@@ -111,8 +111,8 @@ class StepTraffic:
                 self._add("pp", self.sizes.pipeline, "send", size)
 
     def adapters(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Elements of this rank's adapter matrices: of attention, router and dense MLP, and of them those that every
-        tensor-parallel rank has whole; the same two of the experts, over expert-tensor parallel.
+        """Elements of this rank's adapter matrices: of attention, router and dense MLP, and of those among them that are
+        replicated over tensor parallel; the same two for the experts, over expert-tensor parallel.
         """
         c, t, et, r = self.config, self.sizes.tensor, self.sizes.expert_tensor, self.r
         h, d = c.hidden_size, c.head_dim
@@ -128,7 +128,7 @@ class StepTraffic:
         return whole + split, whole, whole_experts + split_experts, whole_experts
 
     def _gradients(self) -> None:
-        """Once a step: partial gradients summed where a matrix is whole; gradients scattered, weights gathered."""
+        """Once per step: sum partial gradients of replicated matrices, scatter gradients, gather weights."""
         s = self.sizes
         dense, whole, experts, whole_experts = self.adapters()
         self._add("tp", s.tensor, "all-reduce", 4 * sum(whole))
@@ -141,7 +141,7 @@ class StepTraffic:
             self._add(group, ranks, "all-gather", self.b * elements, bool(matrices))
 
     def _sums(self) -> None:
-        """A few numbers: supervised tokens to divide by, the gradient norm, loss, counts of experts and of what they dropped."""
+        """A few numbers: the supervised tokens, the gradient norm, the loss, the experts' counts and dropped choices."""
         s, experts = self.sizes, self.config.num_experts
         world = s.tensor * s.pipeline * s.data
         self._add("dp", s.data, "all-reduce", 4)
@@ -153,7 +153,7 @@ class StepTraffic:
 
 
 def _buffer(matrices: list[int], ranks: int) -> int:
-    """Elements of megatron-core's buffer: each matrix begins at a multiple of 64, the whole is cut evenly into 128s."""
+    """Elements of megatron-core's buffer: each matrix starts at a multiple of 64, the total at a multiple of lcm(ranks, 128)."""
     end = 0
     for elements in matrices:
         end = -(-end // 64) * 64 + elements

@@ -1,4 +1,4 @@
-"""LoRA costs no collective: a layer with adapters issues those of the frozen layer, in number and in bytes."""
+"""LoRA adds no collectives: a layer with adapters issues the same number and bytes as the frozen layer."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ T, H, E, FP32 = sum(SEGMENTS), 64, 8, 4
 
 
 class Collectives(TorchDispatchMode):
-    """Counts c10d calls and the bytes of the larger side of each: the gathered output, the input to be scattered."""
+    """Counts c10d calls and the bytes of the larger side of each: the gathered output, or the input to scatter."""
 
     SIDES = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0, "alltoall_base_": 1}
 

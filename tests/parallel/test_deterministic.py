@@ -1,4 +1,4 @@
-"""`[job] deterministic`: two runs in one topology are the same to the last bit."""
+"""`[job] deterministic`: two runs with one topology are bitwise equal."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def train(settings, samples):
     return [(record["loss"], record["grad_norm"]) for record in records], on_ranks.adapter_parts(model)
 
 
-def test_two_runs_give_the_same_bits(ranks, tmp_path: Path):
+def test_two_deterministic_runs_are_bitwise_equal(ranks, tmp_path: Path):
     config = tiny_config()
     random_model(config).save_pretrained(tmp_path / "base")
     settings = {

@@ -1,4 +1,4 @@
-"""One rank of each node works and the others wait for it, however long, and end with it."""
+"""One rank per node works; the others wait for it without a time limit and end with it."""
 
 import os
 import time
@@ -17,7 +17,7 @@ PER_NODE = 2
 
 
 def outcome(seconds, refused):
-    """What this rank gets of work that takes `seconds` and that rank `refused` refuses."""
+    """This rank's result of work that takes `seconds` and fails on rank `refused`."""
     rank, world = dist.get_rank(), dist.get_world_size()
     topology = regroup(resolve_topology(RunConfig().data.topology, world), 0)
     os.environ["LOCAL_RANK"] = str(rank % PER_NODE)
@@ -38,7 +38,7 @@ def outcome(seconds, refused):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_first_rank_of_each_node_works_and_its_ranks_get_what_it_made(ranks, world):
+def test_the_first_rank_of_each_node_works_and_all_its_ranks_get_the_result(ranks, world):
     expected = [([rank] if rank % PER_NODE == 0 else [], f"made on {rank - rank % PER_NODE}") for rank in range(world)]
     assert ranks(world, outcome, 0, None) == expected
 
@@ -48,5 +48,5 @@ def test_waiting_outlasts_the_timeout_of_collectives(ranks):
 
 
 @pytest.mark.parametrize("refused", [0, 2])
-def test_a_refusal_on_any_node_ends_every_rank_with_the_same_words(ranks, refused):
+def test_an_error_on_any_node_ends_every_rank_with_the_same_message(ranks, refused):
     assert {said for _, said in ranks(4, outcome, 0, refused)} == {f"refused on {refused}"}

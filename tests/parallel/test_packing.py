@@ -1,4 +1,4 @@
-"""Packing changes how fast, not what: loss, gradients and steps are those of conversations one by one."""
+"""Packing changes speed, not results: loss, gradients and steps are those of single conversations."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def settings(tmp_path_factory):
 
 
 def gradients_of_rows(settings, samples, rows):
-    """As `on_ranks.gradients`, of a global batch of these rows."""
+    """`on_ranks.gradients` of a global batch of these rows."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     run = trainer._run
@@ -43,7 +43,7 @@ def gradients_of_rows(settings, samples, rows):
 
 
 def evaluations(settings, samples):
-    """(the loss that `evaluate` gives, the loss of the samples one by one), each with the number of tokens."""
+    """(the loss of `evaluate`, the loss of the single samples), each with its number of tokens."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     return trainer.evaluate(trainer.train), trainer._run(trainer.train, range(len(samples)), training=False)

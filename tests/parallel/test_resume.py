@@ -1,4 +1,4 @@
-"""A run that is interrupted and goes on: bit for bit under the same topology, and as under any other under another."""
+"""An interrupted run resumes bitwise exactly with the same topology, and within rounding with another."""
 
 import json
 import shutil
@@ -38,18 +38,18 @@ def assert_same_run(one, other):
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", [Case(2, tensor=2, expert_tensor=2, batch=2), Case(4, tensor=2, expert=2)], ids=str)
-def test_the_same_topology_goes_on_bit_for_bit(ranks, tmp_path, case, bf16):
+def test_resuming_with_the_same_topology_is_bitwise_exact(ranks, tmp_path, case, bf16):
     # With dropout: its masks are those that the run without a break drew.
     runs = Runs(tmp_path, ranks, dropout=0.3, bf16=bf16)
     whole = runs.run(case, "whole")
-    assert_same_run(whole, runs.go_on(whole, EVERY, case, "from a scheduled one"))
+    assert_same_run(whole, runs.resume_from(whole, EVERY, case, "from a scheduled one"))
 
 
 @pytest.mark.parametrize("place", range(len(CASES)), ids=lambda place: f"{CASES[place]} to the next")
-def test_another_topology_goes_on_within_rounding(runs, place):
+def test_resuming_with_another_topology_agrees_within_rounding(runs, place):
     before, after = CASES[place], CASES[(place + 1) % len(CASES)]
     whole = runs.run(before, f"whole {before}")
-    other = runs.go_on(whole, EVERY, after, f"{before} to {after}")
+    other = runs.resume_from(whole, EVERY, after, f"{before} to {after}")
     # The bound of the invariance suite, for the same reason.
     assert difference(whole, other) <= 1e-5
     assert [(line["kind"], line["step"]) for line in lines(whole)] == [
@@ -59,14 +59,14 @@ def test_another_topology_goes_on_within_rounding(runs, place):
 
 
 def shown(run):
-    """The steps of the curve that TensorBoard draws of the loss."""
+    """The steps of the loss curve in TensorBoard."""
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     return [event.step for event in events.Scalars("train/loss")]
 
 
 def saved(run):
-    """The steps whose checkpoints are there, and those that metrics.jsonl tells of."""
+    """The steps of the existing checkpoints, and those that metrics.jsonl lists."""
     there = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-000???"))
     return there, [line["step"] for line in lines(run) if line["kind"] == "checkpoint"]
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_is_written_when_enough_time_has_passed(ranks, runs):
     assert saved(run)[0] == list(range(1, STEPS + 1))
 
 
-def test_the_newest_checkpoints_stay_and_that_of_the_best_validation(runs):
+def test_the_newest_checkpoints_and_the_best_one_are_kept(runs):
     others = [runs.folder / "keep" / "checkpoints" / name for name in ("step-000002.keep", "step-mine", "latest")]
     for folder in others:  # the user's own; a link that became a folder when it was copied
         folder.mkdir(parents=True)
@@ -96,11 +96,11 @@ def test_checkpoints_may_be_a_link_to_another_disk(runs):
     (runs.folder / "big").mkdir()
     (runs.folder / "linked").mkdir()
     (runs.folder / "linked" / "checkpoints").symlink_to("../big")
-    assert_same_run(whole, runs.go_on(whole, EVERY, CASES[0], "linked"))
+    assert_same_run(whole, runs.resume_from(whole, EVERY, CASES[0], "linked"))
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["back", "elsewhere"])
-def test_the_best_adapter_is_one_of_this_run(runs, elsewhere):
+def test_the_best_adapter_comes_from_this_run(runs, elsewhere):
     before = runs.run(CASES[0], f"best {elsewhere}")
     given_up = (before / "best" / "adapter_model.safetensors").read_bytes()
     # Every validation from here on is worse than that at 2, of which nothing is left.
@@ -120,7 +120,7 @@ def test_the_best_adapter_is_one_of_this_run(runs, elsewhere):
         assert (again / "earlier-1" / "best" / "adapter_model.safetensors").read_bytes() == given_up
 
 
-def test_a_best_on_other_validation_data_is_no_measure(runs):
+def test_a_best_loss_on_other_validation_data_does_not_count(runs):
     more = {"hyperparameters": {"learning_rate": 10.0, "lr_schedule": "constant", "max_steps": STEPS + 2}}
     before = runs.run(CASES[0], "judged anew")
     held_out, runs.held_out = runs.held_out, runs.samples
@@ -133,7 +133,7 @@ def test_a_best_on_other_validation_data_is_no_measure(runs):
     assert json.loads((again / "best" / "validation.json").read_text())["step"] == STEPS + 2
 
 
-def test_a_finished_run_without_checkpoints_is_set_aside(runs):
+def test_a_finished_run_without_checkpoints_is_moved_aside(runs):
     before = runs.run(CASES[0], "bare")
     kept = lines(before)
     shutil.rmtree(before / "checkpoints")
@@ -143,13 +143,13 @@ def test_a_finished_run_without_checkpoints_is_set_aside(runs):
     assert [line["step"] for line in lines(again) if line["kind"] == "train"] == list(range(1, STEPS + 1))
 
 
-def test_other_data_are_gone_through_as_often_as_epochs_are_left(runs):
+def test_a_resumed_run_trains_on_changed_data_for_the_remaining_epochs(runs):
     epochs = {"hyperparameters": {"max_steps": None, "n_epochs": 3}}
     whole = runs.run(CASES[0], "three epochs", **epochs)
     assert saved(whole)[0] == [3, 6, 9]
     fewer, runs.samples = runs.samples, on_ranks.random_samples(runs.config.vocab_size, [7] * 44)
     try:  # six steps an epoch in place of three
-        other = runs.go_on(
+        other = runs.resume_from(
             whole, 6, CASES[0], "longer epochs", checkpoint={"allow_changed": ["data"], "every_steps": 4}, **epochs
         )
         assert saved(other)[0] == [6, 8, 12]
@@ -158,7 +158,7 @@ def test_other_data_are_gone_through_as_often_as_epochs_are_left(runs):
 
 
 def failing_to_save(settings, samples):
-    """What waiting for a save that failed gives, to the one who hears of it first and to the next."""
+    """The results of the first and of the second wait for a failed save."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     trainer.output_dir.mkdir()
@@ -169,7 +169,7 @@ def failing_to_save(settings, samples):
     return first, trainer.writer.wait(), trainer.writer.take_outcome()
 
 
-def test_who_stops_the_run_hears_of_a_failed_save_although_training_has(ranks, runs, tmp_path):
+def test_a_failed_save_is_reported_again_when_the_run_is_stopped(ranks, runs, tmp_path):
     settings = runs.settings(CASES[0], "unused", job={"output_dir": str(tmp_path / "run")})
     for first, second, left in ranks(1, failing_to_save, settings, runs.samples):
         assert first == second
@@ -178,7 +178,7 @@ def test_who_stops_the_run_hears_of_a_failed_save_although_training_has(ranks, r
 
 
 def locked_elsewhere(settings, samples):
-    """Whether another process finds the folder locked: before the run, while it trains, afterwards."""
+    """Whether the folder is locked for another process: before the run, while it trains, afterwards."""
     config, topology, model = on_ranks.start(settings)
     file = Path(settings["job"]["output_dir"]) / run_lock.NAME
     # Not in this process, to which its own locks are none, and which would give them back on closing the file.
@@ -190,7 +190,7 @@ def locked_elsewhere(settings, samples):
     return [*seen, look()]
 
 
-def test_a_run_holds_its_folder_while_it_trains(ranks, runs, tmp_path):
+def test_a_run_locks_its_folder_while_it_trains(ranks, runs, tmp_path):
     settings = {
         "job": {"model": str(runs.folder / "base"), "output_dir": str(tmp_path / "run")},
         "lora": {"r": 4},

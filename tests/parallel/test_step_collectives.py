@@ -1,4 +1,4 @@
-"""A whole step sends what the formulas of `step_traffic` say, over the groups they name, and nothing else."""
+"""A complete step sends exactly what the formulas of `step_traffic` say, over the groups they name."""
 
 from collections import Counter
 
@@ -116,7 +116,9 @@ def base(tmp_path_factory):
     ],
     ids=str,
 )
-def test_a_step_sends_what_the_formulas_say_over_the_right_groups(ranks, base, tmp_path, case, recompute, coefficient):
+def test_a_step_sends_the_bytes_of_the_formulas_over_the_right_groups(
+    ranks, base, tmp_path, case, recompute, coefficient
+):
     settings = {
         "job": {"model": base, "output_dir": str(tmp_path)},
         "lora": {"r": R, "dropout": 0.0},

@@ -1,4 +1,4 @@
-"""Loss, gradients, loss curve and exported adapter do not depend on topology nor on how a batch is cut."""
+"""Loss, gradients, loss curve and exported adapter do not depend on the topology or on how a batch is split."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_numbers_over_a_4_bit_base_do_not_depend_on_topology(over_4_bits, case):
         assert difference <= 1e-5, what
 
 
-def test_the_matrix_covers_every_dimension_and_enough_of_them():
+def test_the_topology_matrix_covers_sizes_1_2_and_4_of_every_dimension():
     assert len({(c.ranks, c.tensor, c.expert, c.expert_tensor, c.pipeline) for c in CASES}) >= 14
     for dimension in ("tensor", "expert", "expert_tensor", "pipeline", "data"):
         assert {getattr(case, dimension) for case in CASES} == {1, 2, 4}, dimension

@@ -1,4 +1,4 @@
-"""Adapters as peft itself makes and saves them, with random values, and the logits it has with them."""
+"""Adapters made and saved by peft, with random values, and peft's logits with them."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def base_model(folder: Path) -> Qwen3MoeForCausalLM:
 
 
 def save_trained_by_peft(base: Path, folder: Path, **settings) -> None:
-    """An adapter that peft made for the model in `base`: A and B random, as after training."""
+    """An adapter that peft created for the model in `base`, with random A and B, as after training."""
     torch.manual_seed(3)
     config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **{"r": 4, "lora_alpha": 12, **settings})
     model = get_peft_model(base_model(base), config)
@@ -28,7 +28,7 @@ def save_trained_by_peft(base: Path, folder: Path, **settings) -> None:
 
 
 def loaded_by_peft(base: Path, folder: Path) -> PeftModel:
-    """With every tensor of the file in its place."""
+    """The model in `base` with the adapter; asserts that peft loads every tensor of the file."""
     model = PeftModel.from_pretrained(base_model(base), folder).eval()
     result = model.load_adapter(folder, "default")
     assert not result.missing_keys
@@ -37,6 +37,6 @@ def loaded_by_peft(base: Path, folder: Path) -> PeftModel:
 
 
 def logits(model: torch.nn.Module, samples: list) -> torch.Tensor:
-    """Of all samples end to end, [tokens, vocabulary]."""
+    """Logits of all samples, concatenated: [tokens, vocabulary]."""
     with torch.no_grad():
         return torch.cat([model(ids[None]).logits[0] for ids, _ in samples])

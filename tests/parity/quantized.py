@@ -1,4 +1,4 @@
-"""A small model whose linear layers can be cut into blocks of 64, and what bitsandbytes makes of it."""
+"""A small model whose linear layers divide into blocks of 64, and its weights quantized by bitsandbytes."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ IN_BLOCKS = {"head_dim": 32, "intermediate_size": 256, "moe_intermediate_size": 
 
 
 def config_in_blocks(**changes) -> Qwen3MoeConfig:
-    """The tiny model with linear layers that can be cut into blocks."""
+    """The tiny model, with linear layers that divide into blocks."""
     return tiny_config(**(IN_BLOCKS | changes))
 
 
 def linears(model: Qwen3MoeForCausalLM) -> dict[str, Tensor]:
-    """The matrices that are quantized, by their names in a hub checkpoint; views of the model's parameters."""
+    """The quantized matrices by their names in a hub checkpoint, as views of the model's parameters."""
     parameters = dict(model.named_parameters())
     found = {}
     for name in linear_shapes(model.config):
@@ -45,7 +45,7 @@ def quantized_by_bitsandbytes(matrix: Tensor, dtype: torch.dtype, double: bool =
 
 
 def make(folder: Path, **changes) -> tuple[dict, Qwen3MoeForCausalLM, dict[str, Tensor]]:
-    """(settings of a job over 4 bits, the model that its base is, random adapters), with all files in `folder`."""
+    """(settings of a QLoRA job, its base model, random adapters), with all files in `folder`."""
     config = config_in_blocks(**changes)
     model = random_model(config)
     model.save_pretrained(folder / "base", max_shard_size="1MB")

@@ -32,7 +32,7 @@ def tiny_config(**changes) -> Qwen3MoeConfig:
 
 
 def random_model(config: Qwen3MoeConfig, seed: int = 0) -> Qwen3MoeForCausalLM:
-    """fp32, with weights large enough that every part of the model shows in the logits."""
+    """A random model in fp32, with weights so large that every part of the model affects the logits."""
     torch.manual_seed(seed)
     model = Qwen3MoeForCausalLM(config).float().eval()
     with torch.no_grad():
@@ -46,7 +46,7 @@ def random_model(config: Qwen3MoeConfig, seed: int = 0) -> Qwen3MoeForCausalLM:
 
 
 def linear_shapes(config: Qwen3MoeConfig) -> dict[str, tuple[int, int]]:
-    """Every linear layer that `all-linear` means, by its name in a hub checkpoint, with [outputs, inputs]."""
+    """All linear layers that LoRA can adapt: name in a hub checkpoint and [outputs, inputs]."""
     h, d = config.hidden_size, config.head_dim
     q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
     shapes = {}
@@ -65,7 +65,7 @@ def linear_shapes(config: Qwen3MoeConfig) -> dict[str, tuple[int, int]]:
 
 
 def random_adapter(config: Qwen3MoeConfig, r: int, targets: frozenset[str], seed: int = 1) -> dict[str, torch.Tensor]:
-    """A and B of every target, both random: with B zero half of the gradients would be."""
+    """Random A and B of every target; with B = 0, the gradients of A would be zero."""
     generator = torch.Generator().manual_seed(seed)
     adapter = {}
     for name, (n, k) in linear_shapes(config).items():
@@ -76,7 +76,7 @@ def random_adapter(config: Qwen3MoeConfig, r: int, targets: frozenset[str], seed
 
 
 def write_adapter(adapter: dict[str, torch.Tensor], folder: Path, r: int, alpha: float) -> Path:
-    """In peft's files."""
+    """Write the adapter in peft's format."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {PREFIX + name: value.detach().contiguous() for name, value in adapter.items()},
@@ -88,7 +88,7 @@ def write_adapter(adapter: dict[str, torch.Tensor], folder: Path, r: int, alpha:
 
 
 class Reference:
-    """A transformers model seen through adapters."""
+    """A transformers model with adapters."""
 
     def __init__(self, model: Qwen3MoeForCausalLM, adapter: dict[str, torch.Tensor], scaling: float) -> None:
         self.model, self.scaling = model.requires_grad_(False), scaling
@@ -123,7 +123,7 @@ class Reference:
         )
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """[L] token ids of one conversation: [L, vocabulary]."""
+        """Token ids [L] of one conversation -> logits [L, vocabulary]."""
         return functional_call(self.model, self.effective(), (ids[None],), {"use_cache": False}).logits[0]
 
     def loss(self, samples: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What is exported is what was trained, to peft and to ourselves."""
+"""The exported adapter is the trained one, for peft and for megasft."""
 
 import json
 
@@ -35,7 +35,9 @@ def settings_for(folder, targets, tensor=1, data=1, **topology):
     ids="+".join,
 )
 @pytest.mark.parametrize("mlp_only_layers", [[], [1]], ids=["sparse", "with dense layer"])
-def test_peft_loads_the_exported_adapter_whole_and_gives_the_trained_logits(ranks, tmp_path, targets, mlp_only_layers):
+def test_peft_loads_the_complete_exported_adapter_and_gives_the_trained_logits(
+    ranks, tmp_path, targets, mlp_only_layers
+):
     config = tiny_config(mlp_only_layers=mlp_only_layers)
     random_model(config).save_pretrained(tmp_path / "base")
     samples = on_ranks.random_samples(203, [24] * 8)
@@ -89,7 +91,7 @@ def test_the_adapter_does_not_depend_on_topology(ranks, tmp_path):
             assert (other[name] - value).abs().max() <= 1e-3 * value.abs().max() + 1e-6, (topology, name)
 
 
-def test_a_saved_adapter_loads_back_bit_for_bit(ranks, tmp_path):
+def test_a_saved_adapter_loads_back_bitwise(ranks, tmp_path):
     random_model(tiny_config()).save_pretrained(tmp_path / "base")
     samples = on_ranks.random_samples(203, [24] * 8)
     ranks(4, on_ranks.loss_curve, settings_for(tmp_path, LINEAR_LAYERS, 2, 2), samples, 2, str(tmp_path / "one"))
@@ -144,7 +146,7 @@ TRAINED_BY_PEFT = {
 
 
 @pytest.mark.parametrize("kind", TRAINED_BY_PEFT)
-def test_a_job_starts_from_what_peft_trained(ranks, tmp_path, kind):
+def test_a_job_starts_from_an_adapter_trained_with_peft(ranks, tmp_path, kind):
     peft_settings, targets, r = TRAINED_BY_PEFT[kind]
     random_model(tiny_config(mlp_only_layers=[1] if kind == "dense layer" else [])).save_pretrained(tmp_path / "base")
     save_trained_by_peft(tmp_path / "base", tmp_path / "peft", **peft_settings)
@@ -166,7 +168,7 @@ def save_again(settings, folder, layout):
     return {shard.name: (shard.index, shard.local.clone()) for shard in model.adapter_shards()}
 
 
-def test_widened_adapters_train_in_all_their_ranks(ranks, tmp_path):
+def test_widened_adapters_train_with_their_full_rank(ranks, tmp_path):
     random_model(tiny_config(mlp_only_layers=[])).save_pretrained(tmp_path / "base")
     save_trained_by_peft(tmp_path / "base", tmp_path / "peft", target_modules="all-linear")
     settings = settings_for(tmp_path, LINEAR_LAYERS)
@@ -183,7 +185,7 @@ def test_widened_adapters_train_in_all_their_ranks(ranks, tmp_path):
 
 @pytest.mark.parametrize("targets", [LINEAR_LAYERS, ("gate_proj", "q_proj"), ("down_proj",), ATTENTION], ids="+".join)
 @pytest.mark.parametrize("mlp_only_layers", [[], [1]], ids=["sparse", "with dense layer"])
-def test_fused_export_goes_through_peft_and_back_to_us_bit_for_bit(ranks, tmp_path, targets, mlp_only_layers):
+def test_a_fused_export_round_trips_through_peft_bitwise(ranks, tmp_path, targets, mlp_only_layers):
     config = tiny_config(mlp_only_layers=mlp_only_layers)
     random_model(config).save_pretrained(tmp_path / "base")
     start = write_adapter(random_adapter(config, 4, frozenset(targets)), tmp_path / "start", 4, 12)
@@ -206,7 +208,7 @@ def test_fused_export_goes_through_peft_and_back_to_us_bit_for_bit(ranks, tmp_pa
     assert all(torch.equal(now[name], was[name]) if name in was else not now[name].any() for name in now)
 
 
-def test_the_fused_layout_is_the_one_peft_makes_of_the_other(ranks, tmp_path):
+def test_the_fused_layout_equals_what_peft_converts_the_other_to(ranks, tmp_path):
     config = tiny_config(mlp_only_layers=[])
     random_model(config).save_pretrained(tmp_path / "base")
     settings = settings_for(tmp_path, LINEAR_LAYERS, tensor=2)
@@ -221,5 +223,5 @@ def test_the_fused_layout_is_the_one_peft_makes_of_the_other(ranks, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_configuration_begins_with_what_peft_writes_for_its_own_defaults():
+def test_an_adapter_config_starts_from_the_defaults_of_peft():
     assert LoraConfig().to_dict() == _DEFAULTS

@@ -1,4 +1,4 @@
-"""fp32, tiny models: our numbers are those of transformers with LoRA written out by hand."""
+"""On tiny fp32 models, our numbers equal those of transformers with LoRA written out by hand."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ MODELS = {
 
 @pytest.fixture(scope="session")
 def worlds(tmp_path_factory):
-    """name -> (settings for megasft, reference) of each model in MODELS, made once."""
+    """For each model in MODELS: name -> (settings for megasft, reference), created once."""
     made = {}
 
     def make(name: str, targets: tuple[str, ...] = LINEAR_LAYERS):
@@ -104,7 +104,7 @@ def test_twenty_steps_of_loss_and_gradient_norm_equal_adamw_on_transformers(rank
 
 
 def reference_curve(reference: Reference, settings: dict, samples: list, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) by torch's AdamW and clipping and transformers' schedule, on a copy of the reference."""
+    """(loss, gradient norm) per step with torch's AdamW and clipping and transformers' schedule, on a copy of the reference."""
     from transformers import get_scheduler
 
     from megasft.config.schema import RunConfig

@@ -1,4 +1,4 @@
-"""Token counts of every expert and the load-balancing loss are those of one transformers forward of the global batch."""
+"""Token counts of all experts and the load-balancing loss equal those of one transformers forward of the global batch."""
 
 import pytest
 import torch
@@ -48,9 +48,9 @@ def world(tmp_path_factory):
 
 
 def of_transformers(reference, samples):
-    """One forward of all samples as a padded batch: counts, loss, balancing loss, and gradients of their weighted sum.
+    """One forward of all samples as a padded batch: counts, loss, balancing loss, and gradients of the losses' weighted sum.
 
-    The last token of a sample is only ever a target: it is not among what is fed.
+    The last token of a sample is only a target, not an input.
     """
     config, longest = reference.model.config, max(len(ids) for ids, _ in samples) - 1
     fed, labels = torch.zeros(len(samples), longest, dtype=torch.int64), torch.full((len(samples), longest), -100)
@@ -76,7 +76,7 @@ def of_transformers(reference, samples):
 
 
 def one_batch(settings, samples):
-    """What `of_transformers` gives, of this rank."""
+    """The results of `of_transformers`, for this rank."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     loss, _, parts = on_ranks.measure_gradients(trainer, len(samples))
@@ -102,7 +102,7 @@ def test_counts_balancing_loss_and_gradients_equal_those_of_transformers(ranks, 
         assert (got[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-9, name
 
 
-def test_the_balancing_loss_is_a_good_part_of_the_gradients_that_are_compared(world):
+def test_the_balancing_loss_contributes_to_the_compared_gradients(world):
     _, _, want = world
     gates = [name for name in want["gradients"] if ".gate." in name]
     assert len(gates) == 6  # A and B in three sparse layers
@@ -111,7 +111,7 @@ def test_the_balancing_loss_is_a_good_part_of_the_gradients_that_are_compared(wo
 
 
 def both_counts(settings, samples):
-    """This rank's counts of the forward that only counts, and of the step's."""
+    """This rank's counts from the counting forward and from the step's forward."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     weigh, counts = trainer.load._weights, []
@@ -130,7 +130,7 @@ def both_counts(settings, samples):
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("case", [Case(1, batch=2), Case(4, tensor=2, pipeline=2, batch=2)], ids=str)
-def test_a_step_drops_what_the_count_before_it_dropped(ranks, world, case, recompute):
+def test_a_step_drops_the_same_choices_as_the_counting_forward(ranks, world, case, recompute):
     settings, samples, _ = world
     for first, second, third, fourth in ranks(case.ranks, both_counts, settings(case, recompute, dropout=0.3), samples):
         assert torch.equal(first, second)
@@ -139,7 +139,7 @@ def test_a_step_drops_what_the_count_before_it_dropped(ranks, world, case, recom
 
 
 def steps(settings, samples):
-    """The records of three steps, with how often the routers ran in each; validated between them."""
+    """The records of three steps with validations between them, and how often the routers ran in each."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     _, router = next(model.routers())
@@ -154,7 +154,7 @@ def steps(settings, samples):
 
 
 @pytest.mark.parametrize("case", [Case(1, batch=2), Case(2, expert=2, batch=2)], ids=str)
-def test_a_coefficient_costs_one_forward_and_none_costs_nothing(ranks, world, case):
+def test_a_balancing_coefficient_costs_one_forward_and_zero_costs_nothing(ranks, world, case):
     settings, samples, _ = world
     micro_batches = 8 // case.data // case.batch
     for recompute, coefficient, forwards in ((True, 0.0, 2), (False, 0.1, 2)):
@@ -166,7 +166,7 @@ def test_a_coefficient_costs_one_forward_and_none_costs_nothing(ranks, world, ca
             assert 1.0 < record["expert_imbalance"] < record["expert_imbalance_worst"] <= 8 / 3
 
 
-def test_imbalance_is_the_most_over_the_mean():
+def test_imbalance_is_the_maximum_over_the_mean():
     tokens = torch.tensor([[4, 0, 2, 2], [3, 3, 3, 3], [0, 0, 12, 0]])
     assert imbalances(tokens).tolist() == [2.0, 1.0, 4.0]
 
@@ -180,7 +180,7 @@ def with_capacity(settings, samples, factor):
 
 
 @pytest.mark.parametrize("case", [Case(1, batch=8), Case(2, tensor=2, batch=8), Case(2, expert=2, batch=4)], ids=str)
-def test_a_capacity_drops_what_is_beyond_it_in_training_only(ranks, world, case):
+def test_tokens_beyond_the_capacity_are_dropped_in_training_only(ranks, world, case):
     settings, samples, want = world
     plain = settings(case, coefficient=0.0)
     free, dropped, _, validated = ranks(case.ranks, with_capacity, plain, samples, None)[0]

@@ -1,4 +1,4 @@
-"""Greedy tokens in fp32 are those of transformers + peft, under any topology, with a cache or without."""
+"""Greedy tokens in fp32 equal those of transformers + peft, under any topology, with and without a cache."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def world(tmp_path_factory):
 
 
 def over(settings: dict, tensor=1, expert=1, expert_tensor=1, pipeline=1, replicas=1) -> tuple[int, dict]:
-    """(ranks, settings) for a topology; experts are spread over as many ranks as it takes."""
+    """(ranks, settings) for a topology, with the experts distributed over its ranks."""
     ranks = max(tensor, expert * expert_tensor) * pipeline * replicas
     sizes = {
         "tensor_parallel": tensor,
@@ -57,14 +57,14 @@ def over(settings: dict, tensor=1, expert=1, expert_tensor=1, pipeline=1, replic
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """Of one token, of odd and even lengths, and with a beginning in common."""
+    """Prompts of one token, of odd and even lengths, and with a common prefix."""
     ids = [ids.tolist() for ids, _ in on_ranks.random_samples(203, [1, 6, 31])]
     return [*ids, ids[2][:12] + ids[1]]
 
 
 @pytest.fixture(scope="module")
 def want(world, prompts) -> list[list[int]]:
-    """What transformers + peft generate."""
+    """The tokens that transformers + peft generate."""
     folder, _ = world
     model, base = loaded_by_peft(folder / "base", folder / "adapter"), base_model(folder / "base")
 
@@ -89,7 +89,7 @@ def test_greedy_tokens_equal_those_of_transformers_and_peft_on_every_rank(ranks,
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (4, 1), (1, 3)])
-def test_logits_behind_a_cache_equal_those_without(ranks, world, tensor, pipeline):
+def test_logits_with_a_kv_cache_equal_those_without(ranks, world, tensor, pipeline):
     folder, settings = world
     count, settings = over(settings, tensor, 1, tensor, pipeline)
     (ids, _), lengths = on_ranks.random_samples(203, [41])[0], [1, 1, 9, 1, 5, 13, 1, 7, 3]
@@ -116,7 +116,7 @@ def test_a_prompt_in_parts_gives_the_same_tokens(ranks, world, prompts, want, pa
         assert got == want
 
 
-def test_sampled_tokens_are_those_of_the_seed_whatever_the_topology(ranks, world, prompts):
+def test_sampled_tokens_depend_on_the_seed_and_not_on_the_topology(ranks, world, prompts):
     sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 50}
     found = {}
     for seed, tensor in ((1, 1), (1, 2), (2, 1)):
@@ -128,13 +128,13 @@ def test_sampled_tokens_are_those_of_the_seed_whatever_the_topology(ranks, world
 
 
 @pytest.mark.parametrize(("topology", "chooser"), [((2, 1, 2, 1, 2), 0), ((1, 1, 1, 3, 1), 2)])
-def test_all_ranks_take_the_token_of_one(ranks, world, topology, chooser):
+def test_all_ranks_use_the_token_sampled_by_one(ranks, world, topology, chooser):
     count, settings = over(world[1], *topology)
     for got in ranks(count, on_ranks.answers_of_ranks_that_disagree, settings):
         assert got == [chooser + 1] * 4
 
 
-def test_an_answer_ends_with_a_stop_token_and_says_it(ranks, world, prompts, want):
+def test_an_answer_ends_with_a_stop_token_and_reports_why(ranks, world, prompts, want):
     stop = want[2][7]
     expected = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in want]
     assert [len(answer) for answer in expected] != [NEW] * len(want)
@@ -151,14 +151,14 @@ def test_an_answer_ends_where_the_context_does(ranks, world):
         ranks(1, on_ranks.answers, settings, [[1] * 256], 1, {})
 
 
-def test_an_interruption_that_one_rank_hears_of_ends_the_answer_on_all(ranks, world):
+def test_an_interruption_of_one_rank_ends_the_answer_on_all(ranks, world):
     count, settings = over(world[1], 2, 1, 2)
     for got in ranks(count, on_ranks.answer_until_rank_0_is_interrupted, settings, 5):
         assert len(got) == 5
 
 
 @pytest.mark.parametrize("layout", ["per-expert", "fused"])
-def test_an_adapter_says_with_which_settings_it_is_to_be_taken(world, tmp_path, layout):
+def test_lora_settings_are_read_from_the_adapter(world, tmp_path, layout):
     export_adapter(world[0] / "plain", tmp_path / "adapter", layout)
     settings = AdapterFile(tmp_path / "adapter").settings()
     assert (settings.r, settings.alpha, settings.targets) == (R, ALPHA, frozenset(LINEAR_LAYERS))

@@ -1,4 +1,4 @@
-"""A merged checkpoint is a model folder like its base, and computes what base and adapter compute together."""
+"""A merged checkpoint is a model folder like its base, and gives the logits of base plus adapter."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ SAMPLES = random_samples(203, [24] * 4)
 
 
 def write_base(folder: Path, experts: str = "per-expert", dtype: torch.dtype = torch.float32, **changes) -> Path:
-    """As hub checkpoints have experts, or as transformers 5 holds them in memory."""
+    """Experts in the layout of hub checkpoints, or as transformers 5 holds them in memory."""
     model = random_model(tiny_config(**{"mlp_only_layers": [], **changes})).to(dtype)
     model.save_pretrained(folder)
     if experts == "fused":
@@ -93,7 +93,7 @@ def test_merged_bf16_weights_are_rounded_once_and_logits_follow(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_all_weights_take_the_dtype_asked_for_and_the_config_says_so(tmp_path, dtype, stored):
+def test_all_weights_and_the_config_have_the_requested_dtype(tmp_path, dtype, stored):
     base = write_base(tmp_path / "base", dtype=torch.float32 if dtype == "bf16" else torch.bfloat16)
     adapter = write_peft_adapter(base, tmp_path / "adapter", "attention")
     merge_adapter(base, adapter, tmp_path / "merged", dtype)
@@ -101,7 +101,7 @@ def test_all_weights_take_the_dtype_asked_for_and_the_config_says_so(tmp_path, d
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
 
 
-def test_the_merged_folder_has_what_the_base_had_but_its_card(tmp_path):
+def test_the_merged_folder_has_all_files_of_the_base_except_its_model_card(tmp_path):
     base = write_base(tmp_path / "base")
     merge_adapter(base, write_peft_adapter(base, tmp_path / "adapter", "attention"), tmp_path / "merged")
     names = {path.name for path in base.iterdir()} - {"README.md"}
@@ -142,7 +142,7 @@ class StoppedError(Exception):
     pass
 
 
-def test_a_merge_that_is_interrupted_leaves_nothing(tmp_path):
+def test_an_interrupted_merge_leaves_no_files(tmp_path):
     base = write_base(tmp_path / "base")
     adapter = write_peft_adapter(base, tmp_path / "adapter", "attention")
 
@@ -157,5 +157,5 @@ def test_a_merge_that_is_interrupted_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), ("700kb", 700_000), ("12B", 12)]
 )
-def test_sizes_are_read_as_people_write_them(text, size):
+def test_sizes_are_parsed_with_their_units(text, size):
     assert parse_size(text) == size

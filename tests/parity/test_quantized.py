@@ -1,4 +1,4 @@
-"""Over a 4-bit base: the weights are bitsandbytes' bits under every topology, and the products are right."""
+"""QLoRA: under every topology, weights are bitwise those of bitsandbytes, and products are correct."""
 
 import shutil
 import weakref
@@ -48,7 +48,7 @@ def cut(settings: dict, name: str) -> tuple[int, dict]:
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
-def test_weights_are_the_same_bits_under_every_topology_and_those_of_bitsandbytes(ranks, world, name):
+def test_quantized_weights_are_bitwise_those_of_bitsandbytes_under_every_topology(ranks, world, name):
     settings, model, _ = world
     size, settings = cut(settings, name)
     want = linears(model)
@@ -114,7 +114,7 @@ def random(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
 def quantized(
     experts: int, dtype: torch.dtype, settings: QuantSettings, rank: int = 0, size: int = 1, row: bool = False
 ):
-    """(a QuantizedWeight of two fused parts, what it holds as a dense [E, 2 N, K] in `dtype`)."""
+    """(a QuantizedWeight of two fused parts, its values as a dense [E, 2 N, K] in `dtype`)."""
     rows, inputs = slice(0, N) if row else part(N, rank, size), part(K, rank, size) if row else slice(0, K)
     weight = QuantizedWeight(experts, {"a": (N, rows), "b": (N, rows)}, K, inputs, dtype, settings)
     dense = torch.empty(weight.shape, dtype=dtype)
@@ -131,7 +131,7 @@ def quantized(
     ("rank", "size", "row"), [(0, 1, False), (1, 2, False), (1, 2, True), (3, 4, True), (2, 3, False)]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_slice_dequantizes_to_the_slice_of_the_whole(dtype, rank, size, row, double):
+def test_a_slice_dequantizes_to_the_slice_of_the_full_matrix(dtype, rank, size, row, double):
     weight, dense = quantized(3, dtype, QuantSettings(double=double), rank, size, row)
     assert torch.equal(weight.dequantize(0, 3), dense)
     assert torch.equal(weight.dequantize(1, 2)[0], dense[1])
@@ -139,7 +139,7 @@ def test_a_slice_dequantizes_to_the_slice_of_the_whole(dtype, rank, size, row, d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("adapted", [True, False])
-def test_a_linear_layer_over_4_bits_is_the_one_over_the_dequantized_weight(dtype, adapted):
+def test_a_4_bit_linear_layer_equals_one_with_the_dequantized_weight(dtype, adapted):
     weight, dense = quantized(1, dtype, QuantSettings())
 
     def run(w):
@@ -160,7 +160,7 @@ def test_a_linear_layer_over_4_bits_is_the_one_over_the_dequantized_weight(dtype
 @pytest.mark.parametrize("at_once", [None, 1, 2, 6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("adapted", [True, False])
-def test_experts_over_4_bits_are_those_over_the_dequantized_weights(dtype, adapted, at_once):
+def test_4_bit_experts_equal_experts_with_the_dequantized_weights(dtype, adapted, at_once):
     weight, dense = quantized(EXPERTS, dtype, QuantSettings(experts_at_once=at_once))
     offsets = torch.tensor(COUNTS).cumsum(0).int()
 
@@ -260,7 +260,7 @@ def test_merging_onto_the_quantized_base_gives_the_model_that_was_trained(tmp_pa
         torch.testing.assert_close(merged(ids[None]).logits[0], reference.logits(ids), rtol=1e-5, atol=1e-5)
 
 
-def test_merging_onto_the_quantized_base_leaves_what_is_not_quantized(tmp_path):
+def test_merging_onto_the_quantized_base_leaves_other_tensors_unchanged(tmp_path):
     make(tmp_path, num_hidden_layers=1, mlp_only_layers=[])
     adapter = adapter_of_q(tmp_path, num_hidden_layers=1, mlp_only_layers=[])
     merge_adapter(tmp_path / "base", adapter, tmp_path / "merged", onto=QuantSettings(double=False), trained_in="fp32")
@@ -274,7 +274,7 @@ def test_merging_onto_the_quantized_base_leaves_what_is_not_quantized(tmp_path):
 
 
 @pytest.mark.parametrize(("base", "run"), [("bf16", "fp32"), ("fp32", "bf16")])
-def test_merging_onto_the_quantized_base_has_the_bits_of_a_run_in_another_precision(ranks, tmp_path, base, run):
+def test_merging_onto_the_quantized_base_uses_the_precision_of_the_run(ranks, tmp_path, base, run):
     settings, *_ = make(tmp_path, num_hidden_layers=2)
     model = random_model(config_in_blocks(num_hidden_layers=2)).to(DTYPES[base])
     shutil.rmtree(tmp_path / "base")
@@ -295,7 +295,7 @@ def test_merging_onto_the_quantized_base_has_the_bits_of_a_run_in_another_precis
 
 
 def adapter_of_q(folder: Path, **changes) -> Path:
-    """An adapter of nothing but q_proj."""
+    """An adapter of q_proj only."""
     write_adapter(random_adapter(config_in_blocks(**changes), R, frozenset({"q_proj"})), folder / "of q", R, ALPHA)
     return folder / "of q"
 

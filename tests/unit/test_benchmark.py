@@ -51,7 +51,7 @@ def test_trains_alike_beside_transformers_and_writes_the_figures(tmp_path: Path)
     assert ours["grad_norms"] == pytest.approx(theirs["grad_norms"], rel=1e-3)
 
 
-def test_sides_that_train_differently_are_told_apart(benchmarks: ModuleType) -> None:
+def test_sides_that_train_differently_are_detected(benchmarks: ModuleType) -> None:
     def side(*losses: float) -> list:
         return [benchmarks.Step(loss, 1.0, 2.0, 0.5, 3.0) for loss in losses]
 
@@ -61,7 +61,7 @@ def test_sides_that_train_differently_are_told_apart(benchmarks: ModuleType) -> 
     assert not benchmarks.compare(side(9.0, float("nan")), side(9.0, 8.0), 1, "bf16")["losses_agree"]
 
 
-def test_a_deterministic_run_is_one(benchmarks: ModuleType) -> None:
+def test_the_deterministic_option_reaches_the_run(benchmarks: ModuleType) -> None:
     for asked in (False, True):
         workload = benchmarks.Workload(benchmarks.PRESETS["tiny"], "fp32", steps=1, warmup=0, deterministic=asked)
         assert RunConfig.from_dict(workload.settings(".")).job.deterministic == asked

@@ -86,7 +86,7 @@ EVERY_LAYER = {"q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Write a run file into an empty working directory and return the name it has there."""
+    """Write a run file to an empty working directory and return its name."""
     monkeypatch.chdir(tmp_path)
 
     def write_file(text: str, name: str = "job.toml") -> str:
@@ -149,14 +149,14 @@ def test_a_given_run_directory_stays(write):
     assert load_config(write(""), ["job.output_dir=here"]).job.output_dir == "here"
 
 
-def test_asking_for_training_data_that_nobody_named_says_how_to_name_it():
+def test_missing_training_data_is_refused_with_the_ways_to_set_it():
     message = refusal(RunConfig.from_dict({}).training_data)
     assert "--dataset" in message
     assert "[job]" in message
     assert RunConfig.from_dict({"job": {"data": "a.jsonl"}}).training_data() == (MixSettings(path="a.jsonl"),)
 
 
-def test_minus_one_step_is_no_limit_as_in_transformers():
+def test_max_steps_minus_one_means_no_limit_as_in_transformers():
     assert RunConfig.from_dict({"hyperparameters": {"max_steps": -1}}).hyperparameters.max_steps is None
 
 
@@ -182,7 +182,7 @@ def test_validation_is_on_where_it_is_asked_for_or_has_data_and_holds_out_only_w
     assert config.data.validation_fraction == held_out
 
 
-def test_validation_on_nothing_is_refused(write):
+def test_validation_without_data_is_refused(write):
     text = "[data]\nvalidation_fraction = 0.0\n[training.validation]\nenabled = true"
     message = load_refusal(write, text)
     assert message.startswith("job.toml:2: [data] validation_fraction = 0.0: leaves nothing to validate on")
@@ -267,9 +267,9 @@ def test_the_demo_runs_in_fp32():
 @pytest.mark.parametrize(
     ("section", "key", "value", "reason"),
     [
-        ("algorithm", "type", '"online"', "is not what megasft does; it does 'offline'"),
-        ("algorithm", "method", '"dpo"', "is not what megasft does; it does 'sft'"),
-        ("algorithm", "variety", '"full"', "is not what megasft does; it does 'lora'"),
+        ("algorithm", "type", '"online"', "is not supported; set it to 'offline'"),
+        ("algorithm", "method", '"dpo"', "is not supported; set it to 'sft'"),
+        ("algorithm", "variety", '"full"', "is not supported; set it to 'lora'"),
         ("job", "model", "7", "must be a valid string"),
         ("job", "model", '""', "must have at least 1 character"),
         ("job", "data", "[]", "must be a valid string"),
@@ -288,11 +288,11 @@ def test_the_demo_runs_in_fp32():
         ("data.topology", "expert_parallel", '"2"', "must be a valid integer"),
         ("data.topology", "expert_tensor_parallel", "true", "must be a valid integer"),
         ("data.topology", "pipeline_parallel", "2.0", "must be a valid integer"),
-        ("training", "mode", '"full"', "is not what megasft does; it does 'lora'"),
+        ("training", "mode", '"full"', "is not supported; set it to 'lora'"),
         ("training", "use_qlora", "1", "must be true or false"),
-        ("quant", "type", '"fp4"', "is not what megasft does; it does 'nf4'"),
+        ("quant", "type", '"fp4"', "is not supported; set it to 'nf4'"),
         ("quant", "double", '"yes"', "must be true or false"),
-        ("quant", "block_size", "48", "bitsandbytes has blocks of 32, 64, 128"),
+        ("quant", "block_size", "48", "must be one of 32, 64, 128"),
         ("quant", "experts_at_once", "0", "must be greater than or equal to 1"),
         ("quant", "cache_dir", '""', "must have at least 1 character"),
         ("quant", "bnb_4bit_use_double_quant", "true", "did you mean double?"),
@@ -343,7 +343,7 @@ def test_the_demo_runs_in_fp32():
         ("hyperparameters", "lora_target_modules", '["qproj"]', "did you mean 'q_proj'?"),
         ("hyperparameters", "train_kind", '"full"', "must be 'peft' or 'lora'"),
         ("hyperparameters.parallelism", "use_deepspeed", "2", "must be true or false"),
-        ("hyperparameters.parallelism", "deepspeed_stage", "0", "keeps whole optimizer states on every rank"),
+        ("hyperparameters.parallelism", "deepspeed_stage", "0", "keeps complete optimizer states on every rank"),
         ("hyperparameters.parallelism", "deepspeed_stage", "3", "megasft shards them by [data.topology]"),
         ("hyperparameters.parallelism", "deepspeed_stage", "4", "there is no such stage"),
         ("hyperparameters.parallelism", "deepspeed_stage", "true", "must be a valid integer"),
@@ -368,7 +368,7 @@ def test_a_bad_value_is_refused_with_file_line_section_key_and_reason(write, sec
 
 def test_the_value_is_shown_as_it_was_written(write):
     message = load_refusal(write, '[algorithm]\nmethod = "dpo"')
-    assert message == "job.toml:2: [algorithm] method = \"dpo\": is not what megasft does; it does 'sft'"
+    assert message == "job.toml:2: [algorithm] method = \"dpo\": is not supported; set it to 'sft'"
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_the_value_is_shown_as_it_was_written(write):
         ("tags", "final", "true", True),
     ],
 )
-def test_a_good_value_is_taken_in_its_one_form(write, section, key, value, stored):
+def test_a_valid_value_is_stored_in_its_canonical_form(write, section, key, value, stored):
     config = load_config(write(table(section, key, value))).model_dump()
     for name in (*section.split("."), key):
         config = config[name]
@@ -458,7 +458,7 @@ def test_an_unknown_key_is_refused_with_the_key_that_was_meant(write, section, k
         ("[[lora]]\nr = 3", 'job.toml:1: lora = [{"r": 3}]: must be a table'),
     ],
 )
-def test_what_stands_in_no_section_is_refused_too(write, text, expected):
+def test_a_key_outside_a_section_is_refused_too(write, text, expected):
     assert load_refusal(write, text) == expected
 
 
@@ -610,7 +610,7 @@ def test_a_mistake_in_an_override_is_shown_where_it_was_made(write, override, ex
     assert load_refusal(write, "[lora]\nr = 4\n", [override]) == f"--set {override}{expected}".replace("\n", "")
 
 
-def test_of_overrides_on_overrides_the_last_is_blamed(write):
+def test_an_error_names_the_last_of_several_overrides(write):
     overrides = ["lora.r=0", "lora={r = 4}", "lora.r=0 # again"]
     assert load_refusal(write, "", overrides).startswith("--set lora.r=0 # again: must be")
 
@@ -732,7 +732,7 @@ def test_a_topology_that_does_not_fit_is_refused_with_topologies_that_do(asked, 
         ({"tensor_parallel": 2, "pipeline_parallel": 2}, "needs pipeline_parallel = 1, not 2"),
     ],
 )
-def test_a_dispatcher_that_the_topology_leaves_no_way_is_refused(topology, reason):
+def test_a_dispatcher_that_the_topology_does_not_support_is_refused(topology, reason):
     def settings(dispatcher):
         return {
             "data": {"topology": topology},
@@ -742,7 +742,7 @@ def test_a_dispatcher_that_the_topology_leaves_no_way_is_refused(topology, reaso
     message = refusal(RunConfig.from_dict, settings("allgather"))
     assert message.startswith('[hyperparameters.parallelism] token_dispatcher = "allgather": needs')
     assert reason in message
-    assert '"alltoall" goes with any topology' in message
+    assert '"alltoall" works with any topology' in message
     for dispatcher in ("auto", "alltoall"):
         RunConfig.from_dict(settings(dispatcher))
 
@@ -756,7 +756,7 @@ def test_of_the_topologies_that_fit_the_nearest_come_first():
     )
 
 
-def test_too_few_ranks_are_told_how_many_to_launch():
+def test_an_error_for_too_few_ranks_names_the_number_to_launch():
     message = refusal(resolve_topology, TopologySettings(tensor_parallel=2, data_parallel=2), 1)
     assert message.startswith("launched 1 rank, but")
     assert message.endswith(", or run `torchrun --nproc-per-node 4`")
@@ -811,7 +811,7 @@ def test_a_dict_gets_the_same_refusals_without_a_place():
     assert "must be a valid string" in refusal(RunConfig.from_dict, {"job": {"data": object()}})
 
 
-def test_a_dict_may_hold_paths_and_is_left_as_it_was():
+def test_a_dict_may_hold_paths_and_is_not_modified():
     settings_ = {"job": {"data": Path("a/b.jsonl")}, "hyperparameters": {"lora_rank": 4}}
     config = RunConfig.from_dict(settings_)
     assert config.job.data == "a/b.jsonl"
@@ -867,6 +867,6 @@ def test_resolved_settings_written_as_toml_load_as_equal_settings(tmp_path_facto
 
 
 @pytest.mark.parametrize("text", [SMALL_FILE, LARGE_FILE])
-def test_the_run_files_survive_being_written_and_read_again(write, text):
+def test_the_run_files_survive_a_round_trip(write, text):
     config = load_config(write(text))
     assert load_config(write(config.to_toml(), "config.toml")) == config

@@ -1,4 +1,4 @@
-"""The demo's world: its data, its tokenizer, and the tool that checks an adapter with peft."""
+"""The demo's data and tokenizer, and the tool that checks an adapter with peft."""
 
 import ast
 import dataclasses
@@ -93,7 +93,7 @@ def test_a_module_is_on_one_side_and_a_copied_function_stays_with_the_training_s
     assert [bodies(c) for c in second] == [['    return [x, "nowhere else"]']]
 
 
-def test_tokenizer_gives_text_back_exactly_and_agrees_with_sentencepiece(library, tokenizer, model_folder):
+def test_the_tokenizer_round_trips_text_and_agrees_with_sentencepiece(library, tokenizer, model_folder):
     own = sentencepiece.SentencePieceProcessor(model_file=str(model_folder / "tokenizer.model"))
     odd = [
         "  leading",
@@ -130,7 +130,7 @@ def test_the_check_supervises_the_answers_and_their_ends_only(conversations, tok
         assert tokenizer.decode(supervised) == "".join(answers)
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+def test_a_folder_that_the_tool_did_not_make_is_left_unchanged(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(typer.Exit):
         make_demo.main(out=tmp_path, seed=0, pretrain_steps=0)
@@ -186,7 +186,7 @@ def test_the_check_compares_with_the_expected_loss(check, model_folder, tmp_path
         check(tmp_path / "adapter", expect=loss * 1.02)
 
 
-def test_the_check_fails_where_peft_leaves_tensors_out_silently(check, model_folder, tmp_path):
+def test_the_check_fails_if_peft_silently_ignores_tensors(check, model_folder, tmp_path):
     write_adapter(tmp_path / "adapter", model_folder, {"gate_proj", "up_proj"})
     with pytest.raises(typer.Exit):
         check(tmp_path / "adapter")

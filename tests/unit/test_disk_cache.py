@@ -1,4 +1,4 @@
-"""Folders that are made once, also where the file system has no locks."""
+"""Cache folders are built once, even on file systems without locks."""
 
 import errno
 import socket
@@ -27,7 +27,7 @@ def no_locks(monkeypatch):
     monkeypatch.setattr(disk_cache.fcntl, "flock", flock)
 
 
-def test_without_locks_two_that_make_the_same_folder_leave_each_other_alone(tmp_path, no_locks):
+def test_without_locks_two_processes_can_build_the_same_folder(tmp_path, no_locks):
     folder = tmp_path / "key"
 
     def make_while_another_does(part: Path) -> None:
@@ -50,7 +50,7 @@ def test_leftovers_are_removed_under_a_lock(tmp_path, key):
 
 
 @pytest.mark.parametrize("key", ["key", "other"])
-def test_leftovers_may_be_in_use_without_locks(tmp_path, key, no_locks):
+def test_without_locks_leftovers_are_kept_because_they_may_be_in_use(tmp_path, key, no_locks):
     left = tmp_path / f"{key}.1-ab@{socket.gethostname()}.part"
     left.mkdir()
     make_once(tmp_path / "key", usable, make, "waiting")

@@ -41,7 +41,7 @@ def parent(body: str, then: str = "print(rank.wait(), flush=True)") -> subproces
     ],
     ids=["done", "exit code", "exit with words", "an exception", "a signal, which is not the launcher's to handle"],
 )
-def test_the_exit_code_is_that_of_a_process_of_its_own(body, code, printed):
+def test_a_forked_rank_has_the_exit_code_of_a_separate_process(body, code, printed):
     said, errors = parent(body).communicate(timeout=60)
     _, *lines = said.splitlines()
     assert lines == [*([printed] if printed else []), str(code)]

@@ -1,4 +1,4 @@
-"""Prompts are the template's, text comes as soon as it is certain, and tokens are drawn from what the options leave."""
+"""Prompts follow the template, text is streamed in complete characters, and sampling follows the options."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_variables_reach_the_template(with_template):
     assert texts == ["hi", "hi<think></think>"]
 
 
-def test_nobody_closes_a_turn_by_typing_its_token(with_template):
+def test_typed_control_tokens_do_not_close_a_turn(with_template):
     tokenizer = with_template("chatml")
     end = tokenizer.hf.convert_tokens_to_ids("<|im_end|>")
     ids = encode(tokenizer, [{"role": "user", "content": "a<|im_end|>b"}], None, {})
@@ -65,7 +65,7 @@ def test_what_a_template_refuses_is_one_line(with_template):
         encode(tokenizer, TURNS, None, {})
 
 
-def test_tools_and_variables_that_cannot_be_are_refused(tmp_path):
+def test_invalid_tools_and_variables_are_refused(tmp_path):
     path = tmp_path / "tools.json"
     for text, words in (("{", "not a readable JSON"), ('{"a": 1}', "a list of objects"), ("[]", "a list of objects")):
         path.write_text(text)
@@ -94,7 +94,7 @@ def streamed(tokenizer, ids: list[int]) -> list[str]:
 @QUICK
 @example("naïve 你好 😀 é")
 @given(st.text(max_size=30))
-def test_text_comes_in_whole_characters_and_all_of_it(with_template, sentencepiece_file, text):
+def test_streamed_text_consists_of_complete_characters_and_is_complete(with_template, sentencepiece_file, text):
     text = text.replace(UNFINISHED, "")
     for tokenizer in (with_template("chatml"), load_tokenizer(sentencepiece_file)):
         ids = tokenizer.hf.encode(text, add_special_tokens=False)
@@ -105,7 +105,7 @@ def test_text_comes_in_whole_characters_and_all_of_it(with_template, sentencepie
 
 @QUICK
 @given(st.binary(max_size=12))
-def test_bytes_that_are_no_characters_come_as_replacements(with_template, data):
+def test_invalid_bytes_become_replacement_characters(with_template, data):
     tokenizer = with_template("chatml")
     alphabet = tokenizer.hf.backend_tokenizer.get_vocab()
     from tokenizers.pre_tokenizers import ByteLevel
@@ -116,7 +116,7 @@ def test_bytes_that_are_no_characters_come_as_replacements(with_template, data):
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_a_character_is_not_kept_back_once_it_is_whole(with_template):
+def test_a_complete_character_is_streamed_at_once(with_template):
     tokenizer = with_template("chatml")
     ids = tokenizer.hf.encode("a😀b", add_special_tokens=False)
     assert streamed(tokenizer, ids) == ["a", "", "", "", "😀", "b", ""]
@@ -173,7 +173,7 @@ def test_a_seed_gives_the_same_tokens_and_another_others():
         ({"top_p": 0.9}, "set a temperature"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options, words):
+def test_invalid_options_are_refused(options, words):
     with pytest.raises(UserError, match=words):
         Sampler(**options)
 
@@ -181,7 +181,7 @@ def test_options_that_cannot_be_are_refused(options, words):
 # --- what to run ---
 
 
-def test_stop_tokens_are_those_of_all_who_name_any(with_template, tmp_path):
+def test_stop_tokens_come_from_all_configuration_files(with_template, tmp_path):
     tokenizer = with_template("chatml")
     ends = {tokenizer.hf.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|end|>")}
     config = Qwen3MoeConfig(eos_token_id=3)
@@ -200,7 +200,7 @@ def test_stop_tokens_are_those_of_all_who_name_any(with_template, tmp_path):
      ({"tensor_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 2}, 4),
      ({"tensor_parallel": 2, "expert_parallel": 3, "pipeline_parallel": 2}, 12)],
 )  # fmt: skip
-def test_as_few_ranks_as_hold_the_model_once(sizes, ranks):
+def test_generation_uses_as_few_ranks_as_hold_the_model_once(sizes, ranks):
     request = Request("m", topology=TopologySettings(**sizes))
     assert request.ranks() == ranks
     assert request.sizes(ranks).data * request.sizes(ranks).tensor * request.sizes(ranks).pipeline == ranks

@@ -23,7 +23,7 @@ ROW = 32
 
 
 def make_samples(lengths, seed=0):
-    """Samples in which every token has an id of its own; about half of them supervised, never the first."""
+    """Samples in which every token has a unique id; about half of them are supervised, never the first."""
     ends = torch.tensor(lengths).cumsum(0)
     total = int(ends[-1])
     mask = torch.from_numpy(np.random.default_rng(seed).random(total) < 0.5)
@@ -53,7 +53,7 @@ def loaders(mix, global_batch, packing, replicas, per_device_batch, tensor=1, se
 
 
 def learned(micro_batches):
-    """The supervised tokens of micro batches, with a look at each: right labels, segments and positions."""
+    """The supervised tokens of micro batches; asserts that each has the right labels, segments and positions."""
     seen = Counter()
     for batch in micro_batches:
         assert len(batch.tokens) == len(batch.labels) == sum(batch.segments.lengths)
@@ -100,7 +100,7 @@ def test_every_supervised_token_is_learned_once_an_epoch_whatever_the_topology_a
 
 @settings(deadline=None, max_examples=40)
 @given(SAMPLES, TOPOLOGY)
-def test_evaluation_looks_at_every_supervised_token_once(lengths, topology_):
+def test_evaluation_counts_every_supervised_token_once(lengths, topology_):
     replicas, per_device_batch, tensor = topology_
     mix = Mix.of(make_samples(lengths))
     rows = evaluation_rows(mix, ROW, replicas)
@@ -115,7 +115,7 @@ def test_evaluation_looks_at_every_supervised_token_once(lengths, topology_):
     assert seen == supervised(mix.sources[0])
 
 
-def test_a_micro_batch_is_filled_up_to_a_multiple_of_tensor_parallel_and_no_further():
+def test_a_micro_batch_is_padded_to_a_multiple_of_tensor_parallel_only():
     mix = Mix.of(make_samples([6, 8, 3]))
     for tensor, lengths in ((1, [5, 7, 2]), (2, [5, 7, 2]), (4, [5, 7, 2, 2]), (8, [5, 7, 2, 2])):
         (batch,) = MicroBatches(mix, [np.array([0, 1, 2])], 1, topology(1, 0, tensor), CPU)
@@ -138,7 +138,7 @@ def test_a_mix_numbers_the_samples_of_its_sources_through():
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0.25, 0.5, 1.0, 1.5, 3.0])), min_size=1, max_size=3))
-def test_a_weight_is_how_often_an_epoch_goes_through_a_source(sources):
+def test_a_weight_is_the_number_of_passes_per_epoch(sources):
     mix = Mix(tuple(make_samples([3] * size) for size, _ in sources), tuple(weight for _, weight in sources))
     batches = Batches.over(mix, 7, 5, None)
     epochs = [
@@ -206,7 +206,7 @@ def test_batches_are_prepared_while_the_one_before_is_computed():
     assert next(loader).waited < 0.05
 
 
-def test_the_wait_for_a_slow_batch_is_told():
+def test_the_wait_for_a_slow_batch_is_reported():
     mix = Mix.of(make_samples([4] * 8))
 
     def slow(rows):

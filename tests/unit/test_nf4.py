@@ -1,4 +1,4 @@
-"""The numbers of NF4: bit for bit bitsandbytes' own."""
+"""Our NF4 codes and values are bitwise those of bitsandbytes."""
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -12,7 +12,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 def weights(dtype: torch.dtype, std: float = 0.02, shape: tuple[int, int] = (48, 512), seed: int = 0) -> torch.Tensor:
-    """Normal ones, with all that is special: blocks of zeros, of one value, of one spike, and negative zeros."""
+    """Normal weights with special cases: blocks of zeros, of one value, with one spike, and negative zeros."""
     w = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std).to(dtype)
     w[1, :256], w[2], w[3, 64:], w[3, 70], w[4, :64] = 0, w[2, 0], 0, -std, -0.0
     return w
@@ -38,7 +38,7 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(dtype, double, block_
 
 
 @pytest.mark.parametrize("seed", range(4))  # the sums of the orders are often the same number
-def test_all_bits_are_the_same_on_any_number_of_threads(two_threads, seed):
+def test_quantized_values_do_not_depend_on_the_number_of_threads(two_threads, seed):
     w = weights(torch.bfloat16, shape=(4096, 4096), seed=seed)
     on_two = nf4.quantize(w, QuantSettings(), "w")
     assert torch.get_num_threads() == 2
@@ -55,8 +55,8 @@ def test_weights_of_any_size_are_quantized_as_bitsandbytes_does(std):
     assert torch.equal(nf4.quantize(w, QuantSettings(), "w")["packed"].flatten(), codes.flatten())
 
 
-def test_the_table_for_bf16_gives_what_the_rule_gives_for_every_weight_and_scale():
-    """Every fraction of the largest magnitude against every weight below it, down to where all become zero."""
+def test_the_bf16_table_equals_the_rule_for_every_weight_and_scale():
+    """Every fraction of the largest magnitude, with every smaller weight down to where all become zero."""
     blocks = torch.stack([block for largest in range(0x3F80, 0x4000) for block in _blocks(largest)])
     ours, scales = nf4._quantize_bf16(blocks)
     codes, rule = nf4._quantize_by_rule(blocks)
@@ -86,7 +86,7 @@ def test_weights_that_cannot_be_quantized_are_refused_by_name(dtype, double, val
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_bytes_are_those_of_the_formula(double):
+def test_bytes_per_weight_equal_the_formula(double):
     settings = QuantSettings(double=double)
     n, k = 768, 2048
     quantized = nf4.quantize(weights(torch.bfloat16, shape=(n, k)), settings, "w")

@@ -112,7 +112,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else(row_length):
     st.booleans(),
     st.integers(1, 5),
 )
-def test_each_source_of_a_mix_is_gone_through_as_often_as_its_weight_says(sources, packed, epochs):
+def test_each_source_of_a_mix_is_passed_as_often_as_its_weight_says(sources, packed, epochs):
     total = sum(size for size, _ in sources)
     lengths = np.full(total, 10)
     batches = Batches(total, 16, 0, tuple(sources), lengths, 64 if packed else None)

@@ -1,4 +1,4 @@
-"""The cache of quantized checkpoints: made once, the same for every layout and place, and never trusted blindly."""
+"""The cache of quantized checkpoints is built once, does not depend on layout or path, and is verified when read."""
 
 import json
 import multiprocessing
@@ -54,7 +54,7 @@ def opened(folder: Path, model: Path, **settings) -> QuantizedCheckpoint:
 
 @pytest.fixture
 def made(monkeypatch) -> list[str]:
-    """The names of the matrices that are quantized from now on."""
+    """A list of the matrices quantized from now on."""
     names = []
     quantize = nf4.quantize
     monkeypatch.setattr(nf4, "quantize", lambda *args: names.append(args[-1]) or quantize(*args))
@@ -80,7 +80,7 @@ def flip_a_bit(file: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_every_matrix_is_there_as_it_was_quantized(pristine, quantize, model, double):
+def test_the_cache_holds_every_quantized_matrix(pristine, quantize, model, double):
     cached = opened(quantize(double=double), model, double=double)
     for name, matrix in pristine[1].items():
         want = nf4.quantize(matrix.detach(), QuantSettings(double=double), name)
@@ -90,7 +90,7 @@ def test_every_matrix_is_there_as_it_was_quantized(pristine, quantize, model, do
             assert torch.equal(got[field], value), (name, field)
 
 
-def test_fused_experts_give_the_same(pristine, quantize, model, tmp_path):
+def test_fused_experts_give_the_same_cache(pristine, quantize, model, tmp_path):
     def fuse(tensors):
         for layer in (0, 2):
             path = f"model.layers.{layer}.mlp.experts"
@@ -123,7 +123,7 @@ def test_a_second_start_quantizes_nothing_wherever_the_checkpoint_lies(quantize,
     assert len(made) == 63
 
 
-def test_another_checkpoint_or_format_is_quantized_anew(quantize, model):
+def test_another_checkpoint_or_format_gets_its_own_cache(quantize, model):
     folders = [quantize(), quantize(double=False), quantize(block_size=32)]
     spoil(model, lambda tensors: tensors["model.layers.0.self_attn.q_proj.weight"].neg_())
     assert len({*folders, quantize()}) == 4
@@ -132,7 +132,7 @@ def test_another_checkpoint_or_format_is_quantized_anew(quantize, model):
 @pytest.mark.parametrize(
     "damage", ["truncated", "a file short", "no manifest", "half a manifest", "no files in it", "empty"]
 )
-def test_a_cache_that_is_not_whole_is_named_and_made_again(quantize, damage, capsys, made):
+def test_an_incomplete_cache_is_named_and_rebuilt(quantize, damage, capsys, made):
     folder = quantize()
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     layer, manifest = folder / "layer-00001.safetensors", folder / quantized_base.MANIFEST
@@ -156,7 +156,7 @@ def test_a_cache_that_is_not_whole_is_named_and_made_again(quantize, damage, cap
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_a_cache_of_another_checkpoint_is_named_and_made_again(quantize, model, capsys, made):
+def test_a_cache_of_another_checkpoint_is_named_and_rebuilt(quantize, model, capsys, made):
     folder = quantize()
     spoil(model, lambda tensors: tensors["model.layers.0.self_attn.q_proj.weight"].neg_())
     other = quantize()
@@ -167,11 +167,11 @@ def test_a_cache_of_another_checkpoint_is_named_and_made_again(quantize, model, 
     capsys.readouterr()
     assert quantize() == folder
     assert made
-    assert f"{folder}: is of another checkpoint ({model})" in capsys.readouterr().err
+    assert f"{folder}: belongs to another checkpoint ({model})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("field", ["packed", "scales", "groups", "mean", "sums"])
-def test_a_flipped_bit_is_refused_by_name_and_a_deleted_folder_made_again(quantize, model, field):
+def test_a_flipped_bit_is_refused_by_name_and_a_deleted_folder_rebuilt(quantize, model, field):
     folder = quantize()
     file = quantized_base.TensorFile(folder / "layer-00002.safetensors")
     stack, name = "model.layers.2.mlp.experts.up_proj", "model.layers.2.mlp.experts.6.up_proj.weight"
@@ -181,7 +181,7 @@ def test_a_flipped_bit_is_refused_by_name_and_a_deleted_folder_made_again(quanti
     cached.matrix("model.layers.2.mlp.experts.5.up_proj.weight")
     with pytest.raises(UserError) as error:
         cached.matrix(name)
-    for word in (str(file.path), name, "damaged", f"delete {folder}"):
+    for word in (str(file.path), name, "corrupted", f"delete {folder}"):
         assert word in str(error.value)
     shutil.rmtree(folder)
     opened(quantize(), model).matrix(name)
@@ -190,7 +190,7 @@ def test_a_flipped_bit_is_refused_by_name_and_a_deleted_folder_made_again(quanti
 @pytest.mark.parametrize(
     "damage", ["a zeroed matrix", "a zeroed file", "swapped halves", "swapped experts", "another checkpoint's layer"]
 )
-def test_parts_that_are_zero_or_from_elsewhere_are_refused_by_name(quantize, model, damage):
+def test_zeroed_or_moved_data_is_refused_by_name(quantize, model, damage):
     folder = quantize()
     file = quantized_base.TensorFile(folder / "layer-00002.safetensors")
     stack, name = "model.layers.2.mlp.experts.up_proj", "model.layers.2.mlp.experts.6.up_proj.weight"
@@ -220,12 +220,12 @@ def test_parts_that_are_zero_or_from_elsewhere_are_refused_by_name(quantize, mod
         spoil(model, lambda tensors: tensors[name].neg_())
         data = bytearray((quantize() / file.path.name).read_bytes())
     file.path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{file.path}: {name!r} is damaged, .*; delete {folder}"):
+    with pytest.raises(UserError, match=f"{file.path}: {name!r} is corrupted: .*; delete {folder}"):
         opened(folder, model).matrix(name)
 
 
 @pytest.mark.parametrize("damage", ["a renamed tensor", "another type", "another layer's file", "a zeroed header"])
-def test_a_file_of_other_tensors_is_refused_by_name(quantize, model, damage):
+def test_a_file_with_other_tensors_is_refused_by_name(quantize, model, damage):
     folder = quantize()
     file = folder / "layer-00002.safetensors"
     tensors = load_file(file)
@@ -242,12 +242,12 @@ def test_a_file_of_other_tensors_is_refused_by_name(quantize, model, damage):
     else:
         data = file.read_bytes()
         file.write_bytes(bytes(100) + data[100:])
-    with pytest.raises(UserError, match=f"{file}: damaged.*; delete {folder}, and the next run makes it again"):
+    with pytest.raises(UserError, match=f"{file}: corrupted.*; delete {folder}, and the next run rebuilds it"):
         opened(folder, model).matrix("model.layers.2.mlp.experts.6.up_proj.weight")
 
 
-def test_a_check_sum_sees_what_changes_together_with_something_else():
-    """Two changes a plain sum of words or one with odd weights would not see, in pieces large and small."""
+def test_the_checksum_detects_two_changes_that_cancel_in_a_plain_sum():
+    """Two changes that cancel in a plain or an odd-weighted sum of words, in small and large pieces."""
     for words in (2, 7, quantized_base._PIECE + 5):
         value = torch.zeros(words, dtype=torch.int32)
         changed = [value]
@@ -261,7 +261,7 @@ def test_a_check_sum_sees_what_changes_together_with_something_else():
 
 
 @pytest.mark.parametrize(("value", "said"), [(float("nan"), "values not finite"), (1e5, "beyond fp16's 65504")])
-def test_what_cannot_be_quantized_is_refused_by_name_and_leaves_nothing_to_trust(
+def test_a_matrix_that_cannot_be_quantized_is_refused_by_name_and_leaves_no_cache(
     quantize, model, tmp_path, value, said, two_threads
 ):
     name = "model.layers.2.mlp.experts.7.down_proj.weight"
@@ -290,7 +290,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_refused(quantize, model, 
         quantize()
 
 
-def test_one_killed_halfway_leaves_nothing_that_is_taken_for_whole(quantize, model, tmp_path):
+def test_a_run_killed_while_quantizing_leaves_no_usable_cache(quantize, model, tmp_path):
     process = _processes().Process(target=_slowly, args=(model, tmp_path / "cache"))
     process.start()
     root = tmp_path / "cache" / "nf4"
@@ -311,7 +311,7 @@ def _slowly(model: Path, cache: Path) -> None:
     prepare(model, read_config(model), QuantSettings(cache_dir=cache), 1)
 
 
-def test_two_at_once_make_it_once(model, tmp_path, quantize):
+def test_two_runs_at_once_quantize_once(model, tmp_path, quantize):
     queue = _processes().Queue()
     processes = [_processes().Process(target=_count, args=(model, tmp_path / "cache", queue)) for _ in range(2)]
     for process in processes:

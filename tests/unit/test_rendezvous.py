@@ -1,4 +1,4 @@
-"""The ranks of an attempt agree on its number, whatever earlier attempts left and torchrun's agents count."""
+"""The ranks of an attempt agree on its number, whatever earlier attempts left behind and torchrun's agents count."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -23,7 +23,7 @@ def client(server):
 
 
 def agree(server, counts, order):
-    """What each rank learns, where the agents count `counts` restarts and the ranks come in this order."""
+    """What each rank learns if the agents count `counts` restarts and the ranks join in this order."""
     with ThreadPoolExecutor(len(counts)) as ranks:
         asked = {
             rank: ranks.submit(rendezvous._agree, client(server), rank, len(counts), counts[rank]) for rank in order
@@ -39,11 +39,11 @@ def test_every_attempt_has_one_number_on_all_ranks(server, order):
     assert agree(server, (0, 0, 0), order) == [(2, 2)] * 3
 
 
-def test_where_the_store_is_new_the_highest_count_tells_a_restart(server):
+def test_on_a_new_store_the_highest_count_identifies_a_restart(server):
     assert agree(server, (0, 2, 1), (0, 1, 2)) == [(0, 2)] * 3
 
 
-def test_a_rank_that_never_comes_is_named(server, monkeypatch):
+def test_a_rank_that_never_joins_is_named(server, monkeypatch):
     monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 0.3)
     with pytest.raises(
         UserError, match=r"rank 0 for ranks 1, 2 waited .* minutes: was the job launched on all its nodes"

@@ -1,4 +1,4 @@
-"""A run does not go on over another precision of its base without being told."""
+"""A run does not resume with another precision of its base unless allowed."""
 
 from pathlib import Path
 
@@ -21,6 +21,6 @@ def test_another_precision_of_the_base_is_refused(then, now, said):
         refuse_changes(identity(old, "b", 1), identity(new, "b", 1), new, Path("checkpoint"))
 
 
-def test_the_same_base_goes_on_whatever_quant_says_that_is_not_used():
+def test_unused_quant_settings_do_not_prevent_resuming():
     old, new = RunConfig.from_dict({}), RunConfig.from_dict({"quant": {"block_size": 128}})
     refuse_changes(identity(old, "b", 1), identity(new, "b", 1), new, Path("checkpoint"))

@@ -24,7 +24,7 @@ time.sleep(float(sys.argv[2]))
 
 @pytest.fixture
 def holder(tmp_path):
-    """`holder(seconds)`: begin a process that holds `tmp_path` for so long."""
+    """`holder(seconds)`: start a process that locks `tmp_path` for that long."""
     begun = []
 
     def begin(seconds: float) -> subprocess.Popen:
@@ -47,7 +47,7 @@ def test_a_second_job_is_refused_with_host_and_process_of_the_first(tmp_path, ho
         run_lock.hold(tmp_path)
 
 
-def test_a_killed_job_leaves_the_folder_free_although_its_children_live(tmp_path, holder, capfd):
+def test_a_killed_job_releases_its_folder_although_its_children_live(tmp_path, holder, capfd):
     first = holder(60)
     first.kill()
     first.wait()
@@ -63,7 +63,7 @@ def test_a_job_that_is_about_to_end_is_waited_for(tmp_path, holder, capfd):
     assert capfd.readouterr().err.count(f"process {first.pid} on ") == 1
 
 
-def test_a_folder_is_free_when_its_job_gave_it_back(tmp_path):
+def test_a_folder_is_free_after_its_job_releases_it(tmp_path):
     for _ in range(2):
         run_lock.hold(tmp_path)
         run_lock.hold(tmp_path)  # once more by the same job

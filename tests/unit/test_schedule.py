@@ -1,4 +1,4 @@
-"""The learning rate is that of transformers' schedules of the same names."""
+"""The learning rate equals that of transformers' schedules with the same names."""
 
 import pytest
 import torch

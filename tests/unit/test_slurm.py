@@ -1,4 +1,4 @@
-"""The script for Slurm with stand-ins for Slurm's commands: a cluster is not at hand; bash and its signals are real."""
+"""The Slurm script, with stand-ins for Slurm's commands; bash and its signals are real."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def job(request, tmp_path):
     process.kill()
 
 
-def test_the_time_limit_saves_the_run_and_puts_it_back_into_the_queue(job):
+def test_before_the_time_limit_the_run_is_saved_and_requeued(job):
     process, folder = job
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == 1
@@ -51,7 +51,7 @@ def test_the_time_limit_saves_the_run_and_puts_it_back_into_the_queue(job):
     assert (folder / "requeued").read_text() == "requeue 12\n"
 
 
-def test_a_run_that_comes_to_its_end_at_the_time_limit_does_not_go_back(job):
+def test_a_run_that_finishes_at_the_time_limit_is_not_requeued(job):
     process, folder = job
     (folder / "end").touch()
     process.send_signal(signal.SIGUSR1)
@@ -59,7 +59,7 @@ def test_a_run_that_comes_to_its_end_at_the_time_limit_does_not_go_back(job):
     assert not (folder / "requeued").exists()
 
 
-def test_preemption_waits_for_the_agents_and_leaves_the_queue_to_slurm(job):
+def test_on_preemption_the_script_waits_for_the_agents_and_slurm_requeues(job):
     process, folder = job
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
@@ -69,7 +69,7 @@ def test_preemption_waits_for_the_agents_and_leaves_the_queue_to_slurm(job):
     assert not (folder / "requeued").exists()
 
 
-def test_a_run_that_ends_is_not_begun_again(job):
+def test_a_finished_run_is_not_requeued(job):
     process, folder = job
     (folder / "end").touch()
     assert process.wait(20) == 0
@@ -80,6 +80,6 @@ def test_a_run_that_ends_is_not_begun_again(job):
 
 
 @pytest.mark.parametrize("job", [{"SLURM_RESTART_COUNT": "1"}], indirect=True)
-def test_the_next_turn_goes_on_whatever_the_run_file_says_of_resuming(job):
+def test_a_requeued_job_resumes_whatever_the_run_file_sets(job):
     _, folder = job
     assert (folder / "arguments").read_text().endswith("--dataset my data --resume auto\n")

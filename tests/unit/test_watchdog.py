@@ -1,4 +1,4 @@
-"""Which ranks are named when a job hangs, given their reports."""
+"""The watchdog's verdict on a hang, given the ranks' reports."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ SILENT = replace(MOVES, idle=0.5, last="all_reduce 811 of DP")
 
 
 @pytest.mark.parametrize("moving", [MOVES, READS], ids=["trains", "prepares data"])
-def test_nobody_is_named_while_another_rank(moving):
+def test_no_rank_is_named_while_another_makes_progress(moving):
     assert judge({0: WAITS, 1: WAITS, 2: moving}, [], LIMIT) is None
 
 
@@ -42,7 +42,7 @@ def test_a_silent_rank_is_not_named_while_another_still_trains():
     assert judge({0: MOVES, 1: SILENT}, [1], LIMIT) is None
 
 
-def test_where_all_wait_nobody_is_accused():
+def test_if_all_ranks_wait_none_is_blamed():
     other = replace(WAITS, waits_in="recv (job.py:9)")
     verdict = judge({0: WAITS, 1: other}, [], LIMIT)
     assert verdict is not None
