@@ -41,7 +41,7 @@ def main(
         write_adapter(adapter, layers, fused)
         size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
         command = [sys.executable, "-c", "from megasft.cli import main; main()", "merge"]
-        command += ["--model", str(base), "--adapter", str(adapter), "--out", str(out)]
+        command += [str(adapter), str(out), "--model", str(base)]
         start = time.perf_counter()
         process = subprocess.Popen(command)
         _, status, usage = os.wait4(process.pid, 0)

@@ -1,14 +1,14 @@
 """What to generate with: model, adapter, topology, prompts. Settled and checked before a rank is started."""
 
 import json
+import math
 import shlex
 from dataclasses import dataclass, field
-from math import lcm
 from pathlib import Path
 from typing import Any, Literal
 
 from megasft.config.parallelism import TopologySettings, TopologySizes, resolve_topology
-from megasft.config.schema import QuantSettings, RunConfig, load_config
+from megasft.config.schema import QuantSettings
 from megasft.data.records import conversation_files
 from megasft.messages import UserError
 
@@ -53,7 +53,7 @@ class Request:
             asked.pipeline_parallel or 1,
         )
         within = asked.expert_tensor_parallel or (tensor if expert == 1 else 1)
-        return pipeline * lcm(tensor, within * expert)
+        return pipeline * math.lcm(tensor, within * expert)
 
     def sizes(self, ranks: int) -> TopologySizes:
         """The topology on so many ranks, those beyond `ranks()` being replicas that compute the same."""
@@ -72,11 +72,9 @@ class Request:
         # Imported after the paths were checked, as in `megasft.preflight`.
         from megasft.adapters.adapter_file import AdapterFile
         from megasft.data.tokenizer import load_tokenizer
-        from megasft.generation.sampling import Sampler
         from megasft.model.hf_checkpoint import Checkpoint
         from megasft.model.hf_config import check_fits, read_config
 
-        Sampler(**self.sampling)
         folder = find_model(self.model)
         config = read_config(folder)
         check_fits(config, sizes, self.quant)
@@ -103,21 +101,18 @@ class Request:
         return prepare + shlex.join(["vllm", "serve", self.model, *options])
 
 
-def find_model_and_adapter(target: str, adapter: str | None) -> tuple[str, str | None, RunConfig | None]:
-    """What `target` stands for: a run file (and the adapter it trained), an adapter (and its base), or a model."""
-    if target.endswith(".toml"):
-        config = load_config(target)
-        trained = Path(config.job.output_dir) / "adapter"
-        if adapter is None and not trained.is_dir():
-            raise UserError(f"{target}: has no adapter in {trained} yet; train it, or name one with --adapter")
-        return config.job.model, adapter or str(trained), config
-    if (Path(target) / "adapter_config.json").is_file():
-        from megasft.adapters.merge import find_base
-
-        if adapter is not None:
-            raise UserError(f"{target}: is an adapter, and so is --adapter {adapter}; name the model and one adapter")
-        return find_base(target), target, None
-    return target, adapter, None
+def check_sampling(temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0) -> None:
+    """Raise UserError for arguments of `Sampler` that are out of range or, at temperature 0, without effect."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError(f"temperature = {temperature:g}: must be 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p = {top_p:g}: must be above 0 and at most 1 (off)")
+    if top_k < 0:
+        raise UserError(f"top_k = {top_k}: must be 0 (off) or more")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed = {seed}: must be 0 or more and below 2^63")
+    if temperature == 0 and (top_p < 1 or top_k):
+        raise UserError("top_p and top_k have no effect at temperature 0 (greedy); set a temperature above 0 too")
 
 
 def read_tools(path: Path | None) -> list[dict[str, Any]] | None:

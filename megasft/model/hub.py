@@ -44,6 +44,10 @@ def _from_hub(name: str) -> Path:
 
 def check_name(name: str) -> None:
     """Raise UserError if `name` can be neither a folder nor a hub id."""
-    if Path(name).expanduser().is_dir() or (_HUB_ID.fullmatch(name) and not name.startswith(".")):
-        return
-    raise UserError(f"[job] model = {name!r}: no such folder, and not a hub id (owner/name)")
+    if not (Path(name).expanduser().is_dir() or is_hub_id(name)):
+        raise UserError(f"[job] model = {name!r}: no such folder, and not a hub id (owner/name)")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is spelled as owner/name."""
+    return _HUB_ID.fullmatch(name) is not None

@@ -19,10 +19,10 @@ class NewFolder:
 
     def __init__(self, folder: str | Path, replace: bool = True) -> None:
         self.folder = Path(folder)
+        if not replace:
+            refuse_full(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{folder}: exists and is not a folder")
-        if not replace and self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{folder}: already holds files; name a folder that does not exist yet, or empty this one")
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self.path = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
@@ -65,3 +65,12 @@ class NewFolder:
     def discard(self) -> None:
         """Delete the unfinished folder."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def refuse_full(folder: str | Path) -> None:
+    """Raise UserError if `folder` is a file, or a folder that holds something."""
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{folder}: exists and is not a folder")
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"{folder}: already holds files; name a folder that does not exist yet, or empty this one")

@@ -199,7 +199,7 @@ def world(tmp_path):
 def test_merge_refuses_a_broken_or_foreign_adapter_and_leaves_no_output(world, capsys, monkeypatch, case):
     spoil, want = (BROKEN | FOREIGN)[case]
     spoil(world / "adapter")
-    arguments = ("--model", world / "base", "--adapter", world / "adapter", "--out", world / "out")
+    arguments = (world / "adapter", world / "out", "--model", world / "base")
     assert matches(want, refused(capsys, monkeypatch, "merge", *arguments))
     assert {path.name for path in world.iterdir()} == {"base", "adapter"}
     assert not list(world.rglob("exploded"))
@@ -231,7 +231,7 @@ def test_an_output_folder_with_files_is_refused_and_unchanged(world, capsys, mon
     (world / "out").mkdir()
     (world / "out" / "mine").write_text("precious")
     arguments = {
-        "merge": ("--model", world / "base", "--adapter", world / "adapter", "--out", world / "out"),
+        "merge": (world / "adapter", world / "out", "--model", world / "base"),
         "export": (world / "adapter", world / "out"),
     }[command]
     assert "already holds files" in refused(capsys, monkeypatch, command, *arguments)
@@ -264,16 +264,16 @@ def quantized_base(world):
 )
 def test_merge_refuses_unreadable_input_and_unwritable_output(world, capsys, monkeypatch, spoil, want):
     spoil(world, monkeypatch)
-    arguments = ("--model", world / "base", "--adapter", world / "adapter", "--out", world / "out")
+    arguments = (world / "adapter", world / "out", "--model", world / "base")
     assert matches(want, refused(capsys, monkeypatch, "merge", *arguments))
     assert {path.name for path in world.iterdir()} == {"base", "adapter"}
 
 
 def test_an_invalid_size_is_refused(world, capsys, monkeypatch):
-    arguments = ("--adapter", world / "adapter", "--out", world / "out", "--max-shard-size", "big")
+    arguments = (world / "adapter", world / "out", "--max-shard-size", "big")
     assert "'big' is not a size" in refused(capsys, monkeypatch, "merge", *arguments)
 
 
 def test_an_adapter_that_names_no_base_needs_the_option(world, capsys, monkeypatch):
-    arguments = ("--adapter", world / "adapter", "--out", world / "out")
+    arguments = (world / "adapter", world / "out")
     assert "pass --model" in refused(capsys, monkeypatch, "merge", *arguments)

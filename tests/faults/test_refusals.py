@@ -174,8 +174,8 @@ BEFORE_THE_LAUNCH = {
     "pickled adapter": (
         pickled_adapter, "--set job.init_adapter={}/adapter", ["adapter_model.bin", "save it as adapter_model.safetensors"]
     ),
-    "no run file named": (nothing, "", ["--config", "megasft --help"]),
-    "unknown option": (nothing, "--lora-rank 8", ["--lora-rank", "megasft --help"]),
+    "no run file named": (nothing, "", ["--config", "megasft train --help"]),
+    "unknown option": (nothing, "--lora-rank 8", ["--lora-rank", "megasft train --help"]),
 }  # fmt: skip
 
 # What takes ranks to find: the data is read by one of them, and only they know the shape of every part of the model.

@@ -127,7 +127,7 @@ def test_merge_by_command_finds_the_base_that_the_adapter_names(tmp_path, monkey
     adapter = write_peft_adapter(base, tmp_path / "adapter", "fused")
     out = tmp_path / "merged"
     out.mkdir()  # an empty folder is as good as none
-    command = ["megasft", "merge", "--adapter", str(adapter), "--out", str(out), "--max-shard-size", "300KB"]
+    command = ["megasft", "merge", str(adapter), str(out), "--max-shard-size", "300KB"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as end:
         cli.main()

@@ -250,7 +250,7 @@ def test_merging_onto_the_quantized_base_gives_the_model_that_was_trained(tmp_pa
         "[training]\nuse_qlora = true\n[quant]\ndouble = false\nblock_size = 32\n"
         "[hyperparameters.parallelism]\nbf16 = false\n"
     )
-    command = ["merge", "--model", str(base), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]
+    command = ["merge", str(tmp_path / "adapter"), str(out), "--model", str(base)]
     cli.app([*command, "--onto", "quantized-base", "--config", str(run_file)], standalone_mode=False)
     merged = Qwen3MoeForCausalLM.from_pretrained(out, dtype=torch.float32)
     reference = Reference(model, adapter, ALPHA / R)

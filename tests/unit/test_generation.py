@@ -14,11 +14,12 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from megasft.config.parallelism import TopologySettings
 from megasft.data.tokenizer import load_tokenizer
 from megasft.generation.prompts import encode, write
-from megasft.generation.request import Request, find_model_and_adapter, read_tools, template_variables
+from megasft.generation.request import Request, read_tools, template_variables
 from megasft.generation.run import stop_tokens
 from megasft.generation.sampling import Sampler
 from megasft.generation.text import UNFINISHED, TextStream
 from megasft.messages import UserError
+from megasft.target import find_target
 from tests.parity.reference import tiny_config, write_adapter
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -215,8 +216,8 @@ def test_the_vllm_command_names_adapter_and_rank(tmp_path, layout, r, rank):
     write_adapter(adapter, tmp_path / "plain", r, 8)
     folder = tmp_path / "my run" / "adapter"
     export_adapter(tmp_path / "plain", folder, layout, "Qwen/base")
-    model, found, _ = find_model_and_adapter(str(folder), None)
-    command = Request(model, found).vllm_command()
+    found = find_target(str(folder))
+    command = Request(found.model, found.adapter).vllm_command()
     served = f"vllm serve Qwen/base --enable-lora --lora-modules 'my run={folder}"
     if layout == "fused":
         assert (
