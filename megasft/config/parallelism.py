@@ -1,8 +1,9 @@
 """Sizes of the parallel groups: resolve the run file's topology on a number of ranks, or suggest ones that fit."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from math import isqrt, log2, prod
+from math import gcd, lcm, log2, prod
 from typing import Annotated
 
 from pydantic import Field
@@ -37,7 +38,7 @@ class TopologySizes:
 
 
 def resolve_topology(topology: TopologySettings, world_size: int) -> TopologySizes:
-    """The sizes on the `world_size` ranks that were launched. Raises UserError, which names topologies that fit."""
+    """The sizes on the `world_size` ranks that were launched. Raises UserError naming topologies that fit."""
     try:
         return fit(topology, world_size)
     except ValueError as error:
@@ -45,6 +46,18 @@ def resolve_topology(topology: TopologySettings, world_size: int) -> TopologySiz
         launch = f", or run `torchrun --nproc-per-node {asked}`" if asked and asked != world_size else ""
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
         raise UserError(f"launched {ranks}, but [data.topology] {error}{launch}") from None
+
+
+def remedies(topology: TopologySettings, ranks: int, usable: Callable[[TopologySizes], bool]) -> list[str]:
+    """Options of `megasft train` for a topology that does not fit `ranks` ranks: another number of ranks, or another
+    topology on as many, the nearest first; none of which the model is not `usable` with.
+    """
+    sizes, asked = derive(topology), asked_ranks(topology)
+    unit = lcm(sizes.tensor * sizes.pipeline, sizes.expert * sizes.expert_tensor * sizes.pipeline)
+    below = ranks // unit * unit
+    numbers = [number for number in ([asked] if asked else [below, below + unit]) if number]
+    options = [f"--ranks {number}" for number in numbers if usable(derive(topology, number))]
+    return options + [f'--set "data.{written}"' for written in _nearest(topology, ranks, usable)[:2]]
 
 
 def choose_dispatcher(asked: str, sizes: TopologySizes) -> str:
@@ -112,27 +125,35 @@ def _misfit(sizes: TopologySizes, ranks: int, fills_world: bool) -> str | None:
     return None
 
 
-def _nearest(topology: TopologySettings, ranks: int) -> list[str]:
-    """Up to three topologies that fit, as TOML, those with the fewest halvings and doublings first."""
+def _nearest(
+    topology: TopologySettings, ranks: int, usable: Callable[[TopologySizes], bool] = lambda _: True
+) -> list[str]:
+    """Up to three topologies that fit, as TOML, the fewest halvings away first.
+
+    Sizes other than data_parallel are divisors of those asked for: where the model can be cut by a size, it can be cut
+    by its divisors.
+    """
     asked = topology.model_dump(exclude_none=True)
     free = {name: size for name, size in asked.items() if name != "data_parallel"}
-    divisors = {d for low in range(1, isqrt(ranks) + 1) if ranks % low == 0 for d in (low, ranks // low)}
 
     def distance(sizes: dict[str, int]) -> float:
         return sum(abs(log2(sizes[name] / size)) for name, size in asked.items())
 
-    def nearest_divisors(size: int) -> list[int]:
-        return sorted({*sorted(divisors, key=lambda divisor: abs(log2(divisor / size)))[:5], 1})
-
     fitting = []
-    for chosen in product(*map(nearest_divisors, free.values())):
+    for chosen in product(*(_divisors(size, ranks) for size in free.values())):
         candidate = dict(zip(free, chosen, strict=True))
         sizes = derive(TopologySettings(**candidate), ranks)
         candidate["data_parallel"] = sizes.data
-        if not _misfit(sizes, ranks, fills_world=True):
+        if not _misfit(sizes, ranks, fills_world=True) and usable(sizes):
             fitting.append(candidate)
     written = [name for name in TopologySettings.model_fields if name == "data_parallel" or name in free]
     return [
         f"topology = {{{', '.join(f'{name} = {sizes[name]}' for name in written)}}}"
         for sizes in sorted(fitting, key=distance)[:3]
     ]
+
+
+def _divisors(size: int, ranks: int) -> list[int]:
+    """The divisors of `size` that divide `ranks` too."""
+    both = gcd(size, ranks)
+    return [divisor for divisor in range(1, both + 1) if both % divisor == 0]
