@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megasft.adapters.peft_layout import (
     CONFIG,
-    MLP_TARGETS,
     PREFIX,
     WEIGHTS,
     Layout,
@@ -285,17 +284,6 @@ class AdapterWriter:
     def discard(self) -> None:
         """Delete the unfinished folder."""
         self.folder.discard()
-
-
-def all_layers(sparse: list[bool], experts: int) -> Iterator[str]:
-    """Names of all linear layers that LoRA can adapt. `sparse` is true for layers with experts."""
-    for i, has_experts in enumerate(sparse):
-        layer = f"model.layers.{i}"
-        yield from (f"{layer}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-        if has_experts:
-            yield f"{layer}.mlp.gate"
-        for path in [f"experts.{e}." for e in range(experts)] if has_experts else [""]:
-            yield from (f"{layer}.mlp.{path}{name}" for name in MLP_TARGETS)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasft.adapters.adapter_file import AdapterFile, AdapterWriter, Pair, all_layers
-from megasft.adapters.peft_layout import CONFIG, LayoutName, stem
+from megasft.adapters.adapter_file import AdapterFile, AdapterWriter, Pair
+from megasft.adapters.fit import fitting_pairs
+from megasft.adapters.peft_layout import LayoutName, stem
 from megasft.distributed.topology import derived_seed
 from megasft.messages import UserError
-from megasft.model.hf_config import sparse_layers
 from megasft.model.qwen3_moe import Qwen3Moe
-from megasft.storage.shards import Shard, leaf
+from megasft.storage.shards import Shard
 
 SEND_BYTES = 64 * 2**20
 
@@ -41,10 +41,7 @@ def load_adapter(model: Qwen3Moe, folder: str | Path, seed: int = 0) -> None:
     finite, and a corrupted or pickled file. Everything but the values is checked before anything is copied.
     """
     adapter = AdapterFile(folder)
-    split = model.lora.r == adapter.config["r"] or adapter.splits()
-    pairs = adapter.pairs(split)
-    _check_scaling(adapter, pairs, model)
-    _check_layers(adapter, pairs, model)
+    pairs = fitting_pairs(adapter, model.lora, model.hf_config)
     for shard in model.adapter_shards():
         _copy_shard(shard, adapter, pairs[stem(shard.name)], seed)
 
@@ -89,59 +86,6 @@ def _fresh(shard: Shard, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(derived_seed(seed, shard.name))
     bound = 1 / math.sqrt(shard.shape[1])  # kaiming_uniform_(a=sqrt(5)) for fan_in = K
     return torch.empty(shard.shape).uniform_(-bound, bound, generator=generator)[shard.index]
-
-
-def _check_scaling(adapter: AdapterFile, pairs: dict[str, Pair], model: Qwen3Moe) -> None:
-    """Raise UserError unless [lora] r is the adapter's largest r, and [lora] alpha / r the scaling of every layer."""
-    lora, config = model.lora, adapter.config
-    widest = max(pairs, key=lambda layer: pairs[layer].r)
-    r = pairs[widest].r
-    if r != lora.r:
-        own = "" if r == config["r"] else f"{leaf(widest)} has rank {r}: "
-        shared = "gate and up share it; " if own and leaf(widest) in ("gate_proj", "up_proj") else ""
-        alpha = pairs[widest].scaling * r
-        raise UserError(
-            f"{adapter.folder / CONFIG}: {own}r = {r}, but [lora] r = {lora.r}; {shared}"
-            f"set [lora] r = {r} and alpha = {alpha:g} to continue from this adapter"
-        )
-    for layer, pair in pairs.items():
-        if not math.isclose(pair.scaling, lora.alpha / lora.r):
-            raise UserError(
-                f"{adapter.folder / CONFIG}: lora_alpha = {config['lora_alpha']:g} scales {leaf(layer)} by "
-                f"{pair.scaling:g}, but [lora] alpha = {lora.alpha:g} by {lora.alpha / lora.r:g}; "
-                f"set [lora] alpha = {pair.scaling * r:g} to continue from this adapter"
-            )
-
-
-def _check_layers(adapter: AdapterFile, pairs: dict[str, Pair], model: Qwen3Moe) -> None:
-    """Raise UserError unless the adapter has exactly the model's targets, layers and shapes."""
-    targets, path = model.lora.targets, adapter.path
-    adapted = adapter.adapted(pairs, targets)
-    if adapted != targets:
-        raise UserError(
-            f"{path}: adapts {', '.join(sorted(adapted))}, but [lora] target_modules asks for "
-            f"{', '.join(sorted(targets))}; set target_modules to the adapter's layers"
-        )
-    known = set(all_layers(sparse_layers(model.hf_config), model.hf_config.num_experts))
-    foreign = next((layer for layer in pairs if layer not in known), None)
-    if foreign:
-        raise UserError(
-            f"{path}: adapts {foreign!r}, which this model does not have; is it an adapter of another model?"
-        )
-    missing = next((layer for layer in sorted(known) if leaf(layer) in targets and layer not in pairs), None)
-    if missing:
-        raise UserError(
-            f"{path}: has no adapter for {missing!r}; is it an adapter of another model, or of only some layers?"
-        )
-    for shard in model.adapter_shards():
-        pair = pairs[stem(shard.name)]
-        is_A = shard.name.endswith("lora_A.weight")
-        size, want = (pair.A_shape[1], shard.shape[1]) if is_A else (pair.B_shape[0], shard.shape[0])
-        if size != want:
-            raise UserError(
-                f"{path}: the adapter of {stem(shard.name)!r} has {size} {'inputs' if is_A else 'outputs'}, "
-                f"but this model's layer has {want}; is it an adapter of another model?"
-            )
 
 
 def _copy_shard(shard: Shard, adapter: AdapterFile, pair: Pair, seed: int) -> None:

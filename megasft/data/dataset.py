@@ -3,15 +3,18 @@
 That depends on the seed, the epoch and the size of the global batch only, never on the topology.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megasft.data.identity import MADE_OF
 from megasft.data.packing import Rows, pack
 from megasft.data.template import Encoded
 from megasft.data.token_cache import content_digest, open_columns
@@ -25,7 +28,7 @@ class Samples:
     """Conversations as tokens: sample i is ids[starts[i]:ends[i]] (int32) with mask (bool), True for targets.
 
     Without `starts` they lie end to end. The tensors may be files mapped into memory (`token_cache`), of whose
-    content `digest` then is.
+    content `digest` then is; `made_of` says of what (`data.identity`).
     """
 
     ids: Tensor
@@ -33,6 +36,7 @@ class Samples:
     ends: Tensor
     starts: Tensor = None  # type: ignore[assignment]
     digest: str = ""
+    made_of: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.starts is None:
@@ -55,7 +59,8 @@ class Samples:
         """Those of a folder that `cache.prepare` gave, mapped into memory."""
         columns = open_columns(folder)
         ids, mask, ends = (torch.from_numpy(columns[name]) for name in ("ids", "mask", "ends"))
-        return cls(ids, mask, ends, digest=content_digest(folder))
+        made_of = json.loads((folder / MADE_OF).read_text(encoding="utf-8"))
+        return cls(ids, mask, ends, digest=content_digest(folder), made_of=made_of)
 
     @classmethod
     def of(cls, encoded: Sequence[Encoded]) -> "Samples":
@@ -67,7 +72,7 @@ class Samples:
     def take(self, indices: np.ndarray) -> "Samples":
         """The samples of these numbers, without copying a token."""
         chosen = torch.from_numpy(indices)
-        return Samples(self.ids, self.mask, self.ends[chosen], self.starts[chosen], self.digest)
+        return Samples(self.ids, self.mask, self.ends[chosen], self.starts[chosen], self.digest, self.made_of)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The global batches of a run one after the other, each prepared while those before it are computed."""
 
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megasft.data.dataset import Batches, Mix
+from megasft.data.identity import data_identity, refuse_other_data
 from megasft.messages import UserError
 from megasft.model.batch import MicroBatch
 
@@ -88,29 +88,3 @@ class Loader:
             raise UserError(f"the checkpoint was written before row {place[1]} of an epoch that has not so many")
         self._thread.shutdown(cancel_futures=True)
         self._start(place)
-
-
-def data_identity(samples: Mix, batches: Batches) -> dict[str, Any]:
-    """All that decides the rows of an epoch and their order. JSON can hold it."""
-    return {
-        "samples": batches.samples,
-        "lengths": zlib.crc32(samples.lengths.tobytes()),
-        "seed": batches.seed,
-        "row_length": batches.row_length,
-        "sources": [list(source) for source in batches.sources],
-        "content": [source.digest for source in samples.sources],
-    }
-
-
-def refuse_other_data(then: dict[str, Any], now: dict[str, Any], allow_changed: bool) -> bool:
-    """Whether two `data_identity` are of other data. Raises UserError if they may not be."""
-    for key, here in now.items():
-        if (was := then.get(key)) != here:
-            if not allow_changed:
-                raise UserError(
-                    f"the data are not those that the checkpoint was written with ({key}: {was} then, {here} "
-                    "now); resume with the same files, [job] seed, sequence_length and [data] settings, or allow "
-                    'other data with [checkpoint] allow_changed = ["data"]'
-                )
-            return True
-    return False

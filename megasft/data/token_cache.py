@@ -4,6 +4,7 @@
                 mask.bin       bool, the targets among them
                 ends.bin       int64, where each sample ends
                 problems.txt   every conversation that could not be used, and why
+                made_of.json   digests of the files, tokenizer and settings (`data.identity`)
                 manifest.json  counts, and what the other files must be like
     CACHE/digests/             what the content of a file was, for as long as nobody has touched it
 
@@ -26,6 +27,7 @@ import numpy as np
 
 from megasft.data import assistant_spans, conversations, records, template, tokenize, tokenizer
 from megasft.data.conversations import Problem, Problems
+from megasft.data.identity import MADE_OF, describe
 from megasft.data.records import SUFFIXES, conversation_files
 from megasft.data.tokenize import Recipe, Tokens, tokenize_files
 from megasft.data.tokenizer import ChatTokenizer
@@ -83,6 +85,7 @@ def prepare(
     folder = root / _key(files, digests, tokenizer, recipe)
 
     def make(part: Path) -> None:
+        (part / MADE_OF).write_text(describe(files, digests, tokenizer.fingerprint, recipe), encoding="utf-8")
         _make(part, files, _unchanged(tokenize_files(files, tokenizer, recipe, workers), files, digests, root))
 
     try:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -238,13 +239,22 @@ def test_a_dropped_loader_leaves_no_thread_behind():
     assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("change", ["a sample more", "a longer sample", "seed", "packing", "weight"])
-def test_resuming_with_other_data_is_refused(change):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("a sample more", "9 samples (were 8)"),
+        ("a longer sample", "their tokens differ"),
+        ("seed", "[job] seed = 1 (was 0)"),
+        ("packing", "[data] packing = true (was false)"),
+        ("weight", "the weight of source 1 of [data] mix is 2 (was 1.0)"),
+    ],
+)
+def test_resuming_with_other_data_is_refused(change, named):
     lengths = [4] * 8
     (loader,), _ = loaders(Mix.of(make_samples(lengths)), 4, False, 1, 1)
     next(loader)
     lengths = {"a sample more": [4] * 9, "a longer sample": [5, 3] + [4] * 6}.get(change, lengths)
     mix = Mix((make_samples(lengths),), (2.0 if change == "weight" else 1.0,))
     (other,), _ = loaders(mix, 4, change == "packing", 1, 1, seed=int(change == "seed"))
-    with pytest.raises(UserError, match="not those that the checkpoint was written with"):
+    with pytest.raises(UserError, match=f"not those of the checkpoint: {re.escape(named)}"):
         other.load_state_dict(loader.state_dict())

@@ -5,17 +5,19 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megasft.data.dataset import Mix
 from megasft.messages import UserError
 from megasft.train.checkpoint.folder import RunState, write_text
+
+if TYPE_CHECKING:  # resuming is checked before torch and megatron-core are imported
+    from megasft.data.dataset import Mix
 
 BEST = "best"
 _OF = "validation.json"  # in best/: the step and the data of the validation it was best in
 
 
-def label_best(folder: Path, step: int, validation: Mix) -> None:
+def label_best(folder: Path, step: int, validation: "Mix") -> None:
     """Note in `best/` which validation it is of. Raises UserError."""
     try:
         write_text(folder / _OF, json.dumps({"step": step, "content": _content(validation)}))
@@ -23,12 +25,12 @@ def label_best(folder: Path, step: int, validation: Mix) -> None:
         raise UserError(f"{folder / _OF}: cannot be written ({error.strerror})") from None
 
 
-def best_stands(output_dir: Path, state: RunState, validation: Mix) -> bool:
+def best_stands(output_dir: Path, state: RunState, validation: "Mix") -> bool:
     """Whether `best/` is of a state's best validation and of these data: a later validation may have replaced it."""
     return _label(output_dir / BEST) == {"step": state.best_step, "content": _content(validation)}
 
 
-def _content(validation: Mix) -> list[Any]:
+def _content(validation: "Mix") -> list[Any]:
     # Samples that were made in memory have no digest.
     return [zlib.crc32(validation.lengths.tobytes()), *(source.digest for source in validation.sources)]
 

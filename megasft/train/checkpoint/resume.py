@@ -6,26 +6,28 @@ import shutil
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from megasft.config.schema import RunConfig
-from megasft.data.dataset import Batches, Mix
-from megasft.data.loader import data_identity, refuse_other_data
-from megasft.distributed.topology import Topology
+from megasft.data.identity import data_identity, refuse_other_data, refuse_other_sources
 from megasft.launch import rendezvous
 from megasft.messages import UserError, say
 from megasft.train.checkpoint.best import BEST, step_of_best
 from megasft.train.checkpoint.folder import RUN_FILE, Checkpoints, RunState, damage, read_state
 
+if TYPE_CHECKING:  # for `check`, which needs no rank and so neither torch nor megatron-core
+    from megasft.data.dataset import Batches, Mix
+    from megasft.distributed.topology import Topology
 
-def find(config: RunConfig, topology: Topology) -> tuple[Path, RunState] | None:
+
+def find(config: RunConfig, topology: "Topology") -> tuple[Path, RunState] | None:
     """The checkpoint to resume from and its state, None for a run from the start; every rank calls it.
 
     The ranks share the work of its checksums. A corrupted one is skipped with a warning, for the one before it. Raises
     UserError where the one asked for is corrupted, or all are.
     """
+    import torch.distributed as dist
+
     output = Path(config.job.output_dir)
     own = Checkpoints(output / "checkpoints")
     shared: list[Any] = ["", []]
@@ -90,10 +92,13 @@ def check(config: RunConfig, base: str, data_parallel: int) -> None:
     """Raise UserError if the run could not go on from the checkpoint it would go on from; reads a small file of it."""
     folder = _expected(config)
     if folder is not None:
-        refuse_changes(read_state(folder).identity, identity(config, base, data_parallel), config, folder)
+        state = read_state(folder)
+        refuse_changes(state.identity, identity(config, base, data_parallel), config, folder)
+        if "data" not in config.checkpoint.allow_changed:
+            refuse_other_sources(state.loader["data"], config)
 
 
-def check_data(config: RunConfig, samples: Mix, batches: Batches) -> None:
+def check_data(config: RunConfig, samples: "Mix", batches: "Batches") -> None:
     """The same of the data."""
     folder = _expected(config)
     if folder is not None:

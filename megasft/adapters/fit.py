@@ -1,0 +1,99 @@
+"""Whether an adapter belongs to a model and to the [lora] settings: what its files say, held against config.json.
+
+Needs no model and no rank, so that a wrong adapter is refused before anything is launched.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+
+from transformers import Qwen3MoeConfig
+
+from megasft.adapters.adapter_file import AdapterFile, Pair
+from megasft.adapters.peft_layout import CONFIG, MLP_TARGETS
+from megasft.config.schema import LoraSettings
+from megasft.messages import UserError
+from megasft.model.hf_config import head_dim, sparse_layers
+from megasft.storage.shards import leaf
+
+
+def fitting_pairs(adapter: AdapterFile, lora: LoraSettings, hf_config: Qwen3MoeConfig) -> dict[str, Pair]:
+    """The adapter of every linear layer that `lora` adapts in a model, by the layer's name.
+
+    Reads the files' headers, and values only where a layer may be adapted that `lora` does not name. Raises UserError
+    for another r, alpha, set of targets or shape, and for a missing or surplus layer.
+    """
+    split = lora.r == adapter.config["r"] or adapter.splits()
+    pairs = adapter.pairs(split)
+    _check_scaling(adapter, pairs, lora)
+    _check_layers(adapter, pairs, lora.targets, dict(_linear_shapes(hf_config)))
+    return pairs
+
+
+def _check_scaling(adapter: AdapterFile, pairs: Mapping[str, Pair], lora: LoraSettings) -> None:
+    """Raise UserError unless [lora] r is the adapter's largest r, and [lora] alpha / r the scaling of every layer."""
+    config = adapter.config
+    widest = max(pairs, key=lambda layer: pairs[layer].r)
+    r = pairs[widest].r
+    if r != lora.r:
+        own = "" if r == config["r"] else f"{leaf(widest)} has rank {r}: "
+        shared = "gate and up share it; " if own and leaf(widest) in ("gate_proj", "up_proj") else ""
+        alpha = pairs[widest].scaling * r
+        raise UserError(
+            f"{adapter.folder / CONFIG}: {own}r = {r}, but [lora] r = {lora.r}; {shared}"
+            f"set [lora] r = {r} and alpha = {alpha:g} to continue from this adapter"
+        )
+    for layer, pair in pairs.items():
+        if not math.isclose(pair.scaling, lora.alpha / lora.r):
+            raise UserError(
+                f"{adapter.folder / CONFIG}: lora_alpha = {config['lora_alpha']:g} scales {leaf(layer)} by "
+                f"{pair.scaling:g}, but [lora] alpha = {lora.alpha:g} by {lora.alpha / lora.r:g}; "
+                f"set [lora] alpha = {pair.scaling * r:g} to continue from this adapter"
+            )
+
+
+def _check_layers(
+    adapter: AdapterFile, pairs: Mapping[str, Pair], targets: frozenset[str], shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Raise UserError unless the adapter has exactly the targets, and the layers and shapes of the model."""
+    path, adapted = adapter.path, adapter.adapted(pairs, targets)
+    if adapted != targets:
+        raise UserError(
+            f"{path}: adapts {', '.join(sorted(adapted))}, but [lora] target_modules asks for "
+            f"{', '.join(sorted(targets))}; set target_modules to the adapter's layers"
+        )
+    foreign = next((layer for layer in pairs if layer not in shapes), None)
+    if foreign:
+        raise UserError(
+            f"{path}: adapts {foreign!r}, which this model does not have; is it an adapter of another model?"
+        )
+    missing = next((layer for layer in sorted(shapes) if leaf(layer) in targets and layer not in pairs), None)
+    if missing:
+        raise UserError(
+            f"{path}: has no adapter for {missing!r}; is it an adapter of another model, or of only some layers?"
+        )
+    for layer, pair in pairs.items():
+        n, k = shapes[layer]
+        for size, want, what in ((pair.A_shape[1], k, "inputs"), (pair.B_shape[0], n, "outputs")):
+            if size != want:
+                raise UserError(
+                    f"{path}: the adapter of {layer!r} has {size} {what}, but this model's layer has {want}; is it an "
+                    "adapter of another model?"
+                )
+
+
+def _linear_shapes(config: Qwen3MoeConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(name, (outputs, inputs)) of all linear layers that LoRA can adapt, experts one by one."""
+    hidden, d = config.hidden_size, head_dim(config)
+    queries, keys = config.num_attention_heads * d, config.num_key_value_heads * d
+    for i, sparse in enumerate(sparse_layers(config)):
+        layer = f"model.layers.{i}"
+        yield f"{layer}.self_attn.q_proj", (queries, hidden)
+        yield f"{layer}.self_attn.k_proj", (keys, hidden)
+        yield f"{layer}.self_attn.v_proj", (keys, hidden)
+        yield f"{layer}.self_attn.o_proj", (hidden, queries)
+        if sparse:
+            yield f"{layer}.mlp.gate", (config.num_experts, hidden)
+        inner = config.moe_intermediate_size if sparse else config.intermediate_size
+        for path in [f"experts.{e}." for e in range(config.num_experts)] if sparse else [""]:
+            for name in MLP_TARGETS:
+                yield f"{layer}.mlp.{path}{name}", (hidden, inner) if name == "down_proj" else (inner, hidden)
