@@ -71,6 +71,7 @@ class Request:
             conversation_files(self.jsonl)
         # Imported after the paths were checked, as in `megasft.preflight`.
         from megasft.adapters.adapter_file import AdapterFile
+        from megasft.adapters.fit import fitting_pairs
         from megasft.data.tokenizer import load_tokenizer
         from megasft.model.hf_checkpoint import Checkpoint
         from megasft.model.hf_config import check_fits, read_config
@@ -81,7 +82,8 @@ class Request:
         load_tokenizer(folder).check_vocabulary(config.vocab_size)
         Checkpoint(folder)
         if self.adapter is not None:
-            AdapterFile(self.adapter)
+            adapter = AdapterFile(self.adapter)
+            fitting_pairs(adapter, adapter.settings(), config)
 
     def vllm_command(self) -> str:
         """The shell command with which vLLM serves this model and adapter."""

@@ -127,8 +127,9 @@ def nothing(world: Path) -> None: ...
 
 # what is wrong, arguments ({} is the folder of the job), words that the line must hold
 BEFORE_THE_LAUNCH = {
-    "nothing trained yet": (nothing, "{}/job.toml", ["job.toml", "no adapter in", "--adapter"]),
-    "no such model": (nothing, "{}/modle", ["modle", "no such folder"]),
+    "nothing trained yet": (nothing, "{}/job.toml", ["job.toml", "no adapter in", "train it first"]),
+    "a folder of nothing": (nothing, "{}", ["neither a run directory", "PEFT adapter", "model"]),
+    "no such model": (nothing, "{}/modle", ["modle", "no such folder", "hub id"]),
     "no such adapter": (nothing, "{}/model --adapter {}/nope", ["nope", "no such folder"]),
     "no adapter in the folder": (nothing, "{}/model --adapter {}", ["adapter_config.json"]),
     "two adapters": (other_adapter(), "{}/other --adapter {}/other", ["is an adapter"]),
@@ -140,6 +141,12 @@ BEFORE_THE_LAUNCH = {
         nothing, "{}/model --expert-parallel 3", ["expert_parallel = 3", "num_experts = 8", "1, 2"]
     ),
     "stages that layers do not divide": (nothing, "{}/model --pipeline-parallel 2", ["num_hidden_layers = 3", "1"]),
+    "adapter of another model": (
+        other_adapter(hidden_size=32), "{}/model --adapter {}/other -p x", ["adapter_model.safetensors", "another model"]
+    ),
+    "adapter of a larger model": (
+        other_adapter(num_hidden_layers=4), "{}/model --adapter {}/other -p x", ["model.layers.3", "adapter of another model"]
+    ),
     "negative temperature": (nothing, "{}/model --temperature -1", ["temperature = -1", "0"]),
     "top-k without temperature": (nothing, "{}/model --top-k 5", ["top_k", "temperature"]),
     "no new token": (nothing, "{}/model --max-new-tokens 0", ["max-new-tokens"]),
@@ -151,13 +158,6 @@ BEFORE_THE_LAUNCH = {
 }  # fmt: skip
 
 ON_THE_RANKS = {
-    "adapter of another model": (
-        lambda world: other_adapter(hidden_size=32)(world) or without_weights(world), "{}/model --adapter {}/other -p x",
-        ["adapter_model.safetensors", "another model"],
-    ),
-    "adapter of a larger model": (
-        other_adapter(num_hidden_layers=4), "{}/model --adapter {}/other -p x", ["model.layers.3", "another model"]
-    ),
     "prompt beyond the context": (
         lambda world: short_context(world) or without_weights(world), "{}/model -p much_more_than_there_is_room_for",
         ["the prompt has", "context of 32"],

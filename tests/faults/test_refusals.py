@@ -138,7 +138,8 @@ BEFORE_THE_LAUNCH = {
         nothing, "--set hyperparameters.parallelism.deepspeed_stage=3", ["deepspeed_stage", "stage 3", "[data.topology]"]
     ),
     "topology on another number of ranks": (
-        nothing, "--ranks 3", ["launched 3 ranks", "tensor_parallel 2", "topology = {", "--nproc-per-node 2"]
+        nothing, "--ranks 3",
+        ["--ranks 3: ", "asks for 2 (tensor_parallel 2", 'add --ranks 2, or --set "data.topology={tensor_parallel = 1, data_parallel = 3}"'],
     ),
     "heads that tensor parallel does not divide": (
         nothing, "--set data.topology.tensor_parallel=8", ["tensor_parallel = 8", "num_key_value_heads = 4", "1, 2, 4"]
@@ -174,12 +175,34 @@ BEFORE_THE_LAUNCH = {
     "pickled adapter": (
         pickled_adapter, "--set job.init_adapter={}/adapter", ["adapter_model.bin", "save it as adapter_model.safetensors"]
     ),
+    "adapter of another rank": (
+        with_adapter(r=8), "--set job.init_adapter={}/adapter", ["adapter_config.json", "r = 8", "[lora] r = 4"]
+    ),
+    "adapter of another rank, and weights that are not looked at": (
+        lambda world: with_adapter(r=8)(world) or in_weights(lambda tensors: tensors.clear())(world),
+        "--set job.init_adapter={}/adapter", ["[lora] r = 4"],
+    ),
+    "adapter of another model": (
+        with_adapter(hidden_size=32), "--set job.init_adapter={}/adapter", ["adapter_model.safetensors", "another model"]
+    ),
+    "adapter of other layers": (
+        with_adapter(), "--set job.init_adapter={}/adapter --set lora.target_modules=q_proj", ["target_modules", "q_proj"]
+    ),
+    "empty data file": (with_text("train.jsonl", "\n \n"), "", ["[job] data", "train.jsonl", "holds no conversation"]),
+    "empty validation file": (with_text("validation.jsonl", ""), "", ["[data] validation_path", "holds no conversation"]),
+    "a first line that is no JSON": (
+        with_text("train.jsonl", "hello\n"), "", ["[job] data", "train.jsonl:1", "not JSON"]
+    ),
     "no run file named": (nothing, "", ["--config", "megasft train --help"]),
     "unknown option": (nothing, "--lora-rank 8", ["--lora-rank", "megasft train --help"]),
 }  # fmt: skip
 
-# What takes ranks to find: the data is read by one of them, and only they know the shape of every part of the model.
+# What takes ranks to find: they read the data to its end, and the weights.
 ON_THE_RANKS = {
+    "topology on another number of ranks": (
+        in_run_file("data_parallel = 1", "data_parallel = 2"), "",
+        ["launched 2 ranks", "asks for 4", "topology = {", "--nproc-per-node 4"],
+    ),
     "a line that is no JSON": (with_line('{"messages": ['), "", ["train.jsonl:3", "not JSON"]),
     "a conversation without assistant": (
         with_line('{"messages": [{"role": "user", "content": "hello?"}]}'), "", ["train.jsonl:3", "assistant"]
@@ -202,19 +225,6 @@ ON_THE_RANKS = {
     ),
     "a cache that cannot be written": (
         with_text("cache", ""), f"{QLORA} --set quant.cache_dir={{}}/cache", ["[quant] cache_dir", "world/cache", "cannot be written"]
-    ),
-    "adapter of another rank": (
-        with_adapter(r=8), "--set job.init_adapter={}/adapter", ["adapter_config.json", "r = 8", "[lora] r = 4"]
-    ),
-    "adapter of another rank, and weights that are not looked at": (
-        lambda world: with_adapter(r=8)(world) or in_weights(lambda tensors: tensors.clear())(world),
-        "--set job.init_adapter={}/adapter", ["[lora] r = 4"],
-    ),
-    "adapter of another model": (
-        with_adapter(hidden_size=32), "--set job.init_adapter={}/adapter", ["adapter_model.safetensors", "another model"]
-    ),
-    "adapter of other layers": (
-        with_adapter(), "--set job.init_adapter={}/adapter --set lora.target_modules=q_proj", ["target_modules", "q_proj"]
     ),
     "adapter with NaN": (
         with_adapter(lambda adapter: next(iter(adapter.values())).fill_(torch.nan)), "--set job.init_adapter={}/adapter",
@@ -260,7 +270,9 @@ def test_torchruns_ranks_refuse_what_the_launcher_would(megasft, world, case):
 @pytest.mark.parametrize("case", ["unknown key", "topology on another number of ranks"])
 def test_the_first_rank_with_an_error_reports_it(megasft, world, case):
     # torchrun ends the others as soon as one has exited.
-    spoil, text, words = BEFORE_THE_LAUNCH[case]
+    spoil, text, words = (
+        BEFORE_THE_LAUNCH | {"topology on another number of ranks": (nothing, "", ["launched 3 ranks"])}
+    )[case]
     spoil(world)
     ended = megasft(*arguments(case, text, world), ranks=3, only=1)
     assert_one_line(without_progress(ended.said), words)
