@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from megasft.messages import say_once
+
 CUDA = torch.cuda.is_available()
 
 
@@ -103,15 +105,24 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+@functools.cache
 def dot_product_attention() -> type | None:
-    """Transformer Engine's attention with variable lengths, where there is a GPU for it; None means torch SDPA."""
+    """Transformer Engine's attention with variable lengths, where there is a GPU for it; None means PyTorch's SDPA.
+
+    Says once where a GPU goes without it.
+    """
     if not CUDA:
         return None
-    try:
-        from megatron.core.extensions.transformer_engine import TEDotProductAttention
-    except ImportError:
+    # megatron-core 0.19.2 imports without Transformer Engine too, with mocks in place of its classes.
+    from megatron.core.extensions import transformer_engine
+
+    if not transformer_engine.HAVE_TE:
+        say_once(
+            "Transformer Engine is not installed: attention calls PyTorch's SDPA once for each conversation of a micro "
+            "batch, which is slower; install it with: pip install -e '.[te]' (compiles, and needs nvcc)"
+        )
         return None
-    return TEDotProductAttention
+    return transformer_engine.TEDotProductAttention
 
 
 def import_megatron() -> None:

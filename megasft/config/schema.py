@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from megasft.config.aliases import FOREIGN_NAMES, SAME_SETTING, SYNONYMS
+from megasft.config.aliases import ABSENT, FOREIGN_NAMES, SAME_SETTING, SYNONYMS
 from megasft.config.parallelism import (
     TopologySettings,
     asked_ranks,
@@ -292,7 +292,7 @@ def _checked(file: RunFile) -> RunConfig:
         config = RunConfig.model_validate(file.settings)
     except ValidationError as error:
         aliases = {name: key for key, names in FOREIGN_NAMES.items() for name in names.split()}
-        raise UserError(explain(error, file, RunConfig, aliases)) from None
+        raise UserError(explain(error, file, RunConfig, aliases, ABSENT)) from None
     config = _fold_synonyms(config, file)
     if config.data.mix and config.job.data is not None:
         raise UserError(f"{file.at(('job', 'data'))}: [[data.mix]] names training data too; keep one of the two")

@@ -19,6 +19,7 @@ from megasft.messages import UserError
 Key = tuple[str, ...]  # ("data", "topology", "tensor_parallel")
 
 LARGEST_FILE = 1 << 20  # bytes: a run file has some thousands; a data set passed by mistake has millions
+CLOSE = 0.8  # difflib's ratio from which a name is a misspelt one: alhpa and alpha have 0.8, num_proc and n_epochs 0.6
 
 
 class Section(BaseModel):
@@ -169,15 +170,22 @@ def spell(key: Key, value: Any = None) -> str:
     return section + names[-1] + (shown if len(shown) <= 80 else shown[:80] + "...")
 
 
-def explain(error: ValidationError, file: RunFile, model: type[BaseModel], aliases: Mapping[str, Key]) -> str:
-    """One line for pydantic's errors: the first one with its place and remedy, and the keys of the others."""
+def explain(
+    error: ValidationError, file: RunFile, model: type[BaseModel], aliases: Mapping[str, Key], absent: Mapping[str, str]
+) -> str:
+    """One line for pydantic's errors: the first one with its place and remedy, and the keys of the others.
+
+    Args:
+        aliases: keys by the names that other trainers give them.
+        absent: settings of other trainers that megasft does not have, with what it does instead.
+    """
     details = error.errors(include_url=False)
     keys = [tuple(str(part) for part in detail["loc"]) for detail in details]
     others = f" (and {len(keys) - 1} more: {', '.join('.'.join(key) for key in keys[1:])})" if keys[1:] else ""
     first, key = details[0], keys[0]
     match first["type"]:
         case "extra_forbidden":
-            reason = _unknown(key, list(_known_keys(model)), aliases)
+            reason = _unknown(key, list(_known_keys(model)), aliases, absent)
         case "model_type" | "dict_type":
             reason = "must be a table"
         case "bool_type":
@@ -191,12 +199,16 @@ def explain(error: ValidationError, file: RunFile, model: type[BaseModel], alias
     return f"{file.at(key)}: {reason}{others}"
 
 
-def _unknown(key: Key, known: list[Key], aliases: Mapping[str, Key]) -> str:
+def _unknown(key: Key, known: list[Key], aliases: Mapping[str, Key], absent: Mapping[str, str]) -> str:
     *section, name = (part for part in key if not part.isdigit())  # a number is an entry of an array of tables
+    if instead := absent.get(name.lower()):
+        return f"megasft has no such setting; {instead}"
     here = {other[-1]: other for other in known if other[:-1] == tuple(section)}
     anywhere = {other[-1]: other for other in reversed(known)}  # the first of equal names wins
     candidates = [aliases.get(name.lower()), anywhere.get(name.lower())]
-    candidates += [names[close] for names in (here, anywhere) for close in difflib.get_close_matches(name, names, n=1)]
+    for names in (here, anywhere, aliases):
+        close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=CLOSE)
+        candidates += [names[one] for one in close]
     meant = next((candidate for candidate in candidates if candidate), None)
     if meant is None:
         return f"unknown key; known here: {', '.join(here)}"

@@ -81,9 +81,9 @@ def describe(files: Sequence[Path], digests: Sequence[str], tokenizer: str, reci
 
 def _refuse(difference: str) -> None:
     raise UserError(
-        f"the training data are not those of the checkpoint: {difference}; restore that, or start a new run with "
-        "another [job] output_dir or --resume never, or continue on the new data with [checkpoint] allow_changed = "
-        '["data"]'
+        f"the training data are not those of the checkpoint: {difference}; restore that, or start a new run (set "
+        'another [job] output_dir, or pass --resume never), or set [checkpoint] allow_changed = ["data"] to resume on '
+        "the new data"
     )
 
 

@@ -21,8 +21,6 @@ from typing import Any, cast
 
 import jinja2
 import tokenizers
-from transformers import AutoTokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from megasft.data.assistant_spans import Frame, FrameError, learn_frame
 from megasft.messages import UserError
@@ -148,6 +146,8 @@ class ChatTokenizer:
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
     ) -> tuple[str, list[tuple[int, int]]] | None:
         """The text and the spans that the template's own `{% generation %}` marks enclose; None if it has none."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         template = self.hf.get_chat_template(tools=tools)
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             return None
@@ -205,6 +205,8 @@ class ChatTokenizer:
 
 
 def _from_folder(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # not above: it imports torch, which `megasft validate` may do without
+
     try:
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or plain Exception, as it happens

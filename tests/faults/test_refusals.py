@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -277,6 +279,21 @@ def test_the_first_rank_with_an_error_reports_it(megasft, world, case):
     ended = megasft(*arguments(case, text, world), ranks=3, only=1)
     assert_one_line(without_progress(ended.said), words)
     assert ended.codes == [2]
+
+
+def test_the_checks_before_the_launch_import_neither_megatron_core_nor_a_model(world):
+    with_adapter(r=8)(world)
+    code = (
+        "import atexit, json, sys; from megasft import cli\n"
+        f"atexit.register(lambda: json.dump(sorted(sys.modules), open({str(world / 'modules.json')!r}, 'w')))\n"
+        f"sys.argv = ['megasft', 'train', '-c', '{world}/job.toml', '--set', 'job.init_adapter={world}/adapter']\n"
+        "cli.main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert_one_line(ended.stderr, ["r = 8, but [lora] r = 4"])
+    modules = set(json.loads((world / "modules.json").read_text()))
+    assert "megasft.adapters.fit" in modules, "it was the last check"
+    assert not [name for name in modules if name.startswith("megatron") or ".modeling_qwen" in name]
 
 
 def test_a_line_break_in_a_path_does_not_break_the_error_line(megasft, world):

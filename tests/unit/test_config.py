@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megasft.config.aliases import ABSENT, FOREIGN_NAMES
 from megasft.config.parallelism import TopologySettings, TopologySizes, resolve_topology
 from megasft.config.schema import MixSettings, RunConfig, load_config
-from megasft.config.toml import key_lines
+from megasft.config.toml import _known_keys, key_lines
 from megasft.messages import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -439,6 +440,35 @@ def test_without_bf16_the_run_is_fp32():
 def test_an_unknown_key_is_refused_with_the_key_that_was_meant(write, section, key, meant):
     message = load_refusal(write, table(section, key, "1"))
     assert message == f"job.toml:2: [{section}] {key} = 1: unknown key; did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "instead"),
+    [
+        ("lora", "use_rslora", "the update is alpha / r * B A: for rsLoRA's scaling set [lora] alpha"),
+        ("data", "num_proc", "tokenizing and loading use the cores"),
+        ("hyperparameters", "optim", "the optimizer is AdamW"),
+    ],
+)
+def test_a_setting_that_only_other_trainers_have_is_told_what_happens_instead(write, section, key, instead):
+    message = load_refusal(write, table(section, key, "1"))
+    assert message.startswith(f"job.toml:2: [{section}] {key} = 1: megasft has no such setting; {instead}")
+    assert "did you mean" not in message
+
+
+def test_no_setting_of_another_trainer_is_both_known_and_absent():
+    keys = {key[-1] for key in _known_keys(RunConfig)} | {
+        name for names in FOREIGN_NAMES.values() for name in names.split()
+    }
+    assert ABSENT.keys()
+    assert not ABSENT.keys() & keys
+    assert set(FOREIGN_NAMES) <= set(_known_keys(RunConfig)) | {("data", "mix")}
+
+
+@pytest.mark.parametrize("name", ["keep_last", "xyzzy", "use_nothing", "batch"])
+def test_a_name_that_is_close_to_none_is_not_guessed(write, name):
+    message = load_refusal(write, table("checkpoint", name, "1"))
+    assert f"[checkpoint] {name} = 1: unknown key; known here: every_steps, " in message
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from megasft.data.token_cache import prepare
 from megasft.data.tokenize import Recipe
 from megasft.messages import UserError
 
-REMEDY = '; restore that, or start a new run with another [job] output_dir or --resume never, or continue on the new data with [checkpoint] allow_changed = ["data"]'
+REMEDY = '; restore that, or start a new run (set another [job] output_dir, or pass --resume never), or set [checkpoint] allow_changed = ["data"] to resume on the new data'
 
 
 def write(path: Path, word: str, count: int = 6) -> Path:

@@ -200,9 +200,11 @@ def refuse_changes(then: dict[str, Any], now: dict[str, Any], config: RunConfig,
             if old % one:
                 remedy = f"per_device_batch times data_parallel, {one}, does not divide it: change one of them"
             raise UserError(f"{folder}: was trained with a global batch of {old}, and this run has {value}; {remedy}")
+        # An adapter of another r, alpha or other targets would be refused in its turn.
+        adapter = "" if name.startswith("[lora]") else f", from this adapter with [job] init_adapter = {str(folder)!r}"
         raise UserError(
-            f"{name} = {_words(value)}: {folder} was trained with {_words(old)}; set it so, or start a new run in "
-            f"another [job] output_dir, with [job] init_adapter = {str(folder)!r} to go on from that adapter"
+            f"{name} = {_words(value)}: {folder} was trained with {_words(old)}; set it so, or start a new run (set "
+            f"another [job] output_dir, or pass --resume never){adapter}"
         )
 
 
