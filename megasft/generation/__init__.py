@@ -1,1 +1,1 @@
-"""Looking at what a model answers, with its adapter, under any topology; not for serving."""
+"""Generate with a model and its adapter, under any topology: for looking at results, not for serving."""

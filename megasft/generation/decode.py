@@ -1,4 +1,4 @@
-"""Token after token, on all ranks in step: one rank chooses, and the others hear of it."""
+"""Decode token by token on all ranks in step: one rank chooses each token and sends it to the others."""
 
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -16,7 +16,7 @@ from megasft.model.batch import MicroBatch
 from megasft.model.kv_cache import KVCache
 from megasft.model.qwen3_moe import Qwen3Moe
 
-PREFILL = 2048  # tokens of a prompt that go through the model at once, which bounds activations and masks
+PREFILL = 2048  # tokens of a prompt in one forward pass, which bounds activations and masks
 
 
 @torch.no_grad()
@@ -29,17 +29,17 @@ def generate(
     cache: KVCache | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
-    """Yield the tokens that `model` puts behind `prompt`, the same on every rank; all ranks iterate, to the end.
+    """Yield the tokens that `model` generates after `prompt`, the same on every rank; all ranks iterate to the end.
 
     The answer ends with a token of `stop`, after `max_new_tokens`, at the end of the model's context, or when
-    `interrupted` is true on any rank. Data-parallel replicas all compute the same answer; experts that are spread over
-    them get each token from every one.
+    `interrupted` is true on any rank. All data-parallel replicas compute the same answer; experts sharded over them
+    receive each token once from every replica.
 
     Args:
         prompt: token ids, the same on every rank; at least one.
-        sampler: how tokens are chosen; greedily without one.
-        cache: of an earlier call with the same model and weights: what its conversation and `prompt` begin with is not
-            computed again. It holds the new conversation afterwards.
+        sampler: how tokens are chosen; None is greedy.
+        cache: of an earlier call with the same model and weights; the common prefix of its conversation and `prompt` is
+            not computed again. It holds the new conversation afterwards.
 
     Raises:
         UserError: an empty prompt, or one that leaves no room in the model's context (`max_position_embeddings`).
@@ -70,13 +70,15 @@ def generate(
 def check_length(prompt: list[int], context: int) -> None:
     """Raise UserError unless the prompt has tokens and leaves room for one more."""
     if not prompt:
-        raise UserError("the prompt is empty")
+        raise UserError("the prompt is empty; give it some text")
     if len(prompt) >= context:
-        raise UserError(f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {context}")
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {context}; shorten it"
+        )
 
 
 def _logits_after(model: Qwen3Moe, new: list[int], cache: KVCache) -> Tensor | None:
-    """Run new tokens through the model and into the cache: logits after the last, on the last stage."""
+    """Run new tokens through the model and into the cache; the logits after the last token, on the last stage."""
     outcomes: list[Tensor] = []
     for first in range(0, len(new), PREFILL):
         part = new[first : first + PREFILL]
@@ -96,17 +98,17 @@ def _logits_after(model: Qwen3Moe, new: list[int], cache: KVCache) -> Tensor | N
 
 
 def _forward(batches: Any, model: Qwen3Moe) -> tuple[Tensor, Any]:
-    """megatron-core's forward step, whose outcome is the model's output itself."""
+    """megatron-core's forward step; its result is the model's output."""
     return model.next_logits(next(batches)), lambda output, non_loss_data: output
 
 
 def _chooses(topology: Topology) -> bool:
-    """Whether this is the rank that chooses tokens. Others have its logits up to rounding, which is not enough."""
+    """Whether this rank chooses the tokens. Other ranks have the same logits up to rounding only."""
     return topology.is_last_stage and topology.groups.tp.rank() == 0 and topology.groups.dp.rank() == 0
 
 
 def _agree(chosen: int, stopped: bool) -> tuple[int, bool]:
-    """(the token of the rank that chose one, whether any rank was stopped)."""
+    """(the token that was chosen, whether any rank was interrupted)."""
     said = torch.tensor([chosen, int(stopped)], device=host.device())
     dist.all_reduce(said, dist.ReduceOp.MAX)
     token, any_stopped = said.tolist()

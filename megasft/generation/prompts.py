@@ -1,4 +1,4 @@
-"""Where prompts come from: a text, a chat on the terminal, a file of conversations. For rank 0."""
+"""The sources of prompts: an option, standard input, a chat on the terminal, a file of conversations. For rank 0."""
 
 import json
 import sys
@@ -20,38 +20,40 @@ Tools = list[dict[str, Any]] | None
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for a prompt; `finish` is "stop", "length" or "interrupted"."""
+    """The answer to a prompt; `finish` is "stop", "length" or "interrupted"."""
 
     text: str
     tokens: int
     finish: str
 
 
-# Yields messages and their tools, takes the answer to them.
+# Yields messages and their tools, and is sent the answer.
 Prompts = Generator[tuple[Messages, Tools], Answer, None]
 
 
 def is_chat(request: Request) -> bool:
-    """Whether prompts are typed on a terminal, one after the other."""
+    """Whether prompts are typed on a terminal."""
     return request.prompt is None and request.jsonl is None and sys.stdin.isatty()
 
 
 def prompts(request: Request) -> Prompts:
-    """The prompts of a request. Raises UserError for one that cannot be used."""
+    """The prompts of a request. Raises UserError for an unusable one."""
     if request.jsonl is not None:
         return _from_file(request, request.jsonl)
     return _chat(request) if is_chat(request) else _once(request)
 
 
 def encode(tokenizer: ChatTokenizer, messages: Messages, tools: Tools, template: dict[str, Any]) -> list[int]:
-    """The tokens of a conversation up to where the assistant begins, as in training: control tokens in texts are text.
-
-    Raises UserError if the chat template does.
+    """The tokens of a conversation up to the start of the assistant's turn. As in training, control tokens in texts are
+    plain text. Raises UserError if the chat template raises.
     """
     texts: Any = [messages, tools]
     guarded = any(tokenizer.control.search(text) for text in strings(texts))
     if guarded and any(STAND_IN.search(text) for text in strings(texts)):
-        raise UserError("the prompt holds both control tokens and the private characters that stand for them")
+        raise UserError(
+            "the prompt contains control tokens and also the private-use characters (U+10F000 and above) that megasft "
+            "puts in their place; remove one of the two"
+        )
     if guarded:
         messages, tools = map_strings(texts, tokenizer.swap)
     try:
@@ -63,25 +65,25 @@ def encode(tokenizer: ChatTokenizer, messages: Messages, tools: Tools, template:
 
 
 def write(text: str) -> None:
-    """To standard output, at once. Raises UserError if nobody reads it any more."""
+    """Print to standard output without buffering. Raises UserError if it is closed."""
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
-        raise UserError("standard output was closed before the answer was whole") from None
+        raise UserError("standard output was closed before the answer was complete") from None
 
 
 def _once(request: Request) -> Prompts:
     text = sys.stdin.read() if request.prompt is None else request.prompt
     if not text.strip():
-        raise UserError("no prompt: give --prompt TEXT, or a text on standard input, or chat on a terminal")
+        raise UserError("no prompt: give --prompt TEXT, pipe a text to standard input, or chat on a terminal")
     yield [*_system(request), {"role": "user", "content": text}], read_tools(request.tools)
 
 
 def _chat(request: Request) -> Prompts:
-    import readline  # noqa: F401 (lines can be edited from here on)
+    import readline  # noqa: F401 (gives input() line editing)
 
     tools, messages = read_tools(request.tools), _system(request)
-    print("A line is a message; /new begins a new conversation, Ctrl-C ends an answer, Ctrl-D the chat.")
+    print("Each line is a message. /new starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends the chat.")
     while True:
         try:
             write("\n")
@@ -100,7 +102,7 @@ def _chat(request: Request) -> Prompts:
 
 
 def _from_file(request: Request, path: Path) -> Prompts:
-    """Conversations as for training; an assistant message at the end is what was expected, and is not shown."""
+    """Conversations as for training; a last assistant message is the reference, which the model does not see."""
     tools, system = read_tools(request.tools), _system(request)
     for file in conversation_files(path):
         for line, record, begin in read_records(file):

@@ -1,4 +1,4 @@
-"""What to generate with: model, adapter, topology, prompts. Settled and checked before a rank is started."""
+"""What `megasft generate` was asked for: model, adapter, topology, prompts; checked before any rank is launched."""
 
 import json
 import math
@@ -17,18 +17,18 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may 
 
 @dataclass(frozen=True)
 class Request:
-    """One use of `megasft generate`.
+    """The arguments of one `megasft generate`.
 
     Attributes:
         model: a folder or hub id.
         adapter: the folder of a PEFT adapter; None for the base alone.
-        dtype: None for the one the model's own configuration names.
-        topology: its data_parallel has no meaning here.
-        prompt: what the user says; None to ask on a terminal, or to read standard input.
+        dtype: None for that of the model's config.json.
+        topology: its data_parallel is not used.
+        prompt: the user's message; None to ask on a terminal, or to read standard input.
         system: the system prompt.
-        tools: a JSON file with a list of tools for the template.
+        tools: a JSON file with a list of tools for the chat template.
         template: further variables of the chat template.
-        jsonl: conversations to answer, in place of a prompt.
+        jsonl: a file of conversations to answer, in place of a prompt.
     """
 
     model: str
@@ -42,10 +42,10 @@ class Request:
     jsonl: Path | None = None
     max_new_tokens: int = 512
     sampling: dict[str, Any] = field(default_factory=dict)  # arguments of Sampler
-    quant: QuantSettings | None = None  # over a base in 4 bits
+    quant: QuantSettings | None = None  # for a 4-bit base
 
     def ranks(self) -> int:
-        """The fewest ranks that hold the model once: experts may be spread over tensor-parallel ranks."""
+        """The fewest ranks that hold one replica: experts may be sharded over tensor-parallel ranks."""
         asked = self.topology
         tensor, expert, pipeline = (
             asked.tensor_parallel or 1,
@@ -56,11 +56,11 @@ class Request:
         return pipeline * math.lcm(tensor, within * expert)
 
     def sizes(self, ranks: int) -> TopologySizes:
-        """The topology on so many ranks, those beyond `ranks()` being replicas that compute the same."""
+        """The topology on so many ranks; those beyond `ranks()` are replicas that compute the same answer."""
         return resolve_topology(self.topology.model_copy(update={"data_parallel": None}), ranks)
 
     def check(self, sizes: TopologySizes) -> None:
-        """Raise UserError for what is missing or does not fit; reads no weights."""
+        """Raise UserError for input that is missing or does not fit; reads no weights."""
         from megasft.model.hub import check_name, find_model
 
         if self.adapter is not None and not Path(self.adapter).is_dir():
@@ -69,7 +69,7 @@ class Request:
         read_tools(self.tools)
         if self.jsonl is not None:
             conversation_files(self.jsonl)
-        # Imported after the paths were checked, as in `megasft.preflight`.
+        # Imported after the paths were checked, as in `megasft.preflight`: torch and transformers take seconds.
         from megasft.adapters.adapter_file import AdapterFile
         from megasft.adapters.fit import fitting_pairs
         from megasft.data.tokenizer import load_tokenizer
@@ -126,12 +126,12 @@ def read_tools(path: Path | None) -> list[dict[str, Any]] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"--tools {path}: not a readable JSON file ({error})") from None
     if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"--tools {path}: must be a list of objects, each of which describes a tool")
+        raise UserError(f"--tools {path}: must be a list of objects, one for each tool")
     return tools
 
 
 def template_variables(arguments: list[str]) -> dict[str, Any]:
-    """`name=value`, where a value that is JSON (`false`, `3`) is what it says and anything else a string."""
+    """Parse `name=value`: a value that is JSON (`false`, `3`) is taken as such, anything else as a string."""
     variables = {}
     for argument in arguments:
         name, equals, text = argument.partition("=")

@@ -1,4 +1,4 @@
-"""One rank of `megasft generate`: loads its part of the model, and answers prompt after prompt with the others."""
+"""One rank of `megasft generate`: loads its shard of the model and answers prompts together with the others."""
 
 import contextlib
 import io
@@ -28,19 +28,19 @@ from megasft.model.hf_config import DTYPES, read_config
 from megasft.model.hub import find_model
 from megasft.model.kv_cache import KVCache
 
-A_WEEK = 7 * 24 * 60.0  # minutes: the other ranks wait in a collective while somebody thinks of a question
-# What a terminal would obey, but for line breaks and tabs; drawn as Unicode's pictures of it.
+A_WEEK = 7 * 24 * 60.0  # minutes: the other ranks wait in a collective while the user types
+# Control characters, which a terminal would obey, except line breaks and tabs; shown as Unicode's control pictures.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 
 def run(request: Request) -> None:
-    """Answer all prompts of a request; every rank calls it. Rank 0 reads and prints."""
+    """Answer all prompts of a request; every rank calls it. Rank 0 reads prompts and prints answers."""
     topology = join_world(request.sizes(int(os.environ.get("WORLD_SIZE", 1))), seed=0, timeout_minutes=A_WEEK)
     with topology.together():
         if topology.is_first:
             request.check(topology.sizes)
             if is_chat(request) and "TORCHELASTIC_RUN_ID" in os.environ:
-                raise UserError("torchrun's ranks cannot read the terminal: give --prompt, or leave torchrun out")
+                raise UserError("ranks of torchrun cannot read the terminal: give --prompt, or run it without torchrun")
         folder = find_model(request.model)
         config = read_config(folder)
         lora = None if request.adapter is None else AdapterFile(request.adapter).settings()
@@ -48,7 +48,7 @@ def run(request: Request) -> None:
         conversation = _Conversation(request, load_tokenizer(folder), config) if topology.is_first else None
     ask = conversation.ask if conversation else None
     chat = _from_first(topology, lambda: is_chat(request))
-    # Where nobody has to wait for it, the first prompt comes before the weights: what is wrong with it is soon told.
+    # Read a prompt that is given before the weights: a mistake in it is refused within seconds.
     asked = None if chat else _from_first(topology, ask)
     model = load_model(request.model, topology, DTYPES[dtype], lora, request.adapter, quant=request.quant)
     stop = _from_first(topology, lambda: conversation and stop_tokens(folder, config, conversation.tokenizer))
@@ -68,7 +68,7 @@ def run(request: Request) -> None:
 
 
 def stop_tokens(folder: Path, config: Qwen3MoeConfig, tokenizer: ChatTokenizer) -> frozenset[int]:
-    """The tokens that end an answer: of generation_config.json, config.json, the tokenizer and its chat template."""
+    """Tokens that end an answer: those of generation_config.json, config.json, the tokenizer and the chat template."""
     path = folder / "generation_config.json"
     try:
         generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -82,7 +82,7 @@ def stop_tokens(folder: Path, config: Qwen3MoeConfig, tokenizer: ChatTokenizer) 
 
 
 def say(text: str) -> None:
-    """A line for the user that is not the model's: on standard error."""
+    """Print a line of megasft's own on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -99,7 +99,7 @@ class _Conversation:
             sys.stdout.reconfigure(errors="replace")
 
     def ask(self) -> list[int] | None:
-        """The tokens of the next prompt; None if there is none."""
+        """The tokens of the next prompt; None after the last."""
         try:
             messages, tools = next(self._prompts) if self._answer is None else self._prompts.send(self._answer)
         except StopIteration:
@@ -110,7 +110,7 @@ class _Conversation:
         return prompt
 
     def hear(self, token: int, ends: bool) -> None:
-        """Print what a token says."""
+        """Print the text of a token."""
         self._tokens += 1
         if ends:
             self._finish = "stop"
@@ -118,14 +118,14 @@ class _Conversation:
             self._give(self._stream.push(token))
 
     def end(self, interrupted: bool) -> None:
-        """The answer is whole, or was interrupted."""
+        """Finish the answer, complete or interrupted."""
         self._give(self._stream.finish())
         if self._request.jsonl is None:
             write("\n")
         finish = "interrupted" if interrupted and self._finish != "stop" else self._finish
         self._answer = Answer(self._text, self._tokens, finish)
         if finish == "length":
-            say(f"[cut off after {self._tokens} tokens; --max-new-tokens or the model's context allows no more]")
+            say(f"[cut off after {self._tokens} tokens, the limit of --max-new-tokens or of the model's context]")
 
     def _give(self, text: str) -> None:
         self._text += text
@@ -134,7 +134,7 @@ class _Conversation:
 
 
 def _from_first(topology: Topology, ask: Callable[[], Any] | None) -> Any:
-    """What `ask` answers on rank 0, on every rank; its UserError likewise."""
+    """The result of `ask` on rank 0, sent to every rank; its UserError too."""
     answer: list[Any] = [None]
     with topology.together():
         if topology.is_first and ask:
@@ -145,7 +145,9 @@ def _from_first(topology: Topology, ask: Callable[[], Any] | None) -> Any:
 
 @contextlib.contextmanager
 def _ctrl_c_stops(answer: bool) -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed, which the launcher tells by SIGUSR2; if not `answer`, that ends the rank."""
+    """A function that tells whether Ctrl-C was pressed, which the launcher sends as SIGUSR2. Unless `answer`, it ends
+    the rank.
+    """
     pressed: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, _: pressed.append(number)) if answer else None
     try:

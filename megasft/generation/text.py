@@ -1,8 +1,8 @@
-"""Tokens into text, as far as it is certain: bytes of one character may come in several tokens."""
+"""Tokens to text as they come: the bytes of a character may be split over several tokens."""
 
 from megasft.data.tokenizer import ChatTokenizer
 
-UNFINISHED = "\ufffd"  # what a tokenizer decodes bytes to that are no character (yet)
+UNFINISHED = "\ufffd"  # a tokenizer decodes bytes that are no character, or not yet, to this
 MOST_UNFINISHED = 3  # bytes of a UTF-8 character that lacks one
 
 
@@ -11,12 +11,12 @@ class TextStream:
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] = []  # the last tokens that were given out, which spacing may depend on
-        self._tokens: list[int] = []  # those behind them, of which some character is not finished
-        self._given = 0  # characters of `_tokens` that were given out
+        self._context: list[int] = []  # the last tokens given out; spacing may depend on them
+        self._tokens: list[int] = []  # the tokens after them, which end in an incomplete character
+        self._given = 0  # characters of `_tokens` given out already
 
     def push(self, token: int) -> str:
-        """What is certain now and was not before."""
+        """The text that this token completes."""
         self._tokens.append(token)
         text = self._text()
         certain = text.rstrip(UNFINISHED)
@@ -27,7 +27,7 @@ class TextStream:
         return new
 
     def finish(self) -> str:
-        """What is left, with a replacement character for bytes that never became one."""
+        """The rest of the text, with replacement characters for incomplete ones."""
         rest = self._text()[self._given :]
         self._context, self._tokens, self._given = [], [], 0
         return rest
@@ -37,7 +37,7 @@ class TextStream:
         text = self._tokenizer.decode(self._context + self._tokens)
         if text.startswith(before):
             return text[len(before) :]
-        # SentencePiece decodes a run of byte tokens as a whole: one that is wrong, or missing, spoils them all.
+        # SentencePiece decodes a run of byte tokens together: a wrong or missing one invalidates the run.
         if len(self._tokens) <= MOST_UNFINISHED:
             return UNFINISHED * len(self._tokens)
         self._context = []

@@ -66,7 +66,7 @@ def test_only_the_answer_is_on_standard_output(megasft, world, adapter):
         assert ended.codes == [0, 0], ended.said
         assert ended.printed == want + "\n"
         *cut, notice, command = ended.said.splitlines()
-        assert all(re.fullmatch(r"\[cut off after 30 tokens; .*\]", line) for line in cut)
+        assert all(re.fullmatch(r"\[cut off after 30 tokens, the limit of .*\]", line) for line in cut)
         assert "not for serving" in notice
         assert command == f"vllm serve {world}/model --enable-lora --lora-modules run={adapter} --max-lora-rank 8"
 

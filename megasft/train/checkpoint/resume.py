@@ -89,7 +89,9 @@ RUN_FILES = ("checkpoints", "metrics.jsonl", "tensorboard", BEST, "adapter")
 
 
 def check(config: RunConfig, base: str, data_parallel: int) -> None:
-    """Raise UserError if the run could not go on from the checkpoint it would go on from; reads a small file of it."""
+    """Raise UserError if the run cannot resume from its checkpoint; reads a small file of that, and of other data their
+    content.
+    """
     folder = _expected(config)
     if folder is not None:
         state = read_state(folder)
@@ -123,7 +125,7 @@ def _candidates(config: RunConfig) -> list[Path]:
 
 
 def _setting(config: RunConfig) -> str:
-    """`[checkpoint] resume`; a run that its launcher begins again has one way to go on, whatever it began from."""
+    """`[checkpoint] resume`; a run that its launcher restarts resumes from its own checkpoints, however it started."""
     if config.checkpoint.resume != "auto" and rendezvous.is_restart():
         # Not if no attempt before came to `tidy`: then what is there is of another run.
         with contextlib.suppress(OSError):
@@ -180,7 +182,7 @@ def identity(config: RunConfig, base: str | None, data_parallel: int) -> dict[st
 
 
 def refuse_changes(then: dict[str, Any], now: dict[str, Any], config: RunConfig, folder: Path) -> None:
-    """Raise UserError naming what differs between the identities of a checkpoint and of the run that is to go on."""
+    """Raise UserError naming the setting that differs between a checkpoint and the run that is to resume from it."""
     for name, value in now.items():
         old = then.get(name)
         if old == value:
