@@ -218,9 +218,8 @@ class HyperparameterSettings(Section):
     sequence_length: Count = 4096  # tokens of the longest sample, and of a packed row
     learning_rate: Positive = 5e-5  # peak, at the end of warm-up
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all optimizer steps spent on linear warm-up
-    lr_schedule: Literal["linear", "cosine", "constant"] = (
-        "linear"  # after warm-up; `"linear"` and `"cosine"` decay to 0
-    )
+    # after warm-up; linear and cosine decay to 0
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: NotNegative = 0.0  # AdamW's decoupled weight decay
     max_grad_norm: NotNegative = 1.0  # clip the global gradient norm to this; 0: no clipping
     adam_beta1: BelowOne = 0.9  # decay of the first moment
