@@ -1,4 +1,4 @@
-"""The ways in that the README shows, as a user takes them."""
+"""The ways in that README and docs/ show, as a user takes them."""
 
 import json
 import os
@@ -35,10 +35,9 @@ def test_the_library_example_of_the_readme_runs_as_it_stands(tmp_path):
     assert load_file(tmp_path / "my-adapter" / "adapter_model.safetensors")
 
 
-def test_the_adapters_in_a_row_of_the_readme_each_start_from_the_last(tmp_path):
-    text = re.search(
-        r"## Several adapters in a row\n.*?```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )[1]
+def test_the_runs_in_a_row_of_the_docs_each_start_from_the_last_adapter(tmp_path):
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    text = re.search(r"## Several runs in a row\n.*?```bash\n(.*?)```", page, re.DOTALL)[1]
     run_file = make_world(tmp_path)
     (tmp_path / "configs").mkdir()
     run_file.rename(tmp_path / "configs" / "demo.toml")
