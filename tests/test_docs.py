@@ -66,12 +66,12 @@ def test_the_pages_hold_commands_of_every_kind():
 @pytest.mark.parametrize(
     ("page", "words"), COMMANDS, ids=[f"{page}: {' '.join(words)[:60]}" for page, words in COMMANDS]
 )
-def test_a_command_in_the_pages_is_one_that_the_tool_takes(page, words):
+def test_a_command_in_the_pages_is_one_that_the_tool_takes(page, words, tmp_path):
     match words:
         case ["megasft", *arguments]:
-            check_megasft(arguments)
+            check_megasft(arguments, page, tmp_path)
         case ["torchrun", *arguments]:
-            check_torchrun(arguments)
+            check_torchrun(arguments, page, tmp_path)
         case ["python", "-m", module, *arguments]:
             check_script(ROOT / f"{module.replace('.', '/')}.py", arguments)
         case ["python", path, *arguments]:
@@ -90,15 +90,28 @@ def test_a_command_in_the_pages_is_one_that_the_tool_takes(page, words):
             assert words[0] in EXTERNAL
 
 
-def check_megasft(arguments: list[str]) -> None:
-    """Parse as the command line does, and check what is set in which run file."""
-    context = parsed(arguments)
-    overrides = list(context.params.get("set_") or [])
-    config = context.params.get("config")
+def check_megasft(arguments: list[str], page: str, folder: Path) -> None:
+    """Parse as the command line does, and check what is set in which run file: one of ours, or of `megasft init`."""
+    parameters = parsed(arguments).params
+    overrides = list(parameters.get("set_") or [])
     for override in overrides:
         assert ".".join(parse_override(override)[0]) in keys()
-    if config is not None:
-        load_config(ROOT / config, overrides)
+    if (config := parameters.get("config")) is not None:
+        load_config(run_file(config, page, folder), overrides)
+
+
+def run_file(config: Path, page: str, folder: Path) -> Path:
+    """A run file of this repository, or one that a command on the same page writes."""
+    if (ROOT / config).is_file():
+        return ROOT / config
+    makes = next(words for other, words in COMMANDS if other == page and words[1:3] == ["init", str(config)])
+    done = megasft(makes[1:], folder)
+    assert done.returncode == 0, done.stderr
+    return folder / config
+
+
+def megasft(arguments: list[str], folder: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "megasft", *arguments], cwd=folder, capture_output=True, text=True)
 
 
 def parsed(arguments: list[str]) -> Any:
@@ -110,7 +123,7 @@ def parsed(arguments: list[str]) -> Any:
         return command.make_context(name, rest, parent=context)
 
 
-def check_torchrun(arguments: list[str]) -> None:
+def check_torchrun(arguments: list[str], page: str, folder: Path) -> None:
     from torch.distributed.run import get_args_parser
 
     try:
@@ -119,10 +132,10 @@ def check_torchrun(arguments: list[str]) -> None:
         raise AssertionError(f"torchrun refuses {arguments}") from None
     if options.module:
         assert options.training_script == "megasft"
-        check_megasft(options.training_script_args)
+        check_megasft(options.training_script_args, page, folder)
     else:
         assert options.training_script == "tools/train.py"
-        check_megasft(["train", *options.training_script_args])
+        check_megasft(["train", *options.training_script_args], page, folder)
         ranks = int(options.nproc_per_node) * int(options.nnodes.partition(":")[0])
         settings = parsed(["train", *options.training_script_args]).params
         assert load_config(ROOT / settings["config"], settings["set_"]).world_size() == ranks
@@ -271,6 +284,6 @@ def test_a_message_that_troubleshooting_quotes_is_one_that_the_code_gives(messag
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"]])
 def test_a_cheap_command_runs(arguments):
-    done = subprocess.run([sys.executable, "-m", "megasft", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = megasft(arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
