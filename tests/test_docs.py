@@ -268,7 +268,11 @@ def messages() -> list[str]:
 def quoted() -> list[str]:
     """The messages that troubleshooting quotes, those of other libraries left out."""
     text = TEXTS["docs/troubleshooting.md"].partition("## From other libraries")[0]
-    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+    return [
+        message
+        for cell in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+        for message in re.findall(r"`([^`]+)`", cell)
+    ]
 
 
 def test_troubleshooting_quotes_messages():
