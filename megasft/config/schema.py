@@ -108,11 +108,7 @@ class MixSettings(Section):
 
 
 class DataSettings(Section):
-    """`[data]`: how conversations become batches, and the validation data.
-
-    In the `RunConfig` that `load_config` returns, `validation_fraction` is what is held out: 0 without validation, or
-    with a `validation_path`.
-    """
+    """`[data]`: how conversations become batches, and the validation data. See batches.md."""
 
     validation_path: Text | None = None  # conversations to validate on
     # share of the training conversations to hold out for validation where there is no `validation_path`; the same
@@ -333,7 +329,9 @@ def _fold_synonyms(config: RunConfig, file: RunFile) -> RunConfig:
 
 
 def _settle_validation(config: RunConfig, file: RunFile) -> RunConfig:
-    """Set `enabled` if the file leaves it out, and `validation_fraction` to the share that is really held out."""
+    """Set `enabled` if the file leaves it out, and `validation_fraction` to the share that is really held out: 0 without
+    validation, and with a `validation_path`.
+    """
     data, validation = config.data, config.training.validation
     enabled, fraction = validation.enabled, data.validation_fraction
     if "enabled" not in validation.model_fields_set:
