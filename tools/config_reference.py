@@ -167,8 +167,8 @@ def _toml(value: Any) -> str:
 
 
 def _sentence(text: str) -> str:
-    """With a capital, unless it begins with code, and with a full stop."""
-    text = text.replace("|", "\\|").strip()
+    """With a capital, unless it begins with code, with a full stop, and pages as links."""
+    text = re.sub(r"\b([a-z-]+\.md)\b", r"[\1](\1)", text.replace("|", "\\|").strip())
     text = text[:1].upper() + text[1:]
     return text if not text or text.endswith((".", "!", "?", ":")) else f"{text}."
 
