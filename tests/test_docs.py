@@ -123,6 +123,33 @@ def parsed(arguments: list[str]) -> Any:
         return command.make_context(name, rest, parent=context)
 
 
+INLINE = [
+    (page, shlex.split(code))
+    for page, text in TEXTS.items()
+    for code in re.findall(
+        r"`((?:megasft|python) [^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    )
+]
+
+
+def test_the_pages_hold_commands_within_sentences():
+    assert len(INLINE) > 15
+
+
+@pytest.mark.parametrize(("page", "words"), INLINE, ids=[f"{page}: {' '.join(words)[:60]}" for page, words in INLINE])
+def test_a_command_within_a_sentence_has_a_name_and_options_that_exist(page, words):
+    """Such a command may leave out what is not its point."""
+    match words:
+        case ["megasft", name, *arguments]:
+            command = typer.main.get_command(app).commands[name]
+            known = {option for parameter in command.params for option in parameter.opts}
+            assert {argument for argument in arguments if argument.startswith("--")} <= known
+        case ["python", "-m", module, *arguments]:
+            check_script(ROOT / f"{module.replace('.', '/')}.py", arguments)
+        case ["python", path, *arguments]:
+            check_script(ROOT / path, arguments)
+
+
 def check_torchrun(arguments: list[str], page: str, folder: Path) -> None:
     from torch.distributed.run import get_args_parser
 
