@@ -329,8 +329,9 @@ def _fold_synonyms(config: RunConfig, file: RunFile) -> RunConfig:
 
 
 def _settle_validation(config: RunConfig, file: RunFile) -> RunConfig:
-    """Set `enabled` if the file leaves it out, and `validation_fraction` to the share that is really held out: 0 without
-    validation, and with a `validation_path`.
+    """Set `enabled` if the file leaves it out, and `validation_fraction` to the share that is really held out.
+
+    That is 0 without validation, and with a `validation_path`.
     """
     data, validation = config.data, config.training.validation
     enabled, fraction = validation.enabled, data.validation_fraction
