@@ -9,10 +9,12 @@ The source is `megasft/config`: the docstrings of the sections in `schema.py` an
 import ast
 import inspect
 import io
+import json
 import re
 import sys
 import tokenize
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -124,12 +126,12 @@ def _kind(field: FieldInfo) -> str:
     annotation = field.annotation
     if get_origin(annotation) in (Union, UnionType):
         annotation = next(argument for argument in get_args(annotation) if argument is not NoneType)
-    bounds = [*field.metadata, *getattr(annotation, "__metadata__", ())]
-    annotation = get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
-    return _name(annotation) + _bounds(bounds)
+    return _name(annotation) + _bounds([*field.metadata, *getattr(annotation, "__metadata__", ())])
 
 
 def _name(annotation: Any) -> str:
+    if hasattr(annotation, "__metadata__"):
+        annotation = get_args(annotation)[0]
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{_toml(choice)}`" for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
@@ -137,7 +139,9 @@ def _name(annotation: Any) -> str:
         if _inner(annotation)[1]:
             return "list of tables"
         return "list of " + (_name(inner) if get_origin(inner) is Literal else f"{_name(inner)}s")
-    return {bool: "true or false", int: "integer", float: "number", str: "string"}[annotation]
+    if get_origin(annotation) is dict:
+        return "table"
+    return {bool: "true or false", int: "integer", float: "number", str: "string", date: "date"}[annotation]
 
 
 def _bounds(metadata: list[Any]) -> str:
@@ -160,8 +164,9 @@ def _default(field: FieldInfo) -> str:
 
 
 def _toml(value: Any) -> str:
-    value = list(value) if isinstance(value, tuple) else value
-    if isinstance(value, list):
+    if isinstance(value, dict):
+        return json.dumps(value)  # {}
+    if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return tomli_w.dumps({"x": value}).partition("=")[2].strip()
 
