@@ -1,4 +1,4 @@
-"""The ways in that the README shows, as a user takes them."""
+"""The ways in that README and docs/ show, as a user takes them."""
 
 import json
 import os
@@ -35,10 +35,9 @@ def test_the_library_example_of_the_readme_runs_as_it_stands(tmp_path):
     assert load_file(tmp_path / "my-adapter" / "adapter_model.safetensors")
 
 
-def test_the_adapters_in_a_row_of_the_readme_each_start_from_the_last(tmp_path):
-    text = re.search(
-        r"## Several adapters in a row\n.*?```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )[1]
+def test_the_runs_in_a_row_of_the_docs_each_start_from_the_last_adapter(tmp_path):
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    text = re.search(r"## Several runs in a row\n.*?```bash\n(.*?)```", page, re.DOTALL)[1]
     run_file = make_world(tmp_path)
     (tmp_path / "configs").mkdir()
     run_file.rename(tmp_path / "configs" / "demo.toml")
@@ -76,17 +75,11 @@ def test_torchrun_trains_on_four_ranks_and_leaves_what_the_readme_lists(tmp_path
     assert not (folder / "checkpoints" / "step-000004").exists(), "keep = 1"
     train = records(folder, "train")
     assert [line["step"] for line in train] == [1, 2, 3, 4, 5]
-    keys = {
-        "loss",
-        "lr",
-        "grad_norm",
-        "tokens",
-        "supervised_tokens",
-        "seconds",
-        "tokens_per_second",
-        "expert_imbalance",
-    }
-    assert all(keys <= line.keys() for line in train)
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    listed = re.search(r"^\| `train` \|.*\| ([^;|]*);", page, re.MULTILINE)[1]
+    keys = {"kind", "step", "time", *re.findall(r"`(\w+)`", listed)}
+    assert {"loss", "epoch", "tokens_per_second", "expert_imbalance"} <= keys
+    assert all(line.keys() == keys for line in train)
     # 12 conversations in batches of 4: three steps an epoch.
     assert [line["step"] for line in records(folder, "validation")] == [2, 4, 5]
     assert train[-1]["loss"] < train[0]["loss"]

@@ -15,13 +15,13 @@ Size = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class TopologySettings(Section):
-    """`[data.topology]`. Whatever is left out is derived from the rest and from the number of ranks."""
+    """`[data.topology]`: sizes of the parallel groups. What is left out is derived from the rest and the ranks."""
 
-    tensor_parallel: Size | None = None  # 1
-    data_parallel: Size | None = None  # fills the world
-    expert_parallel: Size | None = None  # 1
-    expert_tensor_parallel: Size | None = None  # as tensor_parallel without expert parallelism, 1 with it
-    pipeline_parallel: Size | None = None  # 1
+    tensor_parallel: Size | None = None  # default 1
+    data_parallel: Size | None = None  # default: ranks / (tensor_parallel x pipeline_parallel)
+    expert_parallel: Size | None = None  # default 1
+    expert_tensor_parallel: Size | None = None  # default: `tensor_parallel`, or 1 where `expert_parallel` is above 1
+    pipeline_parallel: Size | None = None  # default 1
 
 
 @dataclass(frozen=True)

@@ -72,99 +72,106 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), dataset: str | 
 
 
 class AlgorithmSettings(Section):
-    """`[algorithm]`: what kind of training; there is one."""
+    """`[algorithm]`: the kind of training. Each key has one value; files for other trainers name it."""
 
-    type: Literal["offline"] = "offline"
-    method: Literal["sft"] = "sft"
-    variety: Literal["lora"] = "lora"
+    type: Literal["offline"] = "offline"  # training on a fixed data set
+    method: Literal["sft"] = "sft"  # supervised fine-tuning
+    variety: Literal["lora"] = "lora"  # low-rank adapters over frozen weights
 
 
 class JobSettings(Section):
-    """`[job]`: what goes in and where the results go."""
+    """`[job]`: the inputs, and where the results go."""
 
-    model: Text = REFERENCE_MODEL  # a hub id, or a folder: whatever exists, or begins with . or /
-    data: Text | None = None  # the conversations to train on; `--dataset` replaces it
-    output_dir: Text = "runs/run"  # the run directory; from a file, runs/<stem of the file>
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # of initialisation, order, dropout and held-out conversations
-    init_adapter: Text | None = None  # a PEFT adapter to start from in place of a fresh one
-    timeout_minutes: Positive = 10.0  # without progress of any rank, after which those at fault are named and all end
-    deterministic: bool = False  # the same bits from the same topology, at a cost on GPUs
+    model: Text = REFERENCE_MODEL  # base model: a Hugging Face hub id or a folder
+    data: Text | None = None  # training conversations; `--dataset` overrides it
+    output_dir: Text = "runs/run"  # run directory; default for `my.toml`: `runs/my`
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # of initialization, data order, dropout and the validation split
+    init_adapter: Text | None = None  # folder of a PEFT adapter to start from, instead of a fresh one
+    timeout_minutes: Positive = 10.0  # after so long without progress, name the hanging ranks and end the job
+    deterministic: bool = False  # bitwise reproducible runs on GPUs, where this is slower; on CPUs runs always are
 
 
 class ComputeSettings(Section):
-    """`[compute]`: the machines the job is meant for. Ranks that are launched are held to the topology, not to this."""
+    """`[compute]`: the machines the job is meant for."""
 
-    gpu_type: Text | None = None  # such as "H200"
-    gpu_count: Machines | None = None  # per node
-    nodes: Machines = 1
+    gpu_type: Text | None = None  # a note, such as `"H200"`; nothing reads it
+    # GPUs per node. `[data.topology]` must fit `gpu_count` x `nodes` ranks
+    gpu_count: Machines | None = None
+    nodes: Machines = 1  # number of nodes
 
 
 class MixSettings(Section):
-    """`[[data.mix]]`: one of several files to train on together, in place of `job.data`."""
+    """`[[data.mix]]`: one of several data sets to train on together, instead of `[job] data`."""
 
-    path: Text
-    weight: Positive = 1.0  # how often an epoch goes through it; 0.5: half of it, and the other half in the next epoch
+    path: Text  # a conversation file or a folder of them
+    weight: Positive = 1.0  # passes through it per epoch; 0.5: one half in this epoch, the other in the next
 
 
 class DataSettings(Section):
-    """`[data]`: from conversations to batches, validation data, and the topology over which batches are spread.
+    """`[data]`: how conversations become batches, and the validation data. See batches.md."""
 
-    Where validation is enabled and there is no `validation_path`, `validation_fraction` of the conversations are held
-    out of training, the same ones for the same `job.seed`. In a `RunConfig` from one of its two doors the fraction is
-    what is really held out: 0 where validation is off or has a file of its own.
-    """
-
-    validation_path: Text | None = None
+    validation_path: Text | None = None  # conversations to validate on
+    # share of the training conversations to hold out for validation where there is no `validation_path`; the same
+    # ones for the same `[job] seed`
     validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.02
-    on_error: Literal["stop", "skip"] = "stop"  # what to do about a conversation that cannot be used
-    train_on: Literal["all", "last"] = "all"  # every assistant turn, or the last of each conversation
-    # what to do about a conversation of more than sequence_length tokens
+    # a conversation that cannot be used: `"stop"` ends the run and names the line, `"skip"` leaves it out and says so
+    on_error: Literal["stop", "skip"] = "stop"
+    train_on: Literal["all", "last"] = "all"  # supervise every assistant turn, or the last of each conversation
+    # a conversation longer than `sequence_length`: drop it, cut its start or its end, or split it between turns
     overlong: Literal["drop", "truncate_left", "truncate_right", "split_turns"] = "truncate_right"
-    parse_special_in_text: bool = False  # read `<|im_end|>` and the like in messages as the tokens they name
-    packing: bool = False  # fill rows of sequence_length tokens with several conversations, and count rows in batches
-    cache_dir: Text | None = None  # of tokenized data; None: megasft in $XDG_CACHE_HOME or ~/.cache
-    mix: Annotated[tuple[MixSettings, ...], BeforeValidator(as_tuple)] = ()
+    # encode `<|im_end|>` and other control tokens in the text of messages as those tokens
+    parse_special_in_text: bool = False
+    # put several conversations into each row of `sequence_length` tokens; batches then count rows
+    packing: bool = False
+    # cache of tokenized data; default `~/.cache/megasft`, or `megasft` in `$XDG_CACHE_HOME`
+    cache_dir: Text | None = None
+    mix: Annotated[tuple[MixSettings, ...], BeforeValidator(as_tuple)] = ()  # several data sets: see `[[data.mix]]`
     topology: TopologySettings = TopologySettings()
 
 
 class ValidationSettings(Section):
-    """`[training.validation]`: when the validation loss is measured. Where enabled, one measurement closes the run."""
+    """`[training.validation]`: when to measure the validation loss. If enabled, a run also ends with a validation."""
 
-    enabled: bool = False  # when left out: whether [data] gives validation_path or validation_fraction
-    evaluation_strategy: Literal["steps", "epoch", "no"] = "steps"  # "no": only the one that closes the run
-    eval_steps: Count = 100  # optimizer steps from one to the next, for "steps"
-    at_start: bool = False  # measure it before the first step as well: the loss of the base model, or of init_adapter
-    save_best_model_at_end: bool = True  # keep the adapter of the lowest loss in best/
-    metric_for_best_model: Annotated[str, AfterValidator(check_validation_loss)] = "val.loss"
+    enabled: bool = False  # if left out: true where `[data]` sets `validation_path` or `validation_fraction`
+    evaluation_strategy: Literal["steps", "epoch", "no"] = "steps"  # `"no"`: only after the last step
+    eval_steps: Count = 100  # optimizer steps between validations, for `"steps"`
+    at_start: bool = False  # also validate before the first step: the loss of the base model, or of `init_adapter`
+    save_best_model_at_end: bool = True  # keep the adapter of the lowest validation loss in `best/`
+    metric_for_best_model: Annotated[str, AfterValidator(check_validation_loss)] = "val.loss"  # the only metric
+    # false is the only value, as a lower loss is better
     greater_is_better: Annotated[bool, refuse_true("a loss is better when it is smaller; set it to false")] = False
 
 
 class TrainingSettings(Section):
-    """`[training]`: LoRA, and over which base weights."""
+    """`[training]`: LoRA, over a 16-bit or a 4-bit base."""
 
-    mode: Literal["lora"] = "lora"
-    use_qlora: bool = False  # frozen linears and experts in 4 bits, as [quant] says
-    max_nonfinite_steps: Count = 10  # steps in a row that may be skipped for a loss or gradient that is not finite
+    mode: Literal["lora"] = "lora"  # the only mode
+    use_qlora: bool = False  # QLoRA: keep the frozen linear layers and all experts in 4 bits, as `[quant]` says
+    max_nonfinite_steps: Count = 10  # stop after so many skipped steps in a row (loss or gradient not finite)
     validation: ValidationSettings = ValidationSettings()
 
 
 class QuantSettings(Section):
     """`[quant]`: the 4-bit base of `[training] use_qlora`, in bitsandbytes' number format."""
 
-    type: Literal["nf4"] = "nf4"
-    double: bool = True  # quantize the scales too: 0.52 bytes a weight in place of 0.56
-    block_size: Annotated[int, AfterValidator(check_block_size)] = 64  # weights of a row that share a scale
-    cache_dir: Text | None = None  # of quantized checkpoints; None: megasft in $XDG_CACHE_HOME or ~/.cache
-    experts_at_once: Count | None = None  # dequantized together; None: one on CPUs, a layer's on GPUs
+    type: Literal["nf4"] = "nf4"  # the only type
+    double: bool = True  # double quantization: quantize the scales too, 0.52 bytes per weight instead of 0.56
+    # weights that share a scale: 32, 64, ..., 4096. It must divide the inputs of each layer on a rank
+    block_size: Annotated[int, AfterValidator(check_block_size)] = 64
+    # cache of quantized checkpoints; default `~/.cache/megasft`, or `megasft` in `$XDG_CACHE_HOME`
+    cache_dir: Text | None = None
+    experts_at_once: Count | None = None  # experts to dequantize together; default: 1 on CPUs, all of a layer on GPUs
 
 
 class LoraSettings(Section):
-    """`[lora]`, in peft's vocabulary: delta W = alpha / r * B A."""
+    """`[lora]`: the adapters, in peft's vocabulary. The update of a weight is (alpha / r) B A."""
 
-    r: Count = 16
-    alpha: Positive = 32.0
-    dropout: BelowOne = 0.05  # of the adapter's input
-    target_modules: TargetModules = ("all-linear",)  # or any of LINEAR_LAYERS; one name may stand without a list
+    r: Count = 16  # rank
+    alpha: Positive = 32.0  # the update is scaled by alpha / r
+    dropout: BelowOne = 0.05  # on the adapter's input, in training
+    # layers with an adapter: `"all-linear"`, or any of `q_proj` `k_proj` `v_proj` `o_proj` `gate` (the router)
+    # `gate_proj` `up_proj` `down_proj`
+    target_modules: TargetModules = ("all-linear",)
 
     @property
     def targets(self) -> frozenset[str]:
@@ -173,44 +180,51 @@ class LoraSettings(Section):
 
 
 class ParallelismSettings(Section):
-    """`[hyperparameters.parallelism]`: precision and recomputation, and what files for other trainers say of sharding.
+    """`[hyperparameters.parallelism]`: precision, recomputation and the token dispatcher.
 
-    Optimizer states are always sharded over data parallel, which is what DeepSpeed calls stage 1 and 2.
+    The keys of DeepSpeed and FSDP are accepted so that files for other trainers load. Gradients and optimizer states
+    are always sharded over data parallel, as DeepSpeed's stage 2 does.
     """
 
-    use_deepspeed: bool = False  # accepted, and without effect
-    deepspeed_stage: Annotated[int | None, AfterValidator(check_deepspeed_stage)] = None  # 1 or 2, without effect
+    use_deepspeed: bool = False  # has no effect
+    deepspeed_stage: Annotated[int | None, AfterValidator(check_deepspeed_stage)] = None  # 1 or 2; has no effect
+    # false is the only value: `[data.topology]` says how weights are sharded
     fsdp: Annotated[bool, refuse_true("weights are sharded by [data.topology], not by FSDP; set it to false")] = False
-    bf16: bool = True  # false means fp32
+    bf16: bool = True  # false trains in fp32
+    # false is the only value
     fp16: Annotated[bool, refuse_true("megasft trains in bf16 or fp32; set bf16 = true, or both to false")] = False
-    activation_checkpointing: bool = True  # recompute each layer in backward
-    # how tokens get to their experts; "auto": the one that moves less
+    activation_checkpointing: bool = True  # recompute each layer in backward instead of keeping its activations
+    # how tokens get to their experts; `"auto"` takes the one that sends less (see parallelism.md)
     token_dispatcher: Literal["auto", "alltoall", "allgather"] = "auto"
 
 
 class HyperparameterSettings(Section):
-    """`[hyperparameters]`: defaults as in transformers' `TrainingArguments`, where it has them.
+    """`[hyperparameters]`: batches, optimizer and schedule. Defaults are those of transformers' `TrainingArguments`.
 
-    The global batch is `per_device_batch * gradient_accumulation_steps * data_parallel` samples: conversations, or with
-    `data.packing` rows of `sequence_length` tokens that hold several. The synonyms of the `[lora]` keys are folded into
-    `[lora]` on loading and are None afterwards.
+    The global batch is `per_device_batch` x `gradient_accumulation_steps` x `data_parallel` samples: conversations, or
+    with `[data] packing` rows that hold several. `lora_rank`, `lora_alpha`, `lora_dropout` and `lora_target_modules`
+    are accepted here too and set the keys of `[lora]`; `train_kind` may be `"lora"` or `"peft"`.
     """
 
-    n_epochs: Count = 1
+    n_epochs: Count = 1  # passes through the training data
+    # optimizer steps after which the run ends, if the epochs are not over before; -1: no limit
     max_steps: Annotated[Count | None, BeforeValidator(lambda value: None if value == -1 else value)] = None
     per_device_batch: Count = 1  # samples in a micro batch of one data-parallel rank
-    gradient_accumulation_steps: Count = 1  # micro batches in an optimizer step
-    sequence_length: Count = 4096  # tokens
-    learning_rate: Positive = 5e-5  # at the end of warm-up
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all optimizer steps
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # after warm-up
-    weight_decay: NotNegative = 0.0
-    max_grad_norm: NotNegative = 1.0  # 0: no clipping
-    adam_beta1: BelowOne = 0.9
-    adam_beta2: BelowOne = 0.999
-    adam_eps: Positive = 1e-8
-    router_aux_loss_coef: NotNegative = 0.0  # of the load-balancing loss; costs a forward unless 0
-    expert_capacity_factor: Positive | None = None  # experts take at most so many times the mean; None: every token
+    gradient_accumulation_steps: Count = 1  # micro batches per optimizer step
+    sequence_length: Count = 4096  # tokens of the longest sample, and of a packed row
+    learning_rate: Positive = 5e-5  # peak, at the end of warm-up
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of all optimizer steps spent on linear warm-up
+    # after warm-up; linear and cosine decay to 0
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: NotNegative = 0.0  # AdamW's decoupled weight decay
+    max_grad_norm: NotNegative = 1.0  # clip the global gradient norm to this; 0: no clipping
+    adam_beta1: BelowOne = 0.9  # decay of the first moment
+    adam_beta2: BelowOne = 0.999  # decay of the second moment
+    adam_eps: Positive = 1e-8  # added to the denominator
+    # weight of the load-balancing loss; above 0, each step runs one more forward
+    router_aux_loss_coef: NotNegative = 0.0
+    # an expert takes at most so many times the mean number of tokens; default: no token is dropped
+    expert_capacity_factor: Positive | None = None
     parallelism: ParallelismSettings = ParallelismSettings()
 
     lora_rank: Count | None = Field(default=None, exclude=True)
@@ -221,22 +235,23 @@ class HyperparameterSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """`[checkpoint]`."""
+    """`[checkpoint]`: when to save, what to keep, and where to resume. See checkpoints.md."""
 
-    every_steps: Count = 100  # optimizer steps; besides, one at each epoch's end and one at the end of the run
-    every_minutes: Positive | None = None  # and whenever so long has passed since the last
-    keep: Count = 3  # the newest so many, and that of the best validation loss
-    resume: Text = "auto"  # go on from the newest in output_dir, if there is one; "never"; or a checkpoint's folder
-    # what may differ from what the checkpoint was trained with
+    every_steps: Count = 100  # optimizer steps between checkpoints; epochs and the run end with one too
+    every_minutes: Positive | None = None  # also save when so many minutes have passed since the last checkpoint
+    keep: Count = 3  # keep the newest so many, and the checkpoint of the best validation loss
+    # `"auto"`: resume from the newest checkpoint in `output_dir`, if any; `"never"`; or the folder of a checkpoint
+    resume: Text = "auto"
+    # resume although the base model or the data are not those of the checkpoint
     allow_changed: Annotated[tuple[Literal["base", "data"], ...], BeforeValidator(list_as_tuple)] = ()
-    on_failure: Literal["continue", "stop"] = "continue"  # when a checkpoint cannot be written
+    on_failure: Literal["continue", "stop"] = "continue"  # if a checkpoint cannot be written
 
 
 class LoggingSettings(Section):
-    """`[logging]`."""
+    """`[logging]`: how often `metrics.jsonl` gets a line."""
 
-    every_steps: Count = 1  # optimizer steps
-    experts_every_steps: Count = 100  # optimizer steps from one line of tokens per layer and expert to the next
+    every_steps: Count = 1  # optimizer steps between lines of kind `train`
+    experts_every_steps: Count = 100  # optimizer steps between lines of kind `experts` (tokens per layer and expert)
 
 
 class RunConfig(Section):
@@ -314,7 +329,10 @@ def _fold_synonyms(config: RunConfig, file: RunFile) -> RunConfig:
 
 
 def _settle_validation(config: RunConfig, file: RunFile) -> RunConfig:
-    """Set `enabled` if the file leaves it out, and `validation_fraction` to the share that is really held out."""
+    """Set `enabled` if the file leaves it out, and `validation_fraction` to the share that is really held out.
+
+    That is 0 without validation, and with a `validation_path`.
+    """
     data, validation = config.data, config.training.validation
     enabled, fraction = validation.enabled, data.validation_fraction
     if "enabled" not in validation.model_fields_set:
