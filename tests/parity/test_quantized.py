@@ -284,6 +284,8 @@ def test_merging_onto_the_quantized_base_uses_the_precision_of_the_run(ranks, tm
     settings["hyperparameters"] = {"parallelism": {"bf16": run == "bf16"}}
     (trained,) = ranks(1, on_ranks.dequantized, settings)
     merged, pairs = tensors(tmp_path / "merged"), load_file(adapter / "adapter_model.safetensors")
+    assert sum("lora_A" in key for key in pairs) == 2  # the q_proj of two layers
+    assert len(merged) > len(trained) > 2
     for name, value in tensors(tmp_path / "base").items():
         want = trained[name][1].float() if name in trained else value.to(DTYPES[run]).float()
         A, B = (pairs.get(f"base_model.model.{name.replace('weight', f'lora_{matrix}.weight')}") for matrix in "AB")
