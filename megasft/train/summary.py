@@ -1,5 +1,6 @@
 """What a finished run reports."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +59,9 @@ def print_summary(summary: Summary, config: RunConfig) -> None:
         ("adapter", folder / "adapter"),
         ("best adapter", best if best.is_dir() else None),
         ("metrics", folder / "metrics.jsonl"),
-        ("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"),
-        ("try it", f"megasft generate {folder}"),
-        ("merge it", f"megasft merge {folder / 'adapter'} {folder / 'merged'}"),
+        ("TensorBoard", shlex.join(["tensorboard", "--logdir", str(folder / "tensorboard")])),
+        ("try it", shlex.join(["megasft", "generate", str(folder)])),
+        ("merge it", shlex.join(["megasft", "merge", str(folder / "adapter"), str(folder / "merged")])),
     ]
     for name, place in places:
         if place:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from megasft.config.schema import RunConfig
 from megasft.messages import UserError
+from megasft.train.checkpoint.folder import damage
 from megasft.train.trainer import Trainer
 from tests.parallel.invariance import Case
 from tests.parallel.resume import Runs
@@ -85,6 +86,7 @@ def assert_one_line_each(came: dict[str, str]) -> None:
         assert "Traceback" not in words, f"{name}: {words}"
         assert not words.startswith("step "), f"{name}: went on"
         assert LAST in words, f"{name}: {words}"
+        assert "\n" not in words, f"{name}: {words}"
         assert len(words) < 700, f"{name}: {words}"
 
 
@@ -112,8 +114,22 @@ DAMAGES = {
 }
 
 
-def test_every_file_is_held_against_the_manifest(runs):
-    assert sorted(path.name for path in (runs.folder / "whole" / "checkpoints" / LAST).iterdir()) == FILES
+def test_every_file_is_held_against_the_manifest_by_one_of_the_ranks(runs, tmp_path):
+    whole = runs.folder / "whole" / "checkpoints" / LAST
+    assert sorted(path.name for path in whole.iterdir()) == FILES
+    assert [damage(whole, part, 2) for part in range(2)] == [None, None]
+    for name in FILES:
+        if name == "manifest.json":  # held against nothing; a test below is of what it says
+            continue
+        folder = shutil.copytree(whole, tmp_path / name)
+        content = (folder / name).read_bytes()
+        # Of the size that it had, and as readable as it was: JSON and TOML take a blank for a line's end.
+        changed = content.replace(b"\n", b" ", 1) if name.endswith((".json", ".toml")) else content[:-1] + b"\1"
+        assert content != changed
+        (folder / name).write_bytes(changed)
+        found = [damage(folder, part, 2) for part in range(2)]
+        assert found.count(None) == 1, f"{name}: {found}"
+        assert f"{name} is damaged: its checksum is not that of manifest.json" in found
 
 
 def test_resume_skips_a_corrupted_checkpoint_for_the_previous_one(try_each):

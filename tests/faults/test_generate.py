@@ -39,7 +39,8 @@ def adapter(world) -> Path:
     return world / "run" / "adapter"
 
 
-def answer_by_peft(world: Path, adapter: Path, messages: list[dict], new: int) -> str:
+def answer_by_peft(world: Path, adapter: Path, messages: list[dict], new: int) -> tuple[str, str]:
+    """The answer, and "stop" where it came to its end or "length" where it was cut off."""
     tokenizer, model = load_tokenizer(world / "model"), loaded_by_peft(world / "model", adapter)
     ids = tokenizer.hf.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     out = model.generate(
@@ -50,7 +51,8 @@ def answer_by_peft(world: Path, adapter: Path, messages: list[dict], new: int) -
         eos_token_id=tokenizer.eos_id,
         pad_token_id=0,
     )[0, ids.shape[1] :]
-    return tokenizer.decode(out[:-1] if out[-1] == tokenizer.eos_id else out)
+    ended = out[-1] == tokenizer.eos_id
+    return tokenizer.decode(out[:-1] if ended else out), "stop" if ended else "length"
 
 
 # --- what it prints ---
@@ -58,15 +60,16 @@ def answer_by_peft(world: Path, adapter: Path, messages: list[dict], new: int) -
 
 def test_only_the_answer_is_on_standard_output(megasft, world, adapter):
     messages = [{"role": "system", "content": "Say it."}, {"role": "user", "content": GREETING}]
-    want = answer_by_peft(world, adapter, messages, 30)
+    want, finish = answer_by_peft(world, adapter, messages, 30)
+    assert finish == "length", "what is said of an answer that is cut off is to be seen"
     # The run file says model, adapter, topology (two ranks) and precision; the prompt is given, or piped in.
     options = ["--system", "Say it.", "--max-new-tokens", "30"]
     for more, typed in ((["--prompt", GREETING], ""), ([], GREETING)):
         ended = megasft("generate", f"{world}/job.toml", *options, *more, ranks=2, typed=typed)
         assert ended.codes == [0, 0], ended.said
         assert ended.printed == want + "\n"
-        *cut, notice, command = ended.said.splitlines()
-        assert all(re.fullmatch(r"\[cut off after 30 tokens, the limit of .*\]", line) for line in cut)
+        cut, notice, command = ended.said.splitlines()
+        assert re.fullmatch(r"\[cut off after 30 tokens, the limit of .*\]", cut)
         assert "not for serving" in notice
         assert command == f"vllm serve {world}/model --enable-lora --lora-modules run={adapter} --max-lora-rank 8"
 
@@ -76,7 +79,7 @@ def test_torchrun_launches_it_too(world, adapter):
     command += ["--prompt", GREETING, "--max-new-tokens", "4"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == answer_by_peft(world, adapter, [{"role": "user", "content": GREETING}], 4) + "\n"
+    assert ended.stdout == answer_by_peft(world, adapter, [{"role": "user", "content": GREETING}], 4)[0] + "\n"
 
 
 def test_a_file_of_conversations_becomes_one_of_answers(megasft, world, adapter):
@@ -88,12 +91,13 @@ def test_a_file_of_conversations_becomes_one_of_answers(megasft, world, adapter)
     (world / "answers.jsonl").write_text(ended.printed)
     asked, answered = (list(read_conversations(world / name)) for name in ("validation.jsonl", "answers.jsonl"))
     assert len(asked) == len(answered) == 4
-    for before, after in zip(asked, answered, strict=True):
+    records = [json.loads(line) for line in ended.printed.splitlines()]
+    for before, after, record in zip(asked, answered, records, strict=True):
         assert isinstance(after, Conversation)
         assert after.messages[:-1] == before.messages[:-1]
-        assert after.messages[-1]["content"] == answer_by_peft(world, adapter, before.messages[:-1], 8)
-    records = [json.loads(line) for line in ended.printed.splitlines()]
-    assert all(record["finish"] == ("stop" if record["new_tokens"] < 8 else "length") for record in records)
+        want = answer_by_peft(world, adapter, before.messages[:-1], 8)
+        assert (after.messages[-1]["content"], record["finish"]) == want
+        assert record["new_tokens"] == 8 if record["finish"] == "length" else record["new_tokens"] <= 8
 
 
 # --- what it refuses ---

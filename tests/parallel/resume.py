@@ -93,6 +93,7 @@ def tensors(run: Path, checkpoint: str) -> dict[str, torch.Tensor]:
     found = {}
     for path in sorted((run / "checkpoints" / checkpoint).glob("*.safetensors")):
         found |= load_file(path)
+    assert found, f"no tensor in {run / 'checkpoints' / checkpoint} that could be compared"
     return found
 
 

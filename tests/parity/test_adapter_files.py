@@ -119,7 +119,11 @@ def test_adapter_config_says_what_peft_and_vllm_need(ranks, tmp_path):
     assert config["target_modules"] == ["down_proj", "gate_proj", "q_proj", "up_proj"]
     assert config["target_parameters"] is None
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert not any(value.any() for name, value in saved.items() if "up_proj" in name or "down_proj" in name)
+    trained = {name for name, value in saved.items() if value.any()}
+    written = {name for name in saved if "mlp.experts" in name}
+    assert len(written) == 3 * 8 * 3 * 2  # layers, experts, projections, A and B
+    assert {name for name in written if "up_proj" in name or "down_proj" in name}.isdisjoint(trained)
+    assert {name for name in written if "gate_proj" in name} <= trained
 
 
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
@@ -176,8 +180,10 @@ def test_widened_adapters_train_with_their_full_rank(ranks, tmp_path):
     settings["job"]["init_adapter"] = str(tmp_path / "peft")
     parts = ranks(1, save_again, settings, str(tmp_path / "again"), "per-expert")[0]
     theirs = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    widened = [name for name in parts if "self_attn" in name or ".mlp.gate." in name]
+    assert len(widened) == 3 * 5 * 2  # layers; q, k, v, o and the router; A and B
     for name, (_, value) in parts.items():
-        if "self_attn" in name or ".mlp.gate." in name:
+        if name in widened:
             kept, added = (value[:4], value[4:]) if "lora_A" in name else (value[:, :4], value[:, 4:])
             assert torch.equal(kept, theirs[PREFIX + name])
             assert added.any() == ("lora_A" in name), f"{name}: with A and B both zero nothing would ever train"

@@ -104,7 +104,7 @@ def test_logits_of_dense_layers_equal_those_of_transformers_with_bitsandbytes(ra
 # --- one layer ---------------------------------------------------------------------------------------------------------
 
 N, K, EXPERTS, RANK = 96, 256, 6, 8
-COUNTS = [0, 5, 32, 0, 0, 7]
+COUNTS = [0, 5, 32, 0, 0, 7]  # rows of each expert
 
 
 def random(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
@@ -157,12 +157,13 @@ def test_a_4_bit_linear_layer_equals_one_with_the_dequantized_weight(dtype, adap
         assert torch.equal(got, want)  # the same products of the same numbers
 
 
+@pytest.mark.parametrize("counts", [COUNTS, COUNTS[::-1]], ids=["first expert idle", "last expert idle"])
 @pytest.mark.parametrize("at_once", [None, 1, 2, 6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("adapted", [True, False])
-def test_4_bit_experts_equal_experts_with_the_dequantized_weights(dtype, adapted, at_once):
+def test_4_bit_experts_equal_experts_with_the_dequantized_weights(dtype, adapted, at_once, counts):
     weight, dense = quantized(EXPERTS, dtype, QuantSettings(experts_at_once=at_once))
-    offsets = torch.tensor(COUNTS).cumsum(0).int()
+    offsets = torch.tensor(counts).cumsum(0).int()
 
     def run(w):
         x = random(int(offsets[-1]), K).to(dtype).requires_grad_()
@@ -284,6 +285,8 @@ def test_merging_onto_the_quantized_base_uses_the_precision_of_the_run(ranks, tm
     settings["hyperparameters"] = {"parallelism": {"bf16": run == "bf16"}}
     (trained,) = ranks(1, on_ranks.dequantized, settings)
     merged, pairs = tensors(tmp_path / "merged"), load_file(adapter / "adapter_model.safetensors")
+    assert sum("lora_A" in key for key in pairs) == 2  # the q_proj of two layers
+    assert len(merged) > len(trained) > 2
     for name, value in tensors(tmp_path / "base").items():
         want = trained[name][1].float() if name in trained else value.to(DTYPES[run]).float()
         A, B = (pairs.get(f"base_model.model.{name.replace('weight', f'lora_{matrix}.weight')}") for matrix in "AB")

@@ -130,10 +130,12 @@ def test_the_check_supervises_the_answers_and_their_ends_only(conversations, tok
         assert tokenizer.decode(supervised) == "".join(answers)
 
 
-def test_a_folder_that_the_tool_did_not_make_is_left_unchanged(tmp_path):
+def test_a_folder_that_the_tool_did_not_make_is_left_unchanged(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(typer.Exit):
+    with pytest.raises(typer.Exit) as end:
         make_demo.main(out=tmp_path, seed=0, pretrain_steps=0)
+    assert end.value.exit_code == 2
+    assert "was not made by this tool" in " ".join(capsys.readouterr().out.split())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -182,11 +184,16 @@ def test_the_check_compares_with_the_expected_loss(check, model_folder, tmp_path
     assert f"{SETTINGS.layers * 2 * (2 + 3 * SETTINGS.experts)} tensors, all loaded" in printed
     loss = float(re.search(r"adapter loss\s+([\d.]+)", printed)[1])
     check(tmp_path / "adapter", expect=loss * 1.005)
-    with pytest.raises(typer.Exit):
+    capsys.readouterr()
+    with pytest.raises(typer.Exit) as end:
         check(tmp_path / "adapter", expect=loss * 1.02)
+    assert end.value.exit_code == 1
+    assert f"{loss * 1.02:.4f}" in capsys.readouterr().out, "what was expected is named"
 
 
-def test_the_check_fails_if_peft_silently_ignores_tensors(check, model_folder, tmp_path):
+def test_the_check_fails_if_peft_silently_ignores_tensors(check, model_folder, tmp_path, capsys):
     write_adapter(tmp_path / "adapter", model_folder, {"gate_proj", "up_proj"})
-    with pytest.raises(typer.Exit):
+    with pytest.raises(typer.Exit) as end:
         check(tmp_path / "adapter")
+    assert end.value.exit_code == 1
+    assert re.search(r"^peft has no place for .*\.mlp\.experts\.", capsys.readouterr().err, re.MULTILINE)

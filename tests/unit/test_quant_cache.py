@@ -107,7 +107,9 @@ def test_fused_experts_give_the_same_cache(pristine, quantize, model, tmp_path):
     spoil(model, fuse)
     fused = quantize()
     assert fused != per_expert
-    for file in sorted(per_expert.glob("*.safetensors")):
+    files = sorted(per_expert.glob("*.safetensors"))
+    assert len(files) == 3  # one a layer
+    for file in files:
         ours, theirs = load_file(file), load_file(fused / file.name)
         assert ours.keys() == theirs.keys()
         for name in ours:

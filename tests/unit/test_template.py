@@ -4,7 +4,7 @@ import json
 import pickle
 import unicodedata
 from collections import Counter
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import pytest
@@ -360,9 +360,17 @@ def test_splitting_supervises_no_token_twice_and_keeps_every_limit(mask, limit, 
     pieces = fit(long, limit, "split_turns")
     seen = [token for piece in pieces for token in piece.ids[piece.mask]]
     assert len(seen) == len(set(seen))
-    assert all(
-        2 <= len(piece) <= limit and piece.mask[1:].any() and len(set(piece.ids)) == len(piece) for piece in pieces
-    )
+    for piece in pieces:
+        assert 2 <= len(piece) <= limit
+        assert piece.mask[1:].any()
+        assert len(set(piece.ids)) == len(piece)
+    assert set(seen) <= set(np.flatnonzero(long.mask))
+    # Lost is what nothing predicts, the first token of a piece, and what a turn has beyond the room behind the preamble.
+    head = preamble if preamble <= limit // 2 else 0
+    turns = [0, *(cut for cut in long.cuts if cut), len(long)]
+    for begin, end in pairwise(turns):
+        kept = range(begin if head and begin else begin + 1, min(end, begin + limit - head))
+        assert {token for token in kept if long.mask[token]} <= set(seen)
 
 
 def test_turns_are_cut_where_a_message_begins(with_template):

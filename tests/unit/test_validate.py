@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -42,8 +43,14 @@ def test_a_clean_dataset_is_counted(dataset, with_template):
     assert report.supervised_tokens == 2 * 2 + lengths[2] - lengths[0] + 2
     text, code = printed(lambda console: print_report(report, console))
     assert code == 0
-    for row in ("conversations", "turns", "min, median, p95, max", "supervised", "over-length (> 14)", "duplicates"):
-        assert row in text
+    rows = dict(re.findall(r"^│ (\S.*?) +│ +(\S.*?) │$", text, re.MULTILINE))
+    assert (rows["conversations"], rows["turns"], rows["duplicates"], rows["problems"]) == ("3", "6", "1", "0")
+    short, _, long = lengths
+    p95 = round(short + 0.9 * (long - short))  # of three numbers, the second of which is the first
+    assert rows["tokens"] == f"{2 * short + long}"
+    assert rows["tokens: min, median, p95, max"] == f"{short}, {short}, {p95}, {long}"
+    assert rows["supervised"] == f"{report.supervised_tokens / (2 * short + long):.1%}"
+    assert rows["over-length (> 14)"] == f"{report.over_length}"
     assert "[red]data.jsonl" in text
 
 
