@@ -460,6 +460,40 @@ def export(
     print(f"{out}: {layout} adapter")
 
 
+@app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="IN", help=".jsonl, .json (each also .gz, .zst), .parquet, a folder of them, or a Hub dataset."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")],
+    format: Annotated[
+        str,
+        typer.Option(help="messages, sharegpt, alpaca, pairs, traces, hermes, or PROMPT/ANSWER to name two columns."),
+    ] = "",
+    train_on: Annotated[
+        str, typer.Option(help="Of agent traces: `last`, the answer only; `all`, earlier assistant turns too.")
+    ] = "last",
+    drop: Annotated[
+        list[str], typer.Option(metavar="KEY", help="Leave this key out of records and messages; can be repeated.")
+    ] = [],  # noqa: B006
+    split: Annotated[str, typer.Option(help="Of a Hub dataset.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Of a Hub dataset: its configuration.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a Hub dataset.")] = None,
+) -> None:
+    """Turn conversations of another format into those that megasft trains on.
+
+    The format is what the first record looks like. Exits with 1 if a record was refused, 2 if nothing could be done.
+    """
+    from megasft.data.convert import Hub, print_account
+    from megasft.data.convert import convert as convert_file
+
+    hub = Hub(split, subset, revision)
+    raise typer.Exit(print_account(convert_file(source, output, format, train_on, drop, hub)))
+
+
 def _import_rank() -> None:
     """Import what a rank uses: in each rank, or once in a launcher that forks them."""
     from megasft import host

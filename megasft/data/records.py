@@ -1,21 +1,30 @@
-"""The records of a dataset: JSON objects from JSONL (plain, .gz, .zst) and Parquet files, read one at a time."""
+"""The records of a dataset, read one at a time from JSONL and JSON (plain, .gz, .zst) and Parquet files.
 
+Whatever form people keep their conversations in, a record comes out with `messages`: `megasft.data.formats` says how.
+"""
+
+import contextlib
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megasft.messages import UserError
+from megasft.data import formats
+from megasft.data.json_text import EXCERPT_CHARS, MAX_LINE_BYTES, parse_object, read_values, visible
+from megasft.data.json_text import MAX_DEPTH as MAX_DEPTH
+from megasft.data.json_text import too_deep as too_deep
+from megasft.messages import UserError, say_once
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-MAX_LINE_BYTES = 64 * 2**20
-MAX_DEPTH = 64
-EXCERPT_CHARS = 80
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
+# What the Hub's, LLaMA-Factory's and `save_to_disk`'s folders hold beside their data.
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 HEAD_BYTES = 4 * EXCERPT_CHARS
+
+LAYOUT_BYTES = 2**16
+BOM = b"\xef\xbb\xbf"
 
 BLOCK_RECORDS = 256
 BLOCK_BYTES = 4 * 2**20
@@ -27,12 +36,15 @@ Record = tuple[int, dict[str, Any] | str, bytes]
 class Block:
     """Some records of one file as they were read: lines of JSON, or rows of Parquet.
 
-    A line is (its number, its bytes, why they cannot be used): the last is empty where they can be looked at.
+    A line is (its number, its bytes, why they cannot be used): the last is empty where they can be looked at. A record
+    of a JSON array is a line too, with the number of the line that it begins in. `format` is the file's, one of
+    `formats.FORMATS`; empty: records stay as they are.
     """
 
     lines: list[tuple[int, bytes, str]] = field(default_factory=list)
     rows: Any = None  # a pyarrow.RecordBatch
     first_row: int = 0
+    format: str = ""
 
 
 def conversation_files(path: str | Path) -> list[Path]:
@@ -45,6 +57,7 @@ def conversation_files(path: str | Path) -> list[Path]:
     kinds = ", ".join(SUFFIXES)
     if path.is_dir():
         below = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+        below = [file for file in below if file.name not in NO_DATA]
         files = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if not files:
             raise UserError(f"{path}: the folder holds no conversation file ({kinds})")
@@ -62,74 +75,55 @@ def conversation_files(path: str | Path) -> list[Path]:
     return files
 
 
-def read_records(file: Path, columns: tuple[str, ...] = ("messages", "tools")) -> Iterator[Record]:
-    """Yield (line, object, its first bytes) for every record; a `str` in place of the object says what is wrong.
-
-    Of a Parquet file only `columns` are read, and it must have the first of them.
-    """
-    for block in read_blocks(file, columns):
+def read_records(file: Path) -> Iterator[Record]:
+    """Yield (line, object, its first bytes) for every record; a `str` in place of the object says what is wrong."""
+    for block in read_blocks(file):
         yield from parse_block(block)
 
 
-def read_blocks(file: Path, columns: tuple[str, ...] = ("messages", "tools")) -> Iterator[Block]:
-    """Read a file without parsing its records, which is left to `parse_block`: another process may do that."""
-    return _parquet_blocks(file, columns) if file.suffix == ".parquet" else _line_blocks(file)
+def read_blocks(file: Path) -> Iterator[Block]:
+    """Read a file without parsing its records, which is left to `parse_block`: another process may do that.
+
+    The first record of a known form decides the file's format, which is said if it is another than ours.
+    """
+    format = ""
+    for block in read_raw_blocks(file):
+        if block.rows is not None and not formats.KNOWN_KEYS.intersection(block.rows.schema.names):
+            names = ", ".join(block.rows.schema.names).encode()
+            yield Block([(1, names, "the file has no column `messages`, nor those of another format")])
+            return
+        if not format and (format := recognize_block(block)) not in ("", "messages"):
+            say_once(f"{file}: {formats.FORMATS[format].title}")
+        block.format = format
+        yield block
+
+
+def recognize_block(block: Block) -> str:
+    """The format of the first record that is of any; "" if none is."""
+    objects = (record for _, record, _ in parse_block(block) if isinstance(record, dict))
+    return next((found for record in objects if (found := formats.recognize(record))), "")
+
+
+def read_raw_blocks(file: Path) -> Iterator[Block]:
+    """The blocks of a file, whose records stay as they are."""
+    return _parquet_blocks(file) if file.suffix == ".parquet" else _line_blocks(file)
 
 
 def parse_block(block: Block) -> Iterator[Record]:
     """The records of a block, as `read_records` yields them."""
     for number, raw, reason in block.lines:
-        yield number, reason or parse_object(raw), raw[:HEAD_BYTES]
+        yield number, reason or _in_messages(parse_object(raw), block.format), raw[:HEAD_BYTES]
     for i in range(len(block.rows) if block.rows is not None else 0):
         try:
             row = {name: block.rows.column(name)[i].as_py() for name in block.rows.schema.names}
         except UnicodeDecodeError:
             yield block.first_row + i, "not UTF-8", b""
             continue
-        yield block.first_row + i, _without_nulls(row), b""
+        yield block.first_row + i, _in_messages(_without_nulls(row), block.format), b""
 
 
-def visible(text: str, limit: int = EXCERPT_CHARS) -> str:
-    """`text` on one line, cut to `limit` characters, with everything a terminal could obey written as an escape."""
-    cut = text[:limit]
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
-    return shown + ("..." if len(text) > limit else "")
-
-
-def parse_object(line: bytes) -> dict[str, Any] | str:
-    """The JSON object that `line` holds, or the reason why it holds none."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 (byte {error.start + 1} of the line)"
-    try:
-        record = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except RecursionError:
-        return f"nested deeper than {MAX_DEPTH} levels"
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg}, column {error.colno})"
-    except ValueError as error:  # a key given twice, NaN, an integer too long to read
-        return f"not JSON that can be used ({visible(str(error))})"
-    if not isinstance(record, dict):
-        return "not an object"
-    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and too_deep(record):
-        return f"nested deeper than {MAX_DEPTH} levels"
-    return record
-
-
-def too_deep(value: Any) -> bool:
-    """Whether objects and lists lie inside each other more than `MAX_DEPTH` levels deep."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            item
-            for node in level
-            for item in (node.values() if isinstance(node, dict) else node)
-            if isinstance(item, dict | list)
-        ]
-        if not level:
-            return False
-    return True
+def _in_messages(record: dict[str, Any] | str, format: str) -> dict[str, Any] | str:
+    return formats.to_messages(record, format) if format and isinstance(record, dict) else record
 
 
 def _line_blocks(file: Path) -> Iterator[Block]:
@@ -147,21 +141,45 @@ def _line_blocks(file: Path) -> Iterator[Block]:
 def _lines(file: Path) -> Iterator[tuple[int, bytes, str]]:
     number = 0
     try:
+        layout = _layout(file)
         with _open(file) as stream:
-            while line := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    begin = line[:HEAD_BYTES]
-                    while line and not line.endswith(b"\n"):
-                        line = stream.readline(MAX_LINE_BYTES)
-                    yield number, begin, f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB"
-                    continue
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield number, line, ""
+            if layout == "lines":
+                lines = _numbered(stream)
+            else:
+                lines = read_values(stream, stream.read(HEAD_BYTES).removeprefix(BOM), array=layout == "array")
+            for number, line, reason in lines:
+                yield number, line, reason
     except (OSError, EOFError, zlib.error) as error:  # pyarrow's decompression errors are OSErrors
         yield number + 1, b"", f"the file is damaged or cut short from here on ({error})"
+
+
+def _layout(file: Path) -> str:
+    """`lines`, `array`, or `objects`: one behind another, over any number of lines. The first two lines decide."""
+    with contextlib.suppress(OSError, EOFError, zlib.error), _open(file) as stream:
+        begin = stream.read(LAYOUT_BYTES).removeprefix(BOM)
+        first, second = (*filter(None, map(bytes.strip, begin.split(b"\n"))), b"", b"")[:2]
+        json = ".json" in file.suffixes[-2:]
+        if first[:1] == b"[" and (json or not (first[-1:] == b"]" and second)):
+            return "array"
+        if first[:1] == b"{" and (json or (first == b"{" and second[:1] == b'"')):
+            return "objects"
+    return "lines"
+
+
+def _numbered(stream: BinaryIO) -> Iterator[tuple[int, bytes, str]]:
+    """The lines of a stream that are not blank; of one that is too long its beginning."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(BOM)
+        if len(line) > MAX_LINE_BYTES:
+            begin = line[:HEAD_BYTES]
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(MAX_LINE_BYTES)
+            yield number, begin, f"the line is longer than {MAX_LINE_BYTES // 2**20} MiB"
+        elif line.strip():
+            yield number, line, ""
 
 
 def _open(file: Path) -> BinaryIO:
@@ -174,31 +192,14 @@ def _open(file: Path) -> BinaryIO:
     return file.open("rb")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice in one object")
-    return found
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _parquet_blocks(file: Path, wanted: tuple[str, ...]) -> Iterator[Block]:
+def _parquet_blocks(file: Path) -> Iterator[Block]:
     import pyarrow
     from pyarrow import parquet
 
     number = 0
     try:
         with parquet.ParquetFile(file) as table:
-            columns = [name for name in wanted if name in table.schema_arrow.names]
-            if wanted[0] not in columns:
-                names = ", ".join(table.schema_arrow.names).encode()
-                yield Block([(1, names, f"the file has no column `{wanted[0]}`")])
-                return
-            for batch in table.iter_batches(batch_size=32, columns=columns):
+            for batch in table.iter_batches(batch_size=32):
                 yield Block(rows=batch, first_row=number + 1)
                 number += batch.num_rows
     except (OSError, pyarrow.ArrowException) as error:

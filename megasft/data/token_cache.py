@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megasft.data import assistant_spans, conversations, records, template, tokenize, tokenizer
+from megasft.data import assistant_spans, conversations, formats, json_text, records, template, tokenize, tokenizer
 from megasft.data.conversations import Problem, Problems
 from megasft.data.identity import MADE_OF, describe
 from megasft.data.records import SUFFIXES, conversation_files
@@ -114,7 +114,8 @@ def content_digest(folder: Path) -> str:
 def _key(files: Sequence[Path], digests: Sequence[str], chat: ChatTokenizer, recipe: Recipe) -> str:
     """Changes with all that decides the samples: content and kind of the files, tokenizer, template, recipe, code."""
     code = hashlib.sha256()
-    for module in (records, conversations, assistant_spans, template, tokenizer, tokenize, sys.modules[__name__]):
+    read = (json_text, *formats.MODULES, records, conversations)
+    for module in (*read, assistant_spans, template, tokenizer, tokenize, sys.modules[__name__]):
         code.update(Path(str(module.__file__)).read_bytes())
     parts: list[Any] = [code.hexdigest(), chat.fingerprint, asdict(recipe), version("transformers")]
     kinds = [next(kind for kind in SUFFIXES if file.name.endswith(kind)) for file in files]

@@ -193,9 +193,9 @@ def test_what_is_not_there_is_a_user_error(tmp_path):
     for path in (tmp_path / "missing.jsonl", tmp_path):
         with pytest.raises(UserError, match=r"jsonl\.gz"):
             list(read_conversations(path))
-    (tmp_path / "data.json").write_text("{}")
+    (tmp_path / "data.csv").write_text("{}")
     with pytest.raises(UserError, match="unknown kind"):
-        list(read_conversations(tmp_path / "data.json"))
+        list(read_conversations(tmp_path / "data.csv"))
 
 
 def test_parquet_without_nulls_and_with_wrong_columns(tmp_path):
@@ -204,7 +204,7 @@ def test_parquet_without_nulls_and_with_wrong_columns(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
     (found,) = read_conversations(tmp_path / "a.parquet")
     assert [call["function"]["arguments"] for call in found.messages[1]["tool_calls"]] == [{"a": 1}, {"b": "x"}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "x"}]), tmp_path / "b.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"words": "x"}]), tmp_path / "b.parquet")
     (problem,) = read_conversations(tmp_path / "b.parquet")
     assert "no column `messages`" in problem.reason
 
