@@ -105,7 +105,7 @@ def read_values(stream: BinaryIO, head: bytes, array: bool) -> Iterator[tuple[in
         if ended:
             break
         if len(buffer) - start > MAX_LINE_BYTES:
-            line += buffer.count(b"\n", counted, start)
+            line += buffer.count(b"\n", counted, len(buffer) - len(buffer[start:].lstrip()))
             limit = f"longer than {MAX_LINE_BYTES // 2**20} MiB; nothing behind it was read"
             yield line, buffer[start : start + CHUNK_BYTES], f"the record is {limit}"
             return

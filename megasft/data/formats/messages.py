@@ -4,6 +4,7 @@ from typing import Any
 
 from megasft.data.formats.parts import has_parts, read_tools, split_parts
 from megasft.data.formats.shape import Changes, Message, Record, WrongShapeError, read_list
+from megasft.data.json_text import parse_value
 
 
 def read_messages(record: Record, changes: Changes) -> Record:
@@ -22,7 +23,10 @@ def read_messages(record: Record, changes: Changes) -> Record:
 def read_message(message: Any, where: str, changes: Changes) -> list[Message]:
     """The messages that one stands for: more than one where it holds tool results."""
     if isinstance(message, str):
-        (message,) = read_list(f"[{message}]", where, changes)
+        message, reason = parse_value(message)
+        if reason:
+            raise WrongShapeError(f"{where} is text, and {reason}")
+        changes.note("messages read from JSON text")
     if not isinstance(message, dict):
         raise WrongShapeError(f"{where} is not an object")
     return split_parts(message, where, changes) if has_parts(message) else [message]

@@ -60,6 +60,7 @@ def read_columns(record: Record, prompts: Sequence[str], answer: str, changes: C
     if "label" in record and isinstance(record["label"], bool):
         raise WrongShapeError("`label` says which answers are good (KTO); keep those with true, without the key")
     used = {*prompts, answer, "history", *REASONING}
+    used |= {key for key in (*PROMPTS, *ANSWERS) if record.get(key) is None}
     rest = without(record, *used)
     asked = _prompt([record.get(key) for key in prompts], prompts, changes)
     answered = _messages(record.get(answer), answer, changes) or [

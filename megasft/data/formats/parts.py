@@ -35,6 +35,8 @@ def split_parts(message: Message, where: str, changes: Changes) -> list[Message]
         here = f"{where}.content[{j}]"
         kind, body, extras = _part(part, here)
         if kind == "result":
+            if message.get("role") not in ("user", "tool"):
+                raise WrongShapeError(f"{here}: a tool result belongs into a message of the role user")
             changes.note("tool results in content parts became messages of the role tool")
             messages.append(_result(body, extras, here))
             continue
