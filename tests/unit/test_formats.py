@@ -168,7 +168,7 @@ RIGHT = {
         {
             "messages": [
                 user([PART]),
-                assistant([{"reasoningContent": {"reasoningText": {"text": "hm", "signature": "x"}}}, {"text": "I look."}, USE, {"toolUse": {"toolUseId": "2", "name": "g", "input": {}}}]),
+                assistant([{"reasoningContent": {"reasoningText": {"text": "hm", "signature": "x"}}}, {"text": "I look."}, USE, {"toolUse": {"toolUseId": "2", "name": "g", "input": {}, "note": "n"}}]),
                 user([RESULT, {"toolResult": {"toolUseId": "2", "content": [{"text": "r2"}], "status": "error"}}, {"text": "and?"}]), assistant([{"text": "b"}]),
             ],
             "toolConfig": {"tools": [{"toolSpec": {"name": "f", "description": "é", "inputSchema": {"json": {"type": "object"}}}}], "toolChoice": {"auto": {}}},
@@ -176,7 +176,7 @@ RIGHT = {
         {
             "messages": [
                 user([PART]),
-                assistant([{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "text", "text": "I look."}], call("f", {"é": [1]}, id="1"), call("g", {}, id="2")),
+                assistant([{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "text", "text": "I look."}], call("f", {"é": [1]}, id="1"), call("g", {}, id="2"), note="n"),
                 tool([{"type": "text", "text": "r"}, {"type": "text", "text": '{"é": 1}'}], tool_call_id="1", status="success"), tool("r2", tool_call_id="2", status="error"),
                 user("and?"), assistant([{"text": "b"}]),
             ],
