@@ -162,7 +162,7 @@ RIGHT = {
     ),
     "bedrock, text": (
         {"schemaVersion": "bedrock-conversation-2024", "system": [{"text": "s"}], "messages": [user([PART]), assistant([{"text": "b"}])]},
-        {"schemaVersion": "bedrock-conversation-2024", "system": [{"text": "s"}], "messages": [user([PART]), assistant([{"text": "b"}])]},
+        {"system": [{"text": "s"}], "messages": [user([PART]), assistant([{"text": "b"}])]},
     ),
     "bedrock, tools": (
         {
@@ -181,7 +181,7 @@ RIGHT = {
                 user("and?"), assistant([{"text": "b"}]),
             ],
             "tools": [{"type": "function", "function": {"name": "f", "description": "é", "parameters": {"type": "object"}}}],
-            "toolConfig": {"toolChoice": {"auto": {}}},
+            "tool_choice": {"auto": {}},
         },
     ),
     "anthropic": (
@@ -401,9 +401,15 @@ def test_a_file_trains_the_same_tokens_before_and_after_it_is_rewritten(tmp_path
 # --- fuzz ------------------------------------------------------------------------------------------------------------
 
 
+def without_nulls(value):
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def said(value):
-    """The marks that `random_record` put into strings and keys, at any depth, in JSON text too."""
-    return set(re.findall(r"§\d+é", json.dumps(value, ensure_ascii=False)))
+    """The marks that `random_record` put into strings and keys, at any depth, in JSON text too. A null says nothing."""
+    return set(re.findall(r"§\d+é", json.dumps(without_nulls(value), ensure_ascii=False)))
 
 
 def places(value, path=()):

@@ -10,11 +10,13 @@ kept as a key of the message. Text and reasoning stay parts, which `conversation
 """
 
 import json
+import re
 from typing import Any
 
 from megasft.data.formats.shape import Changes, Message, Record, WrongShapeError, function_call, without
 
 BEDROCK = ("text", "toolUse", "toolResult", "reasoningContent")
+SCHEMA = re.compile(r"bedrock-conversation-\d{4}")
 OWN_MEANING = ("role", "content", "tool_calls", "tool_call_id")
 
 
@@ -58,10 +60,16 @@ def split_parts(message: Message, where: str, changes: Changes) -> list[Message]
 
 def read_tools(record: Record, changes: Changes) -> Record:
     """`record` with Bedrock's `toolConfig`, or a list of its `toolSpec`, as `tools` in the form of OpenAI."""
+    if isinstance(version := record.get("schemaVersion"), str) and SCHEMA.fullmatch(version):
+        record = without(record, "schemaVersion")  # the name of the format
     config = record.get("toolConfig")
     if isinstance(config, dict) and isinstance(config.get("tools"), list) and not record.get("tools"):
-        rest = without(config, "tools")
+        rest = without(config, "tools", "toolChoice")
         record = without(record, "toolConfig") | {"tools": config["tools"]} | ({"toolConfig": rest} if rest else {})
+        if config.get("toolChoice") is not None:
+            if "tool_choice" in record:
+                raise WrongShapeError("`tool_choice` and Bedrock's `toolChoice` are both given")
+            record["tool_choice"] = config["toolChoice"]
     tools = record.get("tools")
     if isinstance(tools, list) and any(isinstance(tool, dict) and "toolSpec" in tool for tool in tools):
         changes.note("`toolSpec` written in the form of OpenAI's tools")
