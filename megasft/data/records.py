@@ -62,7 +62,10 @@ def conversation_files(path: str | Path) -> list[Path]:
         if not files:
             raise UserError(f"{path}: the folder holds no conversation file ({kinds})")
     elif not path.exists():
-        raise UserError(f"{path}: no such file or folder; give a dataset of {kinds}, or a folder of them")
+        hub = ""
+        if len(path.parts) == 2 and not path.suffix:
+            hub = f", or write a dataset of the Hub to a file: megasft convert {path} OUT.jsonl"
+        raise UserError(f"{path}: no such file or folder; give a dataset of {kinds}, or a folder of them{hub}")
     elif not path.name.endswith(SUFFIXES):
         raise UserError(f"{path}: unknown kind of file; conversations are read from {kinds}")
     else:

@@ -4,8 +4,10 @@ import datetime
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -242,11 +244,22 @@ def test_the_command_exits_with_1_where_records_were_refused_and_2_where_nothing
             command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"}
         )
         codes[source] = done.returncode
+        assert "Traceback" not in done.stderr
     assert codes == {"a.jsonl": 1, "missing.jsonl": 2}
-    assert (
-        done.stderr
-        == "megasft: missing.jsonl: no such file or folder; give a dataset of " + done.stderr.split("dataset of ")[1]
-    )
+    assert done.stderr.startswith("megasft: missing.jsonl: no such file or folder; give a dataset of .jsonl")
+
+
+def test_the_example_of_the_page_is_what_happens(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "convert.md").read_text()
+    given, _, written = re.findall(r"```(?:json)?\n(.*?)```", page[page.index("## Example") :], re.DOTALL)
+    shown = page[page.index("chats.jsonl\n┌") : page.index("\n```\n\nThe last column")]
+    monkeypatch.chdir(tmp_path)
+    Path("chats.json").write_text(given)
+    account = convert("chats.json", Path("chats.jsonl"))
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    print_account(account, console)
+    assert [line.rstrip() for line in console.export_text().splitlines()] == shown.splitlines()
+    assert Path("chats.jsonl").read_text() == written
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------
@@ -297,6 +310,11 @@ def test_a_dataset_of_the_hub_is_read_from_the_cache(tmp_path):
     assert "other" in subset
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert written == [{"messages": MESSAGES, "id": i} for i in range(300)]
+
+
+def test_the_name_of_a_dataset_in_place_of_a_file_says_how_to_get_the_file():
+    with pytest.raises(UserError, match=r"megasft convert someone/chats OUT\.jsonl$"):
+        list(read_conversations("someone/chats"))
 
 
 def test_without_datasets_the_line_that_installs_it_is_printed(tmp_path, monkeypatch):
