@@ -16,7 +16,8 @@ from rich.console import Console
 
 from megasft.data.conversations import read_conversations
 from megasft.data.convert import Hub, convert, print_account
-from megasft.data.template import encode_many
+from megasft.data.token_cache import open_columns, prepare
+from megasft.data.tokenize import Recipe
 from megasft.messages import UserError
 
 TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "grüß dich"}]
@@ -191,15 +192,16 @@ def test_a_converted_file_trains_the_same_tokens_as_the_file_itself(run, tmp_pat
         {"conversations": TURNS},
         {"conversations": [{"from": "system", "value": "s"}, *TURNS, *TURNS], "id": "x"},
     ]
-    run(*records)
-    sides = [
-        encode_many(list(read_conversations(tmp_path / name)), with_template("chatml"))
+    run(*records * 200)
+    folders = [
+        prepare(tmp_path / name, with_template("chatml"), Recipe(100), cache_dir=tmp_path)
         for name in ("in.jsonl", "out.jsonl")
     ]
-    for one, other in zip(*sides, strict=True):
-        assert one.mask.any()
-        assert one.ids.tolist() == other.ids.tolist()
-        assert one.mask.tolist() == other.mask.tolist()
+    (ids, mask, ends), *other = [[column.tolist() for column in open_columns(folder).values()] for folder in folders]
+    assert other == [[ids, mask, ends]]
+    assert folders[0] != folders[1]
+    assert len(ends) == 400
+    assert 0 < sum(mask) < len(mask)
 
 
 @pytest.mark.parametrize(
