@@ -149,6 +149,8 @@ def print_account(account: Account, console: Console | None = None) -> int:
     console.print(table)
     if account.read > account.written:
         console.print(Text(f"all that were refused: {account.refused_file}"), soft_wrap=True)
+    if any("ignore_keys" in reason for reason in account.refused):
+        console.print("a key that says nothing to a model can also be left out here: --drop KEY", soft_wrap=True)
     if not account.written:
         console.print(Text(f"{account.output} was not written: there is no conversation"), soft_wrap=True)
     return account.exit_code

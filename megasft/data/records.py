@@ -20,7 +20,7 @@ from megasft.messages import UserError, say_once
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 # What the Hub's, LLaMA-Factory's and `save_to_disk`'s folders hold beside their data.
-NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 HEAD_BYTES = 4 * EXCERPT_CHARS
 
 LAYOUT_BYTES = 2**16

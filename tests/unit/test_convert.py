@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from megasft.data.conversations import read_conversations
-from megasft.data.convert import Hub, convert, print_account
+from megasft.data.convert import Account, Hub, Places, convert, print_account
 from megasft.data.token_cache import open_columns, prepare
 from megasft.data.tokenize import Recipe
 from megasft.messages import UserError
@@ -295,6 +295,14 @@ for hub in (Hub(split="test"), Hub(subset="other")):
     except UserError as error:
         print(error)
 """
+
+
+def test_where_a_key_is_in_the_way_the_option_that_leaves_it_out_is_named(tmp_path):
+    account = Account(tmp_path / "out.jsonl", read=2, written=1)
+    account.refused["the key `x` is not known; pass over it with [data] ignore_keys = ['x']"] = Places(1, [("a", 1)])
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    print_account(account, console)
+    assert "left out here: --drop KEY" in console.export_text()
 
 
 def test_a_dataset_of_the_hub_is_read_from_the_cache(tmp_path):
