@@ -460,38 +460,58 @@ def export(
     print(f"{out}: {layout} adapter")
 
 
-@app.command()
+@app.command(
+    epilog="""\b
+Examples:
+  megasft convert sharegpt.json data.jsonl
+  megasft convert qa.parquet data.jsonl --format context+question/answer
+  megasft convert traces.jsonl data.jsonl --train-on all
+  megasft convert someone/chats data.jsonl --split train_sft      from the Hugging Face hub
+"""
+)
 def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="IN", help=".jsonl, .json (each also .gz, .zst), .parquet, a folder of them, or a Hub dataset."
+            metavar="IN",
+            help="Conversations of any format: .jsonl or .json (plain, .gz, .zst), .parquet, a folder of them, or the "
+            "name of a dataset on the Hugging Face hub.",
         ),
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The file to write.")],
     format: Annotated[
-        str,
-        typer.Option(help="messages, sharegpt, alpaca, pairs, traces, hermes, or PROMPT/ANSWER to name two columns."),
-    ] = "",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="messages, sharegpt, alpaca, pairs, traces, hermes, or PROMPT/ANSWER to name the columns.  "
+            "[default: what the first record looks like]",
+        ),
+    ] = None,
     train_on: Annotated[
-        str, typer.Option(help="Of agent traces: `last`, the answer only; `all`, earlier assistant turns too.")
+        str,
+        typer.Option(metavar="WHICH", help="Of agent traces: last, the answer only; all, earlier assistant turns too."),
     ] = "last",
     drop: Annotated[
         list[str], typer.Option(metavar="KEY", help="Leave this key out of records and messages; can be repeated.")
     ] = [],  # noqa: B006
-    split: Annotated[str, typer.Option(help="Of a Hub dataset.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Of a Hub dataset: its configuration.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub dataset.")] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="The split to read of a dataset on the hub.")] = "train",
+    subset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The configuration to read of a dataset on the hub.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The branch, tag or commit to read of a dataset on the hub.")
+    ] = None,
 ) -> None:
     """Turn conversations of another format into those that megasft trains on.
 
-    The format is what the first record looks like. Exits with 1 if a record was refused, 2 if nothing could be done.
+    Prints what was read, changed, left out and refused. Exits with 1 if a record was refused, 2 if nothing could be
+    done.
     """
     from megasft.data.convert import Hub, print_account
     from megasft.data.convert import convert as convert_file
 
-    hub = Hub(split, subset, revision)
-    raise typer.Exit(print_account(convert_file(source, output, format, train_on, drop, hub)))
+    account = convert_file(source, output, format or "", train_on, drop, Hub(split, subset, revision))
+    raise typer.Exit(print_account(account))
 
 
 def _import_rank() -> None:

@@ -14,7 +14,7 @@ from megasft.config.starter import run_file, write_run_file
 from megasft.messages import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-COMMANDS = ("init", "train", "validate", "generate", "merge", "export")
+COMMANDS = ("init", "train", "validate", "generate", "merge", "export", "convert")
 HEAVY = ("torch", "transformers", "megatron", "peft", "numpy", "pyarrow")
 
 

@@ -57,7 +57,7 @@ def _hermes(record: Record, changes: Changes) -> Record:
 FORMATS = {
     "preferences": Format(
         "preference pairs",
-        lambda record: any(key in record for key in PREFERENCES),
+        lambda record: record.get("messages") is None and any(key in record for key in PREFERENCES),
         _refuse(
             "preference data (DPO: a chosen and a rejected answer); megasft trains on answers, not on preferences: "
             "keep the chosen one as `completion` beside `prompt`, or as `messages`"
@@ -102,10 +102,10 @@ FORMATS = {
     ),
     "hermes": Format("Hermes function calling (<tool_call> in text)", _never, _hermes),
 }
-# Keys that a record with `messages` cannot keep: they would make it one of another format.
-CLAIMING = (*PREFERENCES, *sharegpt.KEYS)
+# Keys that a record with `messages` cannot keep: it would not be clear which to read.
+CLAIMING = sharegpt.KEYS
 # At least one of these is in every record of a known format.
-KNOWN_KEYS = {"messages", "dialogue", "role", "text", *CLAIMING, *pairs.PROMPTS}
+KNOWN_KEYS = {"messages", "dialogue", "role", "text", *PREFERENCES, *CLAIMING, *pairs.PROMPTS}
 # What can be asked for by name. The second names are what those files are called elsewhere.
 NAMES = {name: name for name in ("messages", "sharegpt", "alpaca", "pairs", "traces", "hermes")}
 NAMES |= {"openai": "messages", "bedrock": "messages", "anthropic": "messages"}
