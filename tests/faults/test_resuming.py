@@ -164,7 +164,7 @@ def test_other_data_are_refused_before_the_launch_unless_allowed(world):
     command = start(world, MORE)
     assert command.wait() == 2
     assert len(command.said().splitlines()) == 1
-    assert f"not those of the checkpoint: the content of {world}/train.jsonl has changed; " in command.said()
+    assert f"not those of the checkpoint: {world}/train.jsonl has other content; " in command.said()
     assert "--resume never" in command.said()
     assert not (world / "launched").exists()
     command = start(world, MORE, "checkpoint.allow_changed=['data']")
