@@ -174,10 +174,10 @@ def test_other_data_are_refused_before_the_launch_unless_allowed(world):
 
 
 def test_a_setting_that_changes_the_samples_is_refused_before_weights_are_read(world):
-    command = start(world, MORE, "hyperparameters.sequence_length=50", in_rank=dying_before_weights_are_read)
+    command = start(world, MORE, "hyperparameters.sequence_length=57", in_rank=dying_before_weights_are_read)
     assert command.wait() == 2
     (said,) = spoken(command.said())
-    assert "not those of the checkpoint: [hyperparameters] sequence_length = 50 (was 256); " in said
+    assert "not those of the checkpoint: [hyperparameters] sequence_length = 57 (was 256); " in said
 
 
 def test_a_run_resumes_with_another_topology(world):
