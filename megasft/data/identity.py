@@ -69,7 +69,7 @@ def refuse_other_sources(then: dict[str, Any], config: "RunConfig") -> None:
     for source, was in zip(sources, _list(then, "made_of"), strict=False):
         files = conversation_files(source.path)
         if isinstance(was, dict) and was.get("kinds") == _kinds(files) and was.get("files") != _digests(files, root):
-            _refuse(f"the content of {source.path} has changed")
+            _refuse(f"{source.path} has other content")
 
 
 def describe(files: Sequence[Path], digests: Sequence[str], tokenizer: str, recipe: "Recipe") -> str:

@@ -141,7 +141,7 @@ BEFORE_THE_LAUNCH = {
     ),
     "topology on another number of ranks": (
         nothing, "--ranks 3",
-        ["--ranks 3: ", "asks for 2 (tensor_parallel 2", 'add --ranks 2, or --set "data.topology={tensor_parallel = 1, data_parallel = 3}"'],
+        ["--ranks 3: ", "asks for 2 (tensor_parallel 2", 'add --ranks 2, or --set "data.topology = {tensor_parallel = 1, data_parallel = 3}"'],
     ),
     "heads that tensor parallel does not divide": (
         nothing, "--set data.topology.tensor_parallel=8", ["tensor_parallel = 8", "num_key_value_heads = 4", "1, 2, 4"]

@@ -158,17 +158,26 @@ def test_another_base_is_refused_before_the_launch_unless_allowed(world, change)
         assert {name for name in now if now[name] != then[name]} == {"base model"}  # from here on it is this one
 
 
-def test_other_data_are_refused_unless_allowed(world):
+def test_other_data_are_refused_before_the_launch_unless_allowed(world):
+    (world / "launched").unlink()
     change_data(world)
-    command = start(world, MORE, in_rank=dying_before_weights_are_read)
+    command = start(world, MORE)
     assert command.wait() == 2
-    assert [
-        line for line in spoken(command.said()) if "the data are not those that the checkpoint was written with" in line
-    ]
+    assert len(command.said().splitlines()) == 1
+    assert f"not those of the checkpoint: {world}/train.jsonl has other content; " in command.said()
+    assert "--resume never" in command.said()
+    assert not (world / "launched").exists()
     command = start(world, MORE, "checkpoint.allow_changed=['data']")
     assert command.wait() == 0, command.said()
     then, now = (read_state(world / "run/checkpoints" / name).loader for name in ("step-000004", "step-000006"))
     assert now["data"] != then["data"]
+
+
+def test_a_setting_that_changes_the_samples_is_refused_before_weights_are_read(world):
+    command = start(world, MORE, "hyperparameters.sequence_length=57", in_rank=dying_before_weights_are_read)
+    assert command.wait() == 2
+    (said,) = spoken(command.said())
+    assert "not those of the checkpoint: [hyperparameters] sequence_length = 57 (was 256); " in said
 
 
 def test_a_run_resumes_with_another_topology(world):
