@@ -266,6 +266,17 @@ def test_every_module_that_a_page_names_exists(page):
         assert any(module.endswith(f"/{named}") for module in modules), named
 
 
+def test_the_map_names_every_module():
+    named = set(re.findall(r"[\w/]*\w\.py\b|megasft/[\w/]+/(?=`)", TEXTS["AGENTS.md"]))
+    modules = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "megasft").rglob("[!_]*.py"))]
+    assert len(modules) > 80
+    missing = [
+        module for module in modules
+        if not any(f"/{module}".endswith(f"/{name}") or module.startswith(name) for name in named)
+    ]  # fmt: skip
+    assert missing == []
+
+
 def test_the_mistake_in_the_readme_is_refused_in_these_words(tmp_path, monkeypatch):
     said, line = re.search(r"^megasft: (configs/demo.toml:(\d+): .*)$", TEXTS["README.md"], re.MULTILINE).groups()
     lines = (ROOT / "configs" / "demo.toml").read_text().splitlines()
