@@ -2,9 +2,10 @@
 
 import pytest
 
+from megasft.config.schema import RunConfig
 from megasft.train.optimizer import optimizer_state_bytes
 from megasft.train.trainer import Trainer
-from tests.parity.reference import random_model, tiny_config
+from tests.parity.reference import linear_shapes, random_model, tiny_config
 from tests.support import on_ranks
 
 
@@ -29,6 +30,9 @@ def test_optimizer_state_shrinks_as_one_over_data_parallel(ranks, tmp_path, bf16
         }
         answers = ranks(data, state_bytes, settings, samples)
         trained = answers[0][1]
+        targets = RunConfig.from_dict(settings).lora.targets
+        shapes = [shape for name, shape in linear_shapes(tiny_config()).items() if name.rpartition(".")[2] in targets]
+        assert trained == sum(8 * (n + k) for n, k in shapes)  # no rank of an expert's factors is padding
         # fp32 master weight and two moments: 12 bytes a parameter, shared out.
         assert sum(size for size, _ in answers) == pytest.approx(12 * trained, rel=0.01)
         for size, _ in answers:

@@ -66,7 +66,8 @@ def test_a_record_has_the_time_of_the_step_and_the_tokens_of_all_ranks_in_it(ran
 def fitted(settings, samples, held_out):
     """The summary of a run, what `train_step` gave in it, the seconds it took, and the time before and after."""
     config, topology, model = on_ranks.start(settings)
-    trainer = Trainer(config, topology, model, on_ranks.as_samples(samples), on_ranks.as_samples(held_out))
+    validation = on_ranks.as_samples(held_out) if held_out else None
+    trainer = Trainer(config, topology, model, on_ranks.as_samples(samples), validation)
     step, records = trainer.train_step, []
     trainer.train_step = lambda: (records.append(step()), records[-1])[1]
     began, started = time.time(), time.monotonic()
@@ -79,6 +80,7 @@ def test_lines_curves_and_summary_of_a_run_are_those_of_its_steps(ranks, setting
     held_out = on_ranks.random_samples(203, [12, 7, 30], seed=5)
     summary, records, seconds, (began, ended) = ranks(1, fitted, settings(max_steps=STEPS), samples, held_out)[0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in lines} == {"train", "validation", "experts", "checkpoint"}
     of = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "validation", "experts")}
     assert [line["step"] for line in of["train"]] == list(range(1, STEPS + 1))
     for line, record in zip(of["train"], records, strict=True):
@@ -113,3 +115,23 @@ def test_lines_curves_and_summary_of_a_run_are_those_of_its_steps(ranks, setting
     assert len(set(validated)) == len(VALIDATED)
     assert sum(record["seconds"] for record in records) <= summary.seconds <= seconds
     assert summary.peak_memory_bytes > 2**26
+
+
+def test_epochs_are_validated_at_their_ends_if_that_is_the_strategy(ranks, settings, tmp_path):
+    by_epoch = settings(max_steps=STEPS) | {
+        "training": {"validation": {"enabled": True, "evaluation_strategy": "epoch"}}
+    }
+    held_out = on_ranks.random_samples(203, [12, 7], seed=5)
+    ranks(1, fitted, by_epoch, on_ranks.random_samples(203, LENGTHS[:5]), held_out)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [5, 10, STEPS]
+
+
+def test_a_run_without_validation_that_is_finished_trains_nothing_when_it_is_started_again(ranks, settings):
+    without = settings(max_steps=2) | {"training": {}}
+    samples = on_ranks.random_samples(203, LENGTHS)
+    first, second = (ranks(1, fitted, without, samples, None)[0] for _ in range(2))
+    assert (first[0].steps, first[0].trained, len(first[1])) == (2, 2, 2)
+    assert (first[0].validation_loss, first[0].best_validation_loss) == (None, None)
+    assert (second[0].steps, second[0].trained, second[0].tokens, second[0].train_loss) == (2, 0, 0, None)
+    assert second[1] == []

@@ -32,7 +32,7 @@ def test_every_command_is_listed_with_what_it_does_and_the_version():
         # The list has one line for each and ends a long one with dots.
         (line,) = re.findall(rf"^ +{name} +(\S.*)$", text, re.MULTILINE)
         assert first.startswith(line.removesuffix("...").rstrip(".: ")), name
-    for words in (TOP.help, TOP.epilog, "--version"):
+    for words in (TOP.help, TOP.epilog or "", "--version"):
         assert unwrapped(words) in unwrapped(text)
 
 
@@ -40,7 +40,7 @@ def test_every_command_is_listed_with_what_it_does_and_the_version():
 def test_each_option_and_argument_is_explained_and_no_word_of_it_is_lost(name):
     command, text = TOP.commands[name], unwrapped(shown(name))
     assert command.params
-    for words in (command.help, command.epilog):
+    for words in (command.help, command.epilog or ""):
         assert unwrapped(words) in text
     for parameter in command.params:
         assert parameter.help, f"{name} {parameter.name} has no help"
@@ -51,7 +51,7 @@ def test_each_option_and_argument_is_explained_and_no_word_of_it_is_lost(name):
 
 def examples() -> list[str]:
     """The commands in the examples, without what is said of them beside and where their output goes."""
-    lines = [line for command in (TOP, *TOP.commands.values()) for line in command.epilog.splitlines()]
+    lines = [line for command in (TOP, *TOP.commands.values()) for line in (command.epilog or "").splitlines()]
     commands = [line.strip() for line in lines if re.match(r"megasft [a-z]|torchrun ", line.strip())]
     return [re.split(r"   | > ", command)[0] for command in commands]
 

@@ -130,6 +130,7 @@ def test_a_micro_batch_is_padded_to_a_multiple_of_tensor_parallel_only():
 def test_a_mix_numbers_the_samples_of_its_sources_through():
     first, second = make_samples([4, 2, 9]), make_samples([3, 5], seed=1)
     mix = Mix((first, second), (1.0, 2.0))
+    assert Mix.of(mix) is mix
     assert len(mix) == 5
     assert mix.lengths.tolist() == [3, 1, 8, 2, 4]
     for number, (source, i) in enumerate([(first, 0), (first, 1), (first, 2), (second, 0), (second, 1)]):
@@ -161,6 +162,7 @@ def test_each_epoch_has_an_order_of_its_own():
     orders = [batches[step].tolist() for step in range(4)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len(set(map(tuple, orders))) == 4
+    assert len(batches._epochs) == 2, "an order of each epoch is kept for as long as the run lasts"
 
 
 @settings(deadline=None)
@@ -258,3 +260,11 @@ def test_resuming_with_other_data_is_refused(change, named):
     (other,), _ = loaders(mix, 4, change == "packing", 1, 1, seed=int(change == "seed"))
     with pytest.raises(UserError, match=f"not those of the checkpoint: {re.escape(named)}"):
         other.load_state_dict(loader.state_dict())
+
+
+@pytest.mark.parametrize("row", [8, 10**9])
+def test_resuming_behind_the_last_row_of_an_epoch_is_refused(row):
+    (loader,), _ = loaders(Mix.of(make_samples([4] * 8)), 4, False, 1, 1)
+    loader.load_state_dict(loader.state_dict() | {"row": 7})
+    with pytest.raises(UserError, match=f"row {row} "):
+        loader.load_state_dict(loader.state_dict() | {"row": row})
