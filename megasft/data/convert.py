@@ -23,7 +23,7 @@ from megasft.data.conversations import Problem, check_record
 from megasft.data.formats import CLAIMING, FORMATS, NAMES
 from megasft.data.formats.shape import Changes, without
 from megasft.data.json_text import visible
-from megasft.data.records import Block, conversation_files, parse_block, read_raw_blocks, recognize_block
+from megasft.data.records import SUFFIXES, Block, conversation_files, parse_block, read_raw_blocks, recognize_block
 from megasft.messages import UserError
 
 FIRST_LINES = 3
@@ -240,7 +240,9 @@ def _is_json(value: Any) -> bool:
 
 def _blocks(source: str, output: Path, format: str, account: Account, hub: Hub) -> Iterator[tuple[str, Block, str]]:
     """Each block with the name and the format of its file. What cannot be read at all is refused first."""
-    if HUB_NAME.fullmatch(source) and not os.path.exists(source):
+    # A misspelled path is not looked for on the network, which takes half a minute where there is none.
+    path = Path(source)
+    if HUB_NAME.fullmatch(source) and not (path.exists() or path.parent.exists() or source.endswith(SUFFIXES)):
         named = [(source, _hub_blocks(source, hub))]
     else:
         files = conversation_files(source)

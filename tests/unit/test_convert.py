@@ -327,6 +327,15 @@ def test_the_name_of_a_dataset_in_place_of_a_file_says_how_to_get_the_file():
         list(read_conversations("someone/chats"))
 
 
+def test_a_misspelled_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "data").mkdir()
+    for path in ("data/missing", "other/missing.json"):
+        with pytest.raises(UserError, match=f"^{path}: no such file or folder; give a dataset of"):
+            convert(path, tmp_path / "out.jsonl")
+
+
 def test_without_datasets_the_line_that_installs_it_is_printed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"to read a dataset of the Hub: pip install 'megasft\[hub\]'"):
