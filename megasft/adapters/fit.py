@@ -1,6 +1,6 @@
-"""Whether an adapter belongs to a model and to the [lora] settings: what its files say, held against config.json.
+"""Check an adapter's files against a model's config.json and the [lora] settings.
 
-Needs no model and no rank, so that a wrong adapter is refused before anything is launched.
+The check needs no model and no ranks, so a wrong adapter is refused before the launch.
 """
 
 import math
@@ -19,8 +19,8 @@ from megasft.storage.shards import leaf
 def fitting_pairs(adapter: AdapterFile, lora: LoraSettings, hf_config: Qwen3MoeConfig) -> dict[str, Pair]:
     """The adapter of every linear layer that `lora` adapts in a model, by the layer's name.
 
-    Reads the files' headers, and values only where a layer may be adapted that `lora` does not name. Raises UserError
-    for another r, alpha, set of targets or shape, and for a missing or surplus layer.
+    Reads the file's header, and values only to find layers that are adapted but not named in `lora`. Raises UserError
+    for a different r, alpha, set of targets or shape, and for a missing or surplus layer.
     """
     split = lora.r == adapter.config["r"] or adapter.splits()
     pairs = adapter.pairs(split)
@@ -82,7 +82,7 @@ def _check_layers(
 
 
 def _linear_shapes(config: Qwen3MoeConfig) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(name, (outputs, inputs)) of all linear layers that LoRA can adapt, experts one by one."""
+    """(name, (outputs, inputs)) of all linear layers that LoRA can adapt, with one entry per expert."""
     hidden, d = config.hidden_size, head_dim(config)
     queries, keys = config.num_attention_heads * d, config.num_key_value_heads * d
     for i, sparse in enumerate(sparse_layers(config)):

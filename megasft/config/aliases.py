@@ -71,7 +71,7 @@ FOREIGN_NAMES = {
 
 
 # Settings of other trainers that have no counterpart here: what megasft does instead.
-_PROCESSES = "tokenizing and loading use the cores there are by themselves"
+_PROCESSES = "tokenizing and loading use all available cores by themselves"
 _PRECISION = "[hyperparameters.parallelism] bf16 = true or false sets the precision"
 _ATTENTION = "attention is Transformer Engine's on GPUs where it is installed, and PyTorch's otherwise"
 _OPTIMIZER = "the optimizer is AdamW, with its states in fp32"
@@ -108,8 +108,8 @@ ABSENT = {
     "assistant_only_loss": "only assistant turns are trained on, always",
     "completion_only_loss": "only assistant turns are trained on, always",
     "sequence_parallel": "sequence parallelism is on wherever tensor_parallel is above 1",
-    "context_parallel": "sequences are not cut over ranks; tensor_parallel shards their activations",
-    "context_parallel_size": "sequences are not cut over ranks; tensor_parallel shards their activations",
+    "context_parallel": "attention does not split sequences over ranks; tensor_parallel shards their activations",
+    "context_parallel_size": "attention does not split sequences over ranks; tensor_parallel shards their activations",
     "zero_stage": "optimizer states are sharded over data parallel, which is ZeRO stage 1",
     "deepspeed": "optimizer states are sharded over data parallel, which is ZeRO stage 1",
     "fsdp_config": "weights are sharded by [data.topology]",

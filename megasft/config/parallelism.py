@@ -49,8 +49,8 @@ def resolve_topology(topology: TopologySettings, world_size: int) -> TopologySiz
 
 
 def remedies(topology: TopologySettings, ranks: int, usable: Callable[[TopologySizes], bool]) -> list[str]:
-    """Options of `megasft train` for a topology that does not fit `ranks` ranks: another number of ranks, or another
-    topology on as many, the nearest first; none of which the model is not `usable` with.
+    """Options of `megasft train` that help if a topology does not fit `ranks` ranks: another number of ranks or another
+    topology on the same number, nearest first. All of them are `usable` with the model.
     """
     sizes, asked = derive(topology), asked_ranks(topology)
     unit = lcm(sizes.tensor * sizes.pipeline, sizes.expert * sizes.expert_tensor * sizes.pipeline)
@@ -128,10 +128,10 @@ def _misfit(sizes: TopologySizes, ranks: int, fills_world: bool) -> str | None:
 def _nearest(
     topology: TopologySettings, ranks: int, usable: Callable[[TopologySizes], bool] = lambda _: True
 ) -> list[str]:
-    """Up to three topologies that fit, as TOML, the fewest halvings away first.
+    """Up to three topologies that fit, as TOML, nearest first (fewest halvings).
 
-    Sizes other than data_parallel are divisors of those asked for: where the model can be cut by a size, it can be cut
-    by its divisors.
+    Sizes other than data_parallel are divisors of the requested ones, because a model that a size can shard can also be
+    sharded by its divisors.
     """
     asked = topology.model_dump(exclude_none=True)
     free = {name: size for name, size in asked.items() if name != "data_parallel"}

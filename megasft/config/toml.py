@@ -19,7 +19,9 @@ from megasft.messages import UserError
 Key = tuple[str, ...]  # ("data", "topology", "tensor_parallel")
 
 LARGEST_FILE = 1 << 20  # bytes: a run file has some thousands; a data set passed by mistake has millions
-CLOSE = 0.8  # difflib's ratio from which a name is a misspelt one: alhpa and alpha have 0.8, num_proc and n_epochs 0.6
+CLOSE = (
+    0.8  # difflib ratio above which a name counts as misspelled: alhpa and alpha have 0.8, num_proc and n_epochs 0.6
+)
 
 
 class Section(BaseModel):

@@ -119,17 +119,17 @@ def test_every_file_is_held_against_the_manifest_by_one_of_the_ranks(runs, tmp_p
     assert sorted(path.name for path in whole.iterdir()) == FILES
     assert [damage(whole, part, 2) for part in range(2)] == [None, None]
     for name in FILES:
-        if name == "manifest.json":  # held against nothing; a test below is of what it says
+        if name == "manifest.json":  # nothing to compare it with; a test below checks its content
             continue
         folder = shutil.copytree(whole, tmp_path / name)
         content = (folder / name).read_bytes()
-        # Of the size that it had, and as readable as it was: JSON and TOML take a blank for a line's end.
+        # Same size and still readable: JSON and TOML accept a blank for a line break.
         changed = content.replace(b"\n", b" ", 1) if name.endswith((".json", ".toml")) else content[:-1] + b"\1"
         assert content != changed
         (folder / name).write_bytes(changed)
         found = [damage(folder, part, 2) for part in range(2)]
         assert found.count(None) == 1, f"{name}: {found}"
-        assert f"{name} is damaged: its checksum is not that of manifest.json" in found
+        assert f"{name} is corrupted: its checksum is not that of manifest.json" in found
 
 
 def test_resume_skips_a_corrupted_checkpoint_for_the_previous_one(try_each):

@@ -107,7 +107,7 @@ def assert_same_run(one: Path, other: Path, failed: Sequence[int] = ()) -> None:
         ).read_bytes()
 
 
-def assert_undamaged(run: Path, *steps: str) -> None:
+def assert_intact(run: Path, *steps: str) -> None:
     checkpoints = Checkpoints(run / "checkpoints")
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest", *steps]
     assert [damage(folder) for folder in checkpoints.all()] == [None] * len(steps)
@@ -124,7 +124,7 @@ def test_a_full_disk_costs_checkpoints_but_no_steps_and_no_metrics(world, tmp_pa
         run = disk / "full"
         command = start(world, run, in_rank=spoil_between, args=(str(disk), False))
         assert command.wait() == 0, command.said()
-        assert_undamaged(run, FIRST, "step-000006", LAST)
+        assert_intact(run, FIRST, "step-000006", LAST)
         assert_same_run(world / "whole", run, failed=[4])
         assert [event.partition(":")[0] for event in events(run)] == ["best failed", "checkpoint failed"]
         assert all("No space left on device" in event for event in events(run))
@@ -159,7 +159,7 @@ def test_a_read_only_checkpoint_folder_costs_only_checkpoints(world, tmp_path):
     with small_disk(run / "checkpoints") as disk:
         command = start(world, run, in_rank=spoil_between, args=(str(disk), True))
         assert command.wait() == 0, command.said()
-        assert_undamaged(run, FIRST, "step-000006", LAST)
+        assert_intact(run, FIRST, "step-000006", LAST)
         assert_same_run(world / "whole", run, failed=[4])
         assert events(run) == [
             "checkpoint failed: the last checkpoint could not be written (rank 0: Read-only file system)"
@@ -173,7 +173,7 @@ def test_with_on_failure_stop_a_full_disk_ends_the_run_and_it_resumes_when_there
                         in_rank=spoil_between, args=(str(disk), False))  # fmt: skip
         assert command.wait() == 2
         assert sum("stopped" in line and "No space left on device" in line for line in spoken(command.said())) == 1
-        assert_undamaged(run, FIRST)
+        assert_intact(run, FIRST)
         (disk / "ballast").unlink()
         assert start(world, run).wait() == 0
         assert_same_run(world / "whole", run)
@@ -186,7 +186,7 @@ def test_a_full_disk_at_the_final_adapter_is_one_line_and_the_same_command_finis
         assert command.wait() == 2
         assert len(spoken(command.said())) == 1
         assert "adapter cannot be written (No space left on device)" in command.said()
-        assert_undamaged(run, FIRST, "step-000004", "step-000006", LAST)
+        assert_intact(run, FIRST, "step-000004", "step-000006", LAST)
         (disk / "ballast").unlink()
         assert start(world, run).wait() == 0
         assert_same_run(world / "whole", run)
