@@ -446,7 +446,7 @@ def test_an_unknown_key_is_refused_with_the_key_that_was_meant(write, section, k
     ("section", "key", "instead"),
     [
         ("lora", "use_rslora", "the update is alpha / r * B A: for rsLoRA's scaling set [lora] alpha"),
-        ("data", "num_proc", "tokenizing and loading use the cores"),
+        ("data", "num_proc", "tokenizing and loading use all available cores"),
         ("hyperparameters", "optim", "the optimizer is AdamW"),
     ],
 )
