@@ -197,3 +197,14 @@ def test_a_run_locks_its_folder_while_it_trains(ranks, runs, tmp_path):
         "hyperparameters": {"max_steps": 1, "parallelism": {"bf16": False}},
     }
     assert ranks(1, locked_elsewhere, settings, runs.samples) == [[False, 1, 0]]
+
+
+def test_a_checkpoint_whose_line_was_not_written_any_more_gets_it_when_the_run_resumes(runs):
+    whole, again = runs.run(CASES[0], "whole"), runs.folder / "line lost"
+    kept = again / "checkpoints" / f"step-{EVERY:06d}"
+    shutil.copytree(whole / "checkpoints" / kept.name, kept)
+    text = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    others = [line for line in text if (json.loads(line)["kind"], json.loads(line)["step"]) != ("checkpoint", EVERY)]
+    assert len(others) == len(text) - 1
+    (again / "metrics.jsonl").write_text("".join(others))
+    assert saved(runs.run(CASES[0], again.name)) == saved(whole) == ([3, 6, STEPS], [3, 6, STEPS])
