@@ -62,16 +62,16 @@ def conversation_files(path: str | Path) -> list[Path]:
     return files
 
 
-def read_records(file: Path, columns: tuple[str, ...] = ("messages", "tools")) -> Iterator[Record]:
+def read_records(file: Path, columns: tuple[str, ...] = ("messages",)) -> Iterator[Record]:
     """Yield (line, object, its first bytes) for every record; a `str` in place of the object says what is wrong.
 
-    Of a Parquet file only `columns` are read, and it must have the first of them.
+    A Parquet file must have the first of `columns`; all that it has are read.
     """
     for block in read_blocks(file, columns):
         yield from parse_block(block)
 
 
-def read_blocks(file: Path, columns: tuple[str, ...] = ("messages", "tools")) -> Iterator[Block]:
+def read_blocks(file: Path, columns: tuple[str, ...] = ("messages",)) -> Iterator[Block]:
     """Read a file without parsing its records, which is left to `parse_block`: another process may do that."""
     return _parquet_blocks(file, columns) if file.suffix == ".parquet" else _line_blocks(file)
 
@@ -193,12 +193,11 @@ def _parquet_blocks(file: Path, wanted: tuple[str, ...]) -> Iterator[Block]:
     number = 0
     try:
         with parquet.ParquetFile(file) as table:
-            columns = [name for name in wanted if name in table.schema_arrow.names]
-            if wanted[0] not in columns:
+            if wanted[0] not in table.schema_arrow.names:
                 names = ", ".join(table.schema_arrow.names).encode()
                 yield Block([(1, names, f"the file has no column `{wanted[0]}`")])
                 return
-            for batch in table.iter_batches(batch_size=32, columns=columns):
+            for batch in table.iter_batches(batch_size=32):
                 yield Block(rows=batch, first_row=number + 1)
                 number += batch.num_rows
     except (OSError, pyarrow.ArrowException) as error:
