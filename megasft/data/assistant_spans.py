@@ -127,10 +127,15 @@ def assistant_turns(
     marks = tokenizer.generation_marks(messages, tools, **variables)
     try:
         turns = _found(tokenizer, messages, tools, variables)
-    except RefusedError:
+    except RefusedError as refused:
         if marks is None:
             raise
-        turns = _marked(tokenizer, messages, tools, variables, *marks)
+        try:
+            turns = _marked(tokenizer, messages, tools, variables, *marks)
+        except RefusedError:
+            if tokenizer.frame is None:
+                raise
+            raise refused from None
     else:
         if marks is not None and tokenizer.frame:
             _believe(turns, marks[1], tokenizer.frame.leads)

@@ -187,7 +187,7 @@ def _tool_call(call: Any, where: str, notes: Counter[str], ignored: Iterable[str
     given = [key for key in ARGUMENTS if function.get(key) not in (None, "", {})]
     if len(given) > 1:
         raise WrongError(f"{where}: `{given[0]}` and `{given[1]}` are both there; keep `arguments`", call)
-    arguments = _arguments(function[given[0]], f"{where}.{given[0]}") if given else {}
+    arguments = _arguments(function[given[0]], f"{where}: `{given[0]}`") if given else {}
     checked = {"type": "function", "function": {"name": check_text(function["name"], where), "arguments": arguments}}
     if call.get("id") is not None:
         checked["id"] = _call_id(call["id"], f"{where}.id")
@@ -200,7 +200,7 @@ def _arguments(arguments: Any, where: str) -> dict[str, Any]:
             return {}
         parsed = parse_object(check_text(arguments, where).encode())
         if isinstance(parsed, str):
-            raise WrongError(f"{where} is {parsed}; `arguments` is an object, or a text that holds one", arguments)
+            raise WrongError(f"{where} is {parsed}", arguments)
         arguments = parsed
     if not isinstance(arguments, dict):
         raise WrongError(f"{where} is not an object", arguments)

@@ -26,6 +26,7 @@ LostReasoning = Literal["refuse", "accept"]
 BATCH = 256
 
 LOST_REASONING = "assistant messages whose reasoning the chat template leaves out"
+UNREAD_VARIABLE = "`chat_template_kwargs` {} that the chat template does not have"
 NOTHING_LEFT = "assistant messages of which the chat template leaves nothing"
 
 
@@ -114,10 +115,13 @@ def _render(
         if lost and lost_reasoning == "refuse":
             raise RefusedError(_lost_reasoning(lost, conversation, found.lost_reasoning))
         notes[LOST_REASONING] += len(found.lost_reasoning)
-        notes[NOTHING_LEFT] += sum(on and start == end for on, (start, end) in zip(wanted, spans, strict=True))
+        for i, on, (start, end) in zip(speaking, wanted, spans, strict=True):
+            if on and start == end and i not in found.lost_reasoning:
+                raise RefusedError("the chat template leaves nothing of {}", i)
+            notes[NOTHING_LEFT] += on and start == end
         notes[MARKS_INCOMPLETE] += found.marks_incomplete
         notes += _unseen(messages, text)
-        notes.update(f"`chat_template_kwargs` {name}" for name in variables if not tokenizer.reads(name))
+        notes.update(UNREAD_VARIABLE.format(name) for name in variables if not tokenizer.reads(name))
         supervised = [span for span, on in zip(spans, wanted, strict=True) if on and span[0] < span[1]]
         if not supervised:
             raise RefusedError("nothing to learn from: no assistant turn is supervised")

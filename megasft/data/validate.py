@@ -141,15 +141,8 @@ def show(
         place = f"{conversation.file}:{conversation.line}"
         cut = f", cut from {len(result)} by {recipe.overlong}" if len(result) > recipe.sequence_length else ""
         if not pieces:
-            console.print(
-                Text(
-                    visible(
-                        f"{place}: {recipe.overlong} leaves nothing to learn from of its {len(result)} tokens", 500
-                    ),
-                    "red",
-                ),
-                soft_wrap=True,
-            )
+            left = f"{place}: {recipe.overlong} leaves nothing to learn from of its {len(result)} tokens"
+            console.print(Text(visible(left, 500), style="red"), soft_wrap=True)
         for number, piece in enumerate(pieces, 1):
             part = f", sample {number} of {len(pieces)}" if len(pieces) > 1 else ""
             title = f"{place} ({len(piece)} tokens, {int(piece.mask.sum())} supervised{part}{cut})"

@@ -20,9 +20,10 @@ def longest_input(folder: str | Path) -> int | None:
 
 def _longest(config: dict[str, Any]) -> int | None:
     positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind, factor = rope.get("rope_type", rope.get("type", "default")), float(rope.get("factor") or 1.0)
     if kind == "yarn":
-        original = rope.get("original_max_position_embeddings") or positions
-        return max(int(original * factor), positions or 0)
+        return max(int((rope.get("original_max_position_embeddings") or positions) * factor), positions)
     return int(positions * factor) if kind == "linear" else positions
