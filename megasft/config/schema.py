@@ -41,6 +41,7 @@ from megasft.config.values import (
     check_validation_loss,
     iso_date,
     list_as_tuple,
+    names_as_tuple,
     refuse_true,
 )
 from megasft.messages import UserError
@@ -131,7 +132,7 @@ class DataSettings(Section):
     # where the chat template leaves out the reasoning of a supervised message: `"refuse"` the conversation, or `"accept"`
     lost_reasoning: Literal["refuse", "accept"] = "refuse"
     # keys of records and messages to ignore though they may carry meaning; harmless ones need not be listed
-    ignore_keys: Annotated[tuple[Text, ...], BeforeValidator(list_as_tuple)] = ()
+    ignore_keys: Annotated[tuple[str, ...], BeforeValidator(names_as_tuple)] = ()
     # put several conversations into each row of `sequence_length` tokens; batches then count rows
     packing: bool = False
     # cache of tokenized data; default `~/.cache/megasft`, or `megasft` in `$XDG_CACHE_HOME`

@@ -102,12 +102,20 @@ def check_json(value: dict[str, Any]) -> dict[str, Any]:
 
 def iso_date(value: Any) -> Any:
     """A date, or its text, such as "2026-01-31"."""
-    if not isinstance(value, str):
+    if value is None or (isinstance(value, datetime.date) and not isinstance(value, datetime.datetime)):
         return value
     try:
         return datetime.date.fromisoformat(value)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError("must be a date, such as 2026-01-31") from None
+
+
+def names_as_tuple(value: Any) -> Any:
+    """A list of names, or one name, as a tuple."""
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError('must be a list of names, such as ["persona"]')
+    return tuple(names)
 
 
 def _text(value: Any) -> Any:
