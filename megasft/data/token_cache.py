@@ -227,7 +227,7 @@ def _report(
         more = f" (and {total - 1} more problems; `megasft validate` lists them)" if total > 1 else ""
         raise UserError(f"{first[0]}{more}")
     if not manifest.samples:
-        raise UserError(f"{path}: {_nothing(recipe, manifest)}")
+        raise UserError(f"{path}: {recipe.nothing_left(manifest.counts.get('dropped', 0), manifest.longest)}")
     counts = manifest.counts
     cut = [f"{counts[what]:,} {what}" for what in ("truncated", "split", "dropped") if counts.get(what)]
     lost = f", {counts['targets cut']:,} supervised tokens lost" if counts.get("targets cut") else ""
@@ -243,16 +243,3 @@ def _report(
         say_once(f"{path}: skipped {total:,}, all of them listed in {folder / 'problems.txt'}")
         for problem in first:
             say_once(f"  {problem}")
-
-
-def _nothing(recipe: Recipe, manifest: Manifest) -> str:
-    """Why there is no sample, and what would give some."""
-    over = manifest.counts.get("dropped", 0)
-    if not over:
-        return "no conversation with something to learn from"
-    other = ', or set overlong = "truncate_left"' if recipe.overlong != "truncate_left" else ""
-    return (
-        f"nothing is left to learn from: all {over:,} conversations are longer than [hyperparameters] "
-        f"sequence_length = {recipe.sequence_length} (the longest has {manifest.longest:,} tokens), and "
-        f'[data] overlong = "{recipe.overlong}" leaves no supervised token of any; raise sequence_length{other}'
-    )

@@ -58,6 +58,22 @@ class Recipe:
             data.ignore_keys,
         )
 
+    def nothing_left(self, dropped: int, longest: int) -> str:
+        """Why there is no sample, and what would give some.
+
+        Args:
+            dropped: conversations that were too long.
+            longest: tokens of the longest of them.
+        """
+        if not dropped:
+            return "no conversation with something to learn from"
+        other = ', or set overlong = "truncate_left"' if self.overlong != "truncate_left" else ""
+        return (
+            f"nothing is left to learn from: all {dropped:,} conversations are longer than [hyperparameters] "
+            f"sequence_length = {self.sequence_length} (the longest has {longest:,} tokens), and [data] overlong = "
+            f'"{self.overlong}" leaves no supervised token of any; raise sequence_length{other}'
+        )
+
 
 @dataclass
 class Tokens:

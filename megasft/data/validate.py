@@ -112,11 +112,7 @@ def print_report(report: Report, console: Console | None = None) -> int:
     for name, note in report.notes.items():
         console.print(Text(visible(f"{name}: {note}", 500)), soft_wrap=True)
     if report.lengths and not report.fitted["samples"]:
-        recipe = report.recipe
-        line = (
-            f"nothing is left to learn from at [hyperparameters] sequence_length = {recipe.sequence_length} "
-            f'with [data] overlong = "{recipe.overlong}"'
-        )
+        line = report.recipe.nothing_left(report.fitted["dropped"], max(report.lengths))
         console.print(Text(line, style="red"), soft_wrap=True)
     for line in report.problems.lines():
         console.print(Text(visible(line, 500), style="red"), soft_wrap=True)
