@@ -15,6 +15,7 @@ from megasft.data.record_keys import (
     TOOL_CALL,
     check_keys,
     read_flags,
+    says_nothing,
 )
 from megasft.data.records import parse_object
 from megasft.data.values import check_text, check_tree
@@ -112,8 +113,10 @@ def _reasoning(
     found = {"content": "\n".join(thoughts)} if thoughts else {}
     for key in REASONING:
         value = raw.get(key)
+        if isinstance(value, list | dict) and says_nothing(value):
+            continue
         if isinstance(value, list):
-            value = "\n".join(_thoughts(value, f"{where}.{key}", notes, ignored)) if value else None
+            value = "\n".join(_thoughts(value, f"{where}.{key}", notes, ignored))
         if value is not None:
             found[key] = check_text(value, f"{where}.{key}")
     spoken = {key: text for key, text in found.items() if text.strip()}
@@ -155,7 +158,7 @@ def _agreed(raw: dict[str, Any], keys: tuple[str, ...], where: str) -> Any:
 def _tool_calls(
     raw: dict[str, Any], role: str, where: str, notes: Counter[str], ignored: Iterable[str]
 ) -> list[dict[str, Any]]:
-    calls, old = raw.get("tool_calls"), raw.get("function_call")
+    calls, old = (None if says_nothing(raw.get(key)) else raw[key] for key in ("tool_calls", "function_call"))
     if calls and old:
         raise WrongError(f"{where}: `tool_calls` and `function_call` are both there; keep `tool_calls`", raw)
     name = "tool_calls" if calls else "function_call"

@@ -141,10 +141,13 @@ def check_keys(
     """
     for key, value in found.items():
         fate = table.get(key, "")
-        if fate == READ or value is None or value in ("", [], {}):
+        if value is None or value in ("", [], {}):
+            continue
+        if fate == READ and (key in ARGUMENTS or not says_nothing(value)):
             continue
         top = said is not None
-        if key in ignored or fate == HARMLESS or (top and _is_harmless(key, value, fate, said or ())):
+        harmless = fate == HARMLESS or says_nothing(value) or (top and _is_harmless(key, value, fate, said or ()))
+        if key in ignored or harmless:
             notes[f"ignored key `{_kind(where)}{key}`"] += 1
             continue
         place = f"{where}: " if where else ""
@@ -155,6 +158,13 @@ def check_keys(
             f"[data] ignore_keys = [{key!r}]",
             value,
         )
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a value is null, empty, or made of nothing but nulls, as tables fill in objects that are not there."""
+    if isinstance(value, dict | list):
+        return all(says_nothing(item) for item in (value.values() if isinstance(value, dict) else value))
+    return value is None or value == ""
 
 
 def read_flags(found: Mapping[str, Any], where: str) -> bool | None:

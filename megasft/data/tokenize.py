@@ -16,17 +16,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from megasft.config.schema import RunConfig
 from megasft.data.conversations import Conversation, check_record
 from megasft.data.overlong import DEFAULT_OVERLONG, Encoded, OverLong, fit
 from megasft.data.problems import Notes, Problem
 from megasft.data.records import Block, parse_block, read_blocks
 from megasft.data.template import LostReasoning, TrainOn, encode_many
 from megasft.data.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from megasft.config.schema import RunConfig
 
 # A process takes seconds to start, in which this one tokenizes some thousand conversations.
 BLOCKS_WITHOUT_PROCESSES = 16
@@ -46,7 +48,7 @@ class Recipe:
     ignore_keys: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, config: RunConfig) -> "Recipe":
+    def of(cls, config: "RunConfig") -> "Recipe":
         """What a run file asks for."""
         data = config.data
         return cls(

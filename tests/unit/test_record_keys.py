@@ -313,6 +313,25 @@ def test_nulls_in_schemas_are_left_out_but_for_a_default_that_may_be_null():
     assert found.notes == {"nulls left out of `tools`": 6}
 
 
+def test_objects_that_a_table_filled_with_nulls_are_not_there():
+    filled = {"name": None, "arguments": None}
+    calls = [{"id": None, "function": filled}]
+    question = {
+        **USER,
+        "function_call": filled,
+        "tool_calls": calls,
+        "reasoning_details": [{"text": None}],
+        "foo": [{}],
+    }
+    found = good(
+        question, {**ANSWER, "function_call": filled, "audio": {"id": None}}, metadata={"a": None}, persona=[None]
+    )
+    assert found.messages == [USER, ANSWER]
+    inner = {"function_call": 2, "tool_calls": 1, "reasoning_details": 1, "foo": 1, "audio": 1}
+    expected = {f"ignored key `messages[].{key}`": count for key, count in inner.items()}
+    assert found.notes == expected | {"ignored key `metadata`": 1, "ignored key `persona`": 1}
+
+
 # --- variables of the template ---------------------------------------------------------------------------------------
 
 
