@@ -220,22 +220,24 @@ def validate(
     else:
         validation = settings.data.validation_path
         paths = [*(source.path for source in settings.training_data()), *([validation] if validation else [])]
+    from megasft.data.tokenize import Recipe
     from megasft.data.validate import print_report, validate_dataset
     from megasft.data.validate import show as print_masks
 
-    tokenizer = None
+    data, recipe, code = settings.data, Recipe.of(settings), 0
+    tokenizer = positions = None
     if name := model or (settings.job.model if config else None):
         from megasft.data.tokenizer import load_tokenizer
         from megasft.model.hub import find_model
+        from megasft.model.positions import longest_input
 
-        tokenizer = load_tokenizer(find_model(name))
-    data, length = settings.data, settings.hyperparameters.sequence_length
-    code = 0
+        folder = find_model(name)
+        tokenizer = load_tokenizer(folder, data.template_args, data.template_date)
+        positions = longest_input(folder)
     for path in paths:
-        report = validate_dataset(path, tokenizer, length, data.train_on, data.parse_special_in_text, data.overlong)
-        code = max(code, print_report(report))
+        code = max(code, print_report(validate_dataset(path, tokenizer, recipe, positions)))
         if show and tokenizer is not None:
-            print_masks(path, tokenizer, show, data.train_on, data.parse_special_in_text)
+            print_masks(path, tokenizer, show, recipe)
     raise typer.Exit(code)
 
 

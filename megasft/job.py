@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megasft import host, preflight
 from megasft.adapters.model_io import initialize_adapter, load_adapter
@@ -14,14 +16,16 @@ from megasft.config.schema import LoraSettings, QuantSettings, RunConfig
 from megasft.data.dataset import Mix, Samples
 from megasft.data.token_cache import prepare
 from megasft.data.tokenize import Recipe
-from megasft.data.tokenizer import load_tokenizer
+from megasft.data.tokenizer import load_tokenizer, mentions_date
 from megasft.distributed.nodes import on_each_node
 from megasft.distributed.topology import Topology, join_world
+from megasft.messages import say
 from megasft.model import quantized_base as quantized
 from megasft.model import qwen3_moe
 from megasft.model.hf_config import DTYPES, check_fits, read_config
 from megasft.model.hub import find_model
 from megasft.model.load_base import load_base
+from megasft.model.positions import longest_input
 from megasft.train.checkpoint import resume, run_lock
 from megasft.train.trainer import Summary, Trainer, global_batches
 
@@ -33,6 +37,7 @@ def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None)
         if topology.is_first:
             preflight.check(config, topology.sizes)
             run_lock.refuse_second(config.job.output_dir)
+    config = settle_date(config, topology)
     # Data before weights: a bad line, or other data than the checkpoint's, is found in seconds.
     train, validation = load_data(config, topology)
     with topology.together():
@@ -40,6 +45,8 @@ def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None)
             resume.check_data(config, train, global_batches(config, topology, train))
     model = build_model(config, topology)
     trainer = Trainer(config, topology, model, train, validation)
+    if topology.is_first and trainer.schedule.shortened:
+        say(trainer.schedule.shortened)
     return trainer.fit(lambda: on_start(trainer))
 
 
@@ -53,6 +60,26 @@ def initialize(config: RunConfig) -> Topology:
         host.be_deterministic()
     # Longer than the watchdog's limit, which can name the rank that hangs.
     return join_world(sizes, config.job.seed, max(30.0, 2 * config.job.timeout_minutes))
+
+
+def settle_date(config: RunConfig, topology: Topology) -> RunConfig:
+    """The settings with the day that a chat template which writes today's date is told; every rank calls it.
+
+    It is the one on which the run began, or the samples would be others on the day on which it is resumed.
+    """
+    found: list[date | None] = [config.data.template_date]
+    with topology.together():
+        if topology.is_first and found[0] is None and mentions_date(folder := find_model(config.job.model)):
+            found = [resume.template_date(config) or date.today()]
+            tokenizer = load_tokenizer(folder, config.data.template_args, found[0])
+            if tokenizer.writes_date:
+                say(
+                    f"the chat template of {tokenizer.source} writes today's date; this run keeps {found[0]}, on "
+                    "whatever day it is resumed ([data] template_date sets another)"
+                )
+    dist.broadcast_object_list(found)
+    data = config.data.model_copy(update={"template_date": found[0]})
+    return config.model_copy(update={"data": data}) if found[0] != config.data.template_date else config
 
 
 def build_model(config: RunConfig, topology: Topology) -> qwen3_moe.Qwen3Moe:
@@ -111,6 +138,8 @@ def load_data(config: RunConfig, topology: Topology) -> tuple[Mix, Mix | None]:
     sources = [Samples.open(folder) for folder in folders]
     weights = [source.weight for source in config.training_data()]
     train = Mix(tuple(sources[: len(weights)]), tuple(weights))
+    if topology.is_first:
+        _warn_of_positions(config, sources)
     if not validates:
         return train, None
     if path:
@@ -121,9 +150,22 @@ def load_data(config: RunConfig, topology: Topology) -> tuple[Mix, Mix | None]:
 def _tokenized(config: RunConfig, more: list[str]) -> list[Path]:
     """The token cache's folders of the training data and of `more` files; those missing are made."""
     folder = find_model(config.job.model)
-    tokenizer = load_tokenizer(folder)
+    data, recipe = config.data, Recipe.of(config)
+    tokenizer = load_tokenizer(folder, data.template_args, data.template_date)
     tokenizer.check_vocabulary(read_config(folder).vocab_size)
-    data = config.data
-    recipe = Recipe(config.hyperparameters.sequence_length, data.train_on, data.overlong, data.parse_special_in_text)
     paths = [*(source.path for source in config.training_data()), *more]
     return [prepare(path, tokenizer, recipe, data.on_error, data.cache_dir) for path in paths]
+
+
+def _warn_of_positions(config: RunConfig, sources: list[Samples]) -> None:
+    """Say so where samples are longer than what the model was made for."""
+    positions = longest_input(find_model(config.job.model))
+    if positions is None or config.hyperparameters.sequence_length <= positions:
+        return
+    beyond = sum(int((source.lengths >= positions).sum()) for source in sources)  # lengths are without the last token
+    if beyond:
+        say(
+            f"{beyond:,} of {sum(map(len, sources)):,} samples are longer than the {positions:,} positions that "
+            f"{config.job.model} was made for (max_position_embeddings, with its rope scaling); set [hyperparameters] "
+            f"sequence_length = {positions}, or add rope scaling to the model's config.json"
+        )

@@ -54,7 +54,7 @@ def check(config: RunConfig, sizes: TopologySizes) -> None:
         from megasft.quant import kernels
 
         kernels.require()
-    load_tokenizer(folder).check_vocabulary(hf_config.vocab_size)
+    load_tokenizer(folder, config.data.template_args).check_vocabulary(hf_config.vocab_size)
     resume.check(config, fingerprint(folder), sizes.data)
     if config.job.init_adapter:
         from megasft.adapters.adapter_file import AdapterFile

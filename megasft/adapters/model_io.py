@@ -80,6 +80,14 @@ def save_adapter(model: Qwen3Moe, folder: str | Path, base_model: str = "", layo
             writer.finish()
 
 
+def is_zero(model: Qwen3Moe) -> bool:
+    """Whether the adapters change nothing: every B, on all ranks, is zero. All ranks call it."""
+    learned = any(bool(shard.local.any()) for shard in model.adapter_shards() if shard.name.endswith("lora_B.weight"))
+    answers: list[Any] = [None] * model.topology.world
+    dist.all_gather_object(answers, learned)
+    return not any(answers)
+
+
 def _fresh(shard: Shard, seed: int) -> Tensor:
     if not shard.name.endswith("lora_A.weight"):
         return torch.zeros(shard.local.shape)

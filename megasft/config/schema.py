@@ -7,6 +7,7 @@ working directory. Every mistake in a run file raises a `UserError` of one line.
 
 import os
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,8 +37,11 @@ from megasft.config.values import (
     as_tuple,
     check_block_size,
     check_deepspeed_stage,
+    check_json,
     check_validation_loss,
+    iso_date,
     list_as_tuple,
+    names_as_tuple,
     refuse_true,
 )
 from megasft.messages import UserError
@@ -121,6 +125,14 @@ class DataSettings(Section):
     overlong: Literal["drop", "truncate_left", "truncate_right", "split_turns"] = "truncate_right"
     # encode `<|im_end|>` and other control tokens in the text of messages as those tokens
     parse_special_in_text: bool = False
+    # variables for the chat template, such as `{ enable_thinking = false }`; a record's `chat_template_kwargs` override them
+    template_args: Annotated[dict[str, Any], AfterValidator(check_json)] = Field(default_factory=dict)
+    # the date that a chat template which writes today's date gets; default: the day on which the run began
+    template_date: Annotated[date | None, BeforeValidator(iso_date)] = None
+    # where the chat template leaves out the reasoning of a supervised message: `"refuse"` the conversation, or `"accept"`
+    lost_reasoning: Literal["refuse", "accept"] = "refuse"
+    # keys of records and messages to ignore though they may carry meaning; harmless ones need not be listed
+    ignore_keys: Annotated[tuple[str, ...], BeforeValidator(names_as_tuple)] = ()
     # put several conversations into each row of `sequence_length` tokens; batches then count rows
     packing: bool = False
     # cache of tokenized data; default `~/.cache/megasft`, or `megasft` in `$XDG_CACHE_HOME`

@@ -2,6 +2,7 @@
 
 import datetime
 import difflib
+import json
 import math
 import os
 from typing import Annotated, Any
@@ -88,6 +89,33 @@ def as_tuple(value: Any) -> Any:
 def list_as_tuple(value: Any) -> Any:
     """Convert a list to a tuple; leave anything else unchanged."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def check_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Values that a chat template can be given: what JSON can say."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"holds a value that JSON has no form for ({error}); write dates as text") from None
+    return value
+
+
+def iso_date(value: Any) -> Any:
+    """A date, or its text, such as "2026-01-31"."""
+    if value is None or (isinstance(value, datetime.date) and not isinstance(value, datetime.datetime)):
+        return value
+    try:
+        return datetime.date.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise ValueError("must be a date, such as 2026-01-31") from None
+
+
+def names_as_tuple(value: Any) -> Any:
+    """A list of names, or one name, as a tuple."""
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError('must be a list of names, such as ["persona"]')
+    return tuple(names)
 
 
 def _text(value: Any) -> Any:

@@ -1,16 +1,14 @@
 """Which characters of a rendered conversation did the assistant write?
 
-A template says so itself with `{% generation %}` marks, or it is found out:
-
 1. `learn_frame` renders a tiny conversation once per tokenizer and reads off what the template writes around an
    assistant turn: the header (`<|im_start|>assistant\\n`) and the token that closes the turn (`<|im_end|>`).
 2. Turn i starts behind the i-th header. Messages hold no control tokens when they are rendered (see `tokenizer.py`), so
    no message can forge one. Where a template has no constant header, the turn starts where the generation prompt of
    the messages before it ends, if that text is a prefix of the whole.
-3. The finding is then proven for this conversation. Either each turn's characters are its `content`, nothing more; or,
-   with tool calls and reasoning, the conversation is rendered once more with an unguessable mark planted in every
-   text: the marks of turn i must appear in span i and nowhere else, no other message's mark in any span, and without
-   the marks each span must read as before.
+3. The finding is then proven for this conversation (`rendering_proof`).
+4. A template may say itself what the assistant wrote, with `{% generation %}` marks. They are believed as far as the
+   finding bears them out: they may leave out what the template puts before a turn, and nothing else. Where nothing is
+   found, they are proven by themselves.
 
 Rendering whole conversations keeps this right for templates that rewrite earlier turns (Qwen3 removes their thinking).
 What cannot be proven is refused.
@@ -18,26 +16,21 @@ What cannot be proven is refused.
 
 import re
 import secrets
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from megasft.data.rendering_proof import Message, RefusedError, Span, Tools, is_plain, prove, strings
 
 if TYPE_CHECKING:
     from megasft.data.tokenizer import ChatTokenizer
 
-Message = dict[str, Any]
-Tools = list[dict[str, Any]] | None
-Span = tuple[int, int]
-WORD = re.compile(r"<[^<>]*>|[^\s<>]+")
-PLANTING_CHARS = 4096  # of the end of a text are searched for its last word
+MARKS_INCOMPLETE = "turns of which the template's generation marks leave out a part (trained in full all the same)"
 
 
 class FrameError(Exception):
     """The template does not write turns in a way that can be told apart."""
-
-
-class RefusedError(Exception):
-    """The assistant's text in this conversation cannot be told with certainty."""
 
 
 @dataclass(frozen=True)
@@ -101,35 +94,89 @@ def _common_prefix(first: str, *others: str) -> str:
     return first[:length]
 
 
-def assistant_spans(tokenizer: "ChatTokenizer", messages: list[Message], tools: Tools) -> tuple[str, list[Span]]:
-    """The rendered text and, for each assistant message in order, the characters [start, end) it wrote.
+@dataclass
+class Turns:
+    """A rendered conversation.
 
-    The token that closes a turn belongs to it. A turn of which the template leaves nothing (an earlier one that was all
-    reasoning) gets an empty span: nobody should learn to say nothing. `messages` and `tools` must hold no control
-    tokens.
+    Attributes:
+        spans: for each assistant message in order, the characters [start, end) it wrote. The token that closes a turn
+            belongs to it. A turn of which the template leaves nothing (an earlier one that was all reasoning) has an
+            empty span: nobody should learn to say nothing.
+        lost_reasoning: indices of the messages whose reasoning is not in the text.
+        marks_incomplete: how many turns the template's own marks would not have covered.
+    """
+
+    text: str
+    spans: list[Span]
+    lost_reasoning: list[int] = field(default_factory=list)
+    marks_incomplete: int = 0
+
+
+def assistant_turns(
+    tokenizer: "ChatTokenizer", messages: list[Message], tools: Tools, variables: dict[str, Any]
+) -> Turns:
+    """What the assistant wrote. `messages` and `tools` must hold no control tokens.
+
+    Args:
+        variables: of the chat template, besides the tokenizer's own.
 
     Raises:
-        RefusedError: the spans cannot be proven.
+        RefusedError: it cannot be proven, or the template leaves out a text, a call or a tool.
         Exception: the template's own.
     """
+    marks = tokenizer.generation_marks(messages, tools, **variables)
+    try:
+        turns = _found(tokenizer, messages, tools, variables)
+    except RefusedError as refused:
+        if marks is None:
+            raise
+        try:
+            turns = _marked(tokenizer, messages, tools, variables, *marks)
+        except RefusedError:
+            if tokenizer.frame is None:
+                raise
+            raise refused from None
+    else:
+        if marks is not None and tokenizer.frame:
+            _believe(turns, marks[1], tokenizer.frame.leads)
+    if tools:
+        _check_tools(tokenizer, messages, tools, variables, turns.text)
+    bodies = [turns.text[start : end - _closing(tokenizer, turns.text, end)] for start, end in turns.spans]
+    spans = zip(turns.spans, bodies, strict=True)
+    turns.spans = [(start, end) if body.strip() else (end, end) for (start, end), body in spans]
+    return turns
+
+
+# --- found by the frame ----------------------------------------------------------------------------------------------
+
+
+def _found(tokenizer: "ChatTokenizer", messages: list[Message], tools: Tools, variables: dict[str, Any]) -> Turns:
     frame = tokenizer.frame
     if frame is None:
         raise RefusedError(f"{tokenizer.frame_error}; mark the assistant's text in it with {{% generation %}}")
-    text, spans = _find(tokenizer, frame, messages, tools)
-    if not _is_plain(frame, messages, text, spans):
-        _prove(tokenizer, frame, messages, tools, text, spans)
-    silent = [not text[start : end - len(frame.terminator)].strip() for start, end in spans]
-    return text, [(end, end) if nothing else (start, end) for (start, end), nothing in zip(spans, silent, strict=True)]
+
+    def find(messages: list[Message]) -> tuple[str, list[Span]]:
+        return _find(tokenizer, frame, messages, tools, variables)
+
+    text, spans = find(messages)
+    turns, closing = Turns(text, spans), len(frame.terminator)
+    if not is_plain(messages, text, spans, frame.leads, closing):
+        turns.lost_reasoning = prove(find, messages, text, spans, [closing] * len(spans))
+    return turns
 
 
-def _find(tokenizer: "ChatTokenizer", frame: Frame, messages: list[Message], tools: Tools) -> tuple[str, list[Span]]:
-    text = tokenizer.render(messages, tools)
+def _find(
+    tokenizer: "ChatTokenizer", frame: Frame, messages: list[Message], tools: Tools, variables: dict[str, Any]
+) -> tuple[str, list[Span]]:
+    text = tokenizer.render(messages, tools, **variables)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     starts = []
     if tokenizer.control.search(frame.header):
         starts = [match.end() for match in re.finditer(re.escape(frame.header), text)]
     if len(starts) != len(turns):
-        prompts = [tokenizer.render(messages[:i], tools, generation_prompt=True) if i else "" for i in turns]
+        prompts = [
+            tokenizer.render(messages[:i], tools, generation_prompt=True, **variables) if i else "" for i in turns
+        ]
         if not all(prompt and text.startswith(prompt) for prompt in prompts):
             raise RefusedError("the chat template rewrites this conversation so that its turns cannot be told apart")
         starts = [len(prompt) for prompt in prompts]
@@ -142,114 +189,90 @@ def _find(tokenizer: "ChatTokenizer", frame: Frame, messages: list[Message], too
     return text, spans
 
 
-def _is_plain(frame: Frame, messages: list[Message], text: str, spans: list[Span]) -> bool:
-    """Whether every span is its message's content and every other message's content is somewhere in the text."""
-    turn = iter(spans)
-    for message in messages:
-        content = message["content"].strip()
-        if message["role"] != "assistant":
-            if content not in text:
-                return False
-            continue
-        start, end = next(turn)
-        body = text[start : end - len(frame.terminator)]
-        bodies = {body[len(lead) :].strip() for lead in frame.leads if body.startswith(lead)}
-        if "tool_calls" in message or not content or content not in bodies:
-            return False
-    return True
+# --- marked by the template ------------------------------------------------------------------------------------------
 
 
-def _prove(
-    tokenizer: "ChatTokenizer", frame: Frame, messages: list[Message], tools: Tools, text: str, spans: list[Span]
+def _believe(turns: Turns, marks: list[Span], leads: tuple[str, ...]) -> None:
+    """Let marks take from the beginning of a turn what the template put there; count turns they do not cover."""
+    joined: list[Span] = []
+    for start, end in sorted(mark for mark in marks if mark[0] < mark[1]):
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, end))
+    spans = []
+    for start, end in turns.spans:
+        mark = next((mark for mark in joined if start <= mark[0] < end <= mark[1]), None)
+        skipped = turns.text[start : mark[0]] if mark else ""
+        if mark is None or (skipped.strip() and skipped not in leads):
+            turns.marks_incomplete += 1
+        spans.append((start + len(skipped), end) if skipped in leads else (start, end))
+    turns.spans = spans
+
+
+def _marked(
+    tokenizer: "ChatTokenizer",
+    messages: list[Message],
+    tools: Tools,
+    variables: dict[str, Any],
+    text: str,
+    marks: list[Span],
+) -> Turns:
+    """The turns by the template's marks alone, which are held to the same proof."""
+    count = sum(message["role"] == "assistant" for message in messages)
+    if len(marks) != count:
+        raise RefusedError("the template's generation marks are not one for each assistant message")
+
+    def trimmed(text: str, spans: list[Span]) -> list[Span]:
+        return [(start, start + len(text[start:end].rstrip())) for start, end in spans]
+
+    def find(messages: list[Message]) -> tuple[str, list[Span]]:
+        found = tokenizer.generation_marks(messages, tools, **variables)
+        assert found is not None
+        return found[0], trimmed(*found)
+
+    spans = trimmed(text, marks)
+    closings = [_closing(tokenizer, text, end) for _, end in spans]
+    if not all(closings):
+        raise RefusedError("the template's generation marks leave out the token that closes a turn")
+    if any(tokenizer.control.search(text, start, end - n) for (start, end), n in zip(spans, closings, strict=True)):
+        raise RefusedError("the template's generation marks enclose more than a turn")
+    return Turns(text, spans, prove(find, messages, text, spans, closings))
+
+
+def _closing(tokenizer: "ChatTokenizer", text: str, end: int) -> int:
+    """Characters of the control token that ends at `end`, 0 if none does."""
+    return next((len(token) for token in tokenizer.control_tokens if text.endswith(token, 0, end)), 0)
+
+
+# --- tools -----------------------------------------------------------------------------------------------------------
+
+
+def _check_tools(
+    tokenizer: "ChatTokenizer",
+    messages: list[Message],
+    tools: list[dict[str, Any]],
+    variables: dict[str, Any],
+    text: str,
 ) -> None:
+    """Raise RefusedError unless the name of every tool stands in the rendering, besides where messages have it."""
+    names = [tool["function"]["name"] for tool in tools]
+    said = "\n".join(strings(messages))
+    called = Counter(call["function"]["name"] for message in messages for call in message.get("tool_calls", ()))
+    for name in names:
+        quoted = (f'"{name}"', f">{name}<")
+        if not any(text.count(one) > said.count(one) + called[name] for one in quoted):
+            break
+    else:
+        return
     key = secrets.token_hex(8)
-    planted = _Planter(key)
-    marked = [planted.message(message, i) for i, message in enumerate(messages)]
-    marked_text, marked_spans = _find(tokenizer, frame, marked, tools)
-    any_mark = re.compile(f"{key}x[0-9]+x[0-9]+z")
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for i, (start, end), (marked_start, marked_end) in zip(turns, spans, marked_spans, strict=True):
-        marked_span = marked_text[marked_start:marked_end]
-        if any_mark.sub("", marked_span) != text[start:end]:
-            raise RefusedError(f"the chat template changes messages[{i}] in a way that hides who wrote what")
-        if any(planted.owner[mark] != i for mark in any_mark.findall(marked_span)):
-            raise RefusedError("the chat template writes one message into another's turn")
-    everywhere = any_mark.findall(marked_text)
-    within = sum(len(any_mark.findall(marked_text[start:end])) for start, end in marked_spans)
-    owners = planted.owner
-    if sum(messages[owners[mark]]["role"] == "assistant" for mark in everywhere) != within:
-        raise RefusedError("the chat template writes an assistant's text outside its turn")
-    seen = {owners[mark] for mark in everywhere}
-    for mark in planted.required.difference(everywhere):
-        raise RefusedError(f"the chat template leaves out a part of messages[{owners[mark]}]")
-    for i, (start, end) in zip(turns, spans, strict=True):
-        if i in owners.values() and i not in seen and text[start : end - len(frame.terminator)].strip():
-            raise RefusedError(f"the chat template replaces what messages[{i}] says")
-
-
-class _Planter:
-    """Copies messages with a mark in each text, and remembers which mark is whose.
-
-    Attributes:
-        owner: mark -> index of its message.
-        required: marks that the rendering must show. Others are in what templates may leave out: reasoning, and
-            the words beside a tool call.
-    """
-
-    def __init__(self, key: str):
-        self.key = key
-        self.owner: dict[str, int] = {}
-        self.required: set[str] = set()
-
-    def message(self, message: Message, index: int) -> Message:
-        required = message["role"] != "assistant"
-        copy = {**message, "content": self._text(message["content"], index, required)}
-        if "reasoning_content" in message:
-            copy["reasoning_content"] = self._text(message["reasoning_content"], index, False)
-        if "tool_calls" in message:
-            copy["tool_calls"] = [
-                {**call, "function": self._tree(call["function"], index)} for call in message["tool_calls"]
-            ]
-        return copy
-
-    def _tree(self, value: Any, index: int) -> Any:
-        if isinstance(value, str):
-            return self._text(value, index, True)
-        if isinstance(value, dict):
-            return {key: self._tree(item, index) for key, item in value.items()}
-        return [self._tree(item, index) for item in value] if isinstance(value, list) else value
-
-    def _text(self, text: str, index: int, required: bool) -> str:
-        """Plant behind the first character of the last word, where no tag, and no test of a text's ends, is hurt."""
-        skipped = max(0, len(text) - PLANTING_CHARS)
-        words = [match for match in WORD.finditer(text, skipped) if not match[0].startswith("<")]
-        if not words:
-            return text
-        mark = f"{self.key}x{index}x{len(self.owner)}z"
-        self.owner[mark] = index
-        if required:
-            self.required.add(mark)
-        at = words[-1].start() + 1
-        return text[:at] + mark + text[at:]
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from strings(item)
-
-
-def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of a JSON value with every text changed, keys included."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {change(key): map_strings(item, change) for key, item in value.items()}
-    return [map_strings(item, change) for item in value] if isinstance(value, list) else value
+    planted = [
+        {**tool, "function": {**tool["function"], "name": f"{name}{key}x{i}z"}}
+        for i, (tool, name) in enumerate(zip(tools, names, strict=True))
+    ]
+    shown = tokenizer.render(messages, planted, **variables)
+    lost = next((name for i, name in enumerate(names) if f"{key}x{i}z" not in shown), None)
+    if lost is not None:
+        raise RefusedError(
+            f"the chat template has no place for `tools` (the rendering does not name {lost!r}); use a template that "
+            "has, or describe the tools in the system prompt and remove `tools`"
+        )

@@ -1,25 +1,44 @@
 """Conversations, read one at a time from JSONL (plain, .gz, .zst) and Parquet files, or a folder of them.
 
-A record is an object with `messages` and, where there are any, `tools`; every other key of it is ignored, and so are
-the keys of a message that no template reads. What comes out is what chat templates understand: text parts joined,
-`arguments` as an object, flat tool calls in their nested form. Nothing is guessed: a record that is not right in every
-point becomes a `Problem` that names file, line and reason, and reading goes on behind it.
+A record is an object with `messages` and, where there are any, `tools`; `record_keys` says what its other keys mean.
+What comes out is what chat templates understand: text parts joined, a system prompt as the first message, reasoning
+under one name, `arguments` as an object, tools and calls in their nested form. Nothing is guessed and nothing vanishes:
+a record that is not right in every point becomes a `Problem` that names file, line and reason, what of it the model
+will not see is counted in `Conversation.notes`, and reading goes on behind it.
 """
 
-import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megasft.data.records import MAX_DEPTH, conversation_files, parse_object, read_records, too_deep, visible
+from megasft.data.message import join_parts, read_message
+from megasft.data.problems import Problem, Problems, WrongError
+from megasft.data.record_keys import HARMLESS, RECORD, SYSTEM, TRAINED, UNTRAINED, check_keys
+from megasft.data.records import conversation_files, read_records, visible
+from megasft.data.tool_schemas import drop_null_arguments, read_tools
+from megasft.data.values import check_tree
+
+__all__ = ["Conversation", "Problem", "Problems", "check_record", "read_conversations"]
+
+# What `chat_template_kwargs` and [data] template_args may not set: they are arguments of the rendering itself.
+RESERVED_VARIABLES = (
+    "messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "processor_kwargs",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
 class Conversation:
     """One checked conversation. `supervised[i]` says whether message i may be trained on; only assistant messages may.
 
-    `line` counts from 1: the line of a JSONL file, the row of a Parquet file.
+    Attributes:
+        line: counts from 1: the line of a JSONL file, the row of a Parquet file.
+        template_args: variables for the chat template, besides those of the run.
+        notes: how often what was left out of the record, in words.
+        inserted: messages in front that the record does not have in `messages`: 1 where it has a `system`.
     """
 
     messages: list[dict[str, Any]]
@@ -27,42 +46,12 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     file: str = ""
     line: int = 0
+    template_args: dict[str, Any] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+    inserted: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why one record cannot be used. `excerpt` is safe to print."""
-
-    file: str
-    line: int
-    reason: str
-    excerpt: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}" + (f" | {self.excerpt}" if self.excerpt else "")
-
-
-@dataclass
-class Problems:
-    """Counts every problem and keeps the first `limit` to show."""
-
-    limit: int = 20
-    total: int = 0
-    first: list[Problem] = field(default_factory=list)
-
-    def add(self, problem: Problem) -> None:
-        """Count `problem`, and keep it if there is room."""
-        self.total += 1
-        if len(self.first) < self.limit:
-            self.first.append(problem)
-
-    def lines(self) -> list[str]:
-        """The kept problems, one line each, and how many more there are."""
-        more = self.total - len(self.first)
-        return [*map(str, self.first), *([f"... and {more} more"] if more else [])]
-
-
-def read_conversations(path: str | Path) -> Iterator[Conversation | Problem]:
+def read_conversations(path: str | Path, ignore_keys: Iterable[str] = ()) -> Iterator[Conversation | Problem]:
     """Yield every record of a file, or of a folder's files in sorted order, as a `Conversation` or a `Problem`.
 
     Holds one line (64 MiB at most) or one small batch of Parquet rows in memory. A file without any record is a
@@ -75,172 +64,118 @@ def read_conversations(path: str | Path) -> Iterator[Conversation | Problem]:
         empty = True
         for line, record, begin in read_records(file):
             empty = False
-            yield check_record(record, str(file), line, begin)
+            yield check_record(record, str(file), line, begin, ignore_keys)
         if empty:
             yield Problem(str(file), 1, "the file holds no conversation")
 
 
-def check_record(record: dict[str, Any] | str, file: str, line: int, begin: bytes = b"") -> Conversation | Problem:
-    """The conversation that a record stands for; a `str` says why there is none. `begin` are its first bytes."""
+def check_record(
+    record: dict[str, Any] | str, file: str, line: int, begin: bytes = b"", ignore_keys: Iterable[str] = ()
+) -> Conversation | Problem:
+    """The conversation that a record stands for; a `str` says why there is none.
+
+    Args:
+        begin: its first bytes, for the excerpt of a problem.
+        ignore_keys: keys, at any place of a record, that are passed over and counted though they may carry meaning.
+    """
     try:
         if isinstance(record, str):
-            raise _WrongError(record)
-        return _conversation(record, file, line)
-    except _WrongError as wrong:
+            raise WrongError(record)
+        conversation = _conversation(record, ignore_keys)
+    except WrongError as wrong:
         excerpt = wrong.excerpt or visible(begin.decode("utf-8", "replace").strip())
         return Problem(file, line, wrong.reason, excerpt)
+    conversation.file, conversation.line = file, line
+    return conversation
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-class _WrongError(Exception):
-    def __init__(self, reason: str, culprit: Any = None):
-        self.reason = reason
-        self.excerpt = "" if culprit is None else visible(culprit if isinstance(culprit, str) else repr(culprit))
-
-
-def _conversation(record: dict[str, Any], file: str, line: int) -> Conversation:
+def _conversation(record: dict[str, Any], ignored: Iterable[str]) -> Conversation:
     raw = record.get("messages")
     if not isinstance(raw, list) or not raw:
-        raise _WrongError("`messages` is missing or empty" if not raw else "`messages` is not a list")
+        raise WrongError("`messages` is missing or empty" if not raw else "`messages` is not a list")
+    notes: Counter[str] = Counter()
     messages: list[dict[str, Any]] = []
     supervised: list[bool] = []
     owed = 0  # tool replies that the last assistant turn still waits for
-    for i, message in enumerate(raw):
+    for i, one in enumerate(raw):
         where = f"messages[{i}]"
-        if not isinstance(message, dict):
-            raise _WrongError(f"{where} is not an object", message)
-        checked = _message(message, where)
-        role = checked["role"]
-        if role == "system" and i > 0:
-            raise _WrongError(f"{where}: a system message can only come first", message)
+        message, says = read_message(one, where, notes, ignored)
+        role = message["role"]
+        trained = role == "assistant" and says is not False
+        if role == "tool" and not any(before["role"] == "assistant" for before in messages):
+            raise WrongError(f"{where}: this tool reply answers nobody: no assistant message comes before it", one)
         if role == "tool" and owed == 0:
-            raise _WrongError(f"{where}: this tool reply answers no tool call", message)
-        owed = len(checked.get("tool_calls", ())) if role == "assistant" else owed - 1 if role == "tool" else 0
-        trained = _supervised(message, role, where)
+            notes["tool replies that answer no tool call (kept)"] += 1
+        owed = _owed(message, owed)
         if trained and not any(before["role"] == "user" for before in messages):
-            raise _WrongError(f"{where}: an assistant message to learn from needs a user message before it", message)
-        if trained and not (checked["content"].strip() or "tool_calls" in checked):
-            raise _WrongError(f"{where}: the assistant says nothing", message)
-        messages.append(checked)
+            raise WrongError(f"{where}: an assistant message to learn from needs a user message before it", one)
+        if trained and not (message["content"].strip() or "tool_calls" in message):
+            raise WrongError(f"{where}: the assistant says nothing", one)
+        messages.append(message)
         supervised.append(trained)
     if not any(supervised):
-        raise _WrongError("nothing to learn from: no assistant message with `loss` on")
-    return Conversation(messages, tuple(supervised), _tools(record.get("tools")), file, line)
+        raise WrongError("nothing to learn from: no assistant message with `loss` on")
+    said = {message["content"].strip() for message in messages}
+    _check_record_keys(record, notes, ignored, said)
+    system = _system(record, messages[0], notes, ignored)
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+        supervised.insert(0, False)
+    tools = read_tools(record, notes)
+    drop_null_arguments(messages, tools, notes)
+    variables = _template_args(record.get("chat_template_kwargs"))
+    return Conversation(messages, tuple(supervised), tools, "", 0, variables, notes, int(system is not None))
 
 
-def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    role = message.get("role")
-    if role not in ("system", "user", "assistant", "tool"):
-        raise _WrongError(f"{where}: the role is not one of system, user, assistant, tool", message)
-    calls = message.get("tool_calls")
-    checked: dict[str, Any] = {"role": role, "content": _content(message, bool(calls), where)}
-    for key in ("name", "tool_call_id", "reasoning_content"):
-        if (value := message.get(key)) is not None:
-            checked[key] = _text(value, f"{where}.{key}")
-    if message.get("function_call"):
-        raise _WrongError(f"{where}: `function_call` is the old form; write `tool_calls`", message)
-    if calls:
-        if role != "assistant" or not isinstance(calls, list):
-            raise _WrongError(f"{where}: `tool_calls` is a list and belongs to an assistant message", message)
-        checked["tool_calls"] = [_tool_call(call, f"{where}.tool_calls[{j}]") for j, call in enumerate(calls)]
-    return checked
+def _owed(message: dict[str, Any], owed: int) -> int:
+    """Tool replies that are still to come after `message`. Calls may be written into the text, as Hermes does."""
+    if message["role"] == "assistant":
+        return len(message.get("tool_calls", ())) or message["content"].count("<tool_call>")
+    return max(0, owed - 1) if message["role"] == "tool" else owed
 
 
-def _content(message: dict[str, Any], has_calls: bool, where: str) -> str:
-    content = message.get("content")
-    if content is None:
-        if not (has_calls and message["role"] == "assistant"):
-            raise _WrongError(f"{where}: `content` may only be missing or null beside `tool_calls`", message)
-        return ""
-    if not isinstance(content, list):
-        return _text(content, f"{where}.content")
-    for part in content:
-        if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
-            raise _WrongError(f"{where}: only text parts can be read", part)
-    return _text("".join(part["text"] for part in content), f"{where}.content")
+def _check_record_keys(record: dict[str, Any], notes: Counter[str], ignored: Iterable[str], said: set[str]) -> None:
+    """The keys at the top: a switch for the loss of the whole record is one only where it changes nothing."""
+    switches = [key for key in (*TRAINED, *UNTRAINED) if record.get(key) is not None]
+    for key in switches:
+        value = record[key]
+        if key not in ignored and not (isinstance(value, int | float) and value == (key in TRAINED)):
+            raise WrongError(
+                f"`{key}` at the top of a record is not read; write `loss` into its assistant messages, give a file "
+                f"its weight in [[data.mix]], or pass over it with [data] ignore_keys = [{key!r}]",
+                value,
+            )
+    table = RECORD | dict.fromkeys(switches, HARMLESS)
+    check_keys(record, table, "", notes, ignored, said)
 
 
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """The nested form, with the arguments as an object: what every template in use can render."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or call.get("type", "function") not in ("function", None):
-        raise _WrongError(f"{where} is not a function call", call)
-    if not isinstance(function.get("name"), str) or not function["name"]:
-        raise _WrongError(f"{where}: the function has no name", call)
-    arguments = function.get("arguments")
-    if isinstance(arguments, str) and arguments.strip():
-        parsed = parse_object(_text(arguments, f"{where}.arguments").encode())
-        if isinstance(parsed, str):
-            raise _WrongError(f"{where}: `arguments` is {parsed}", arguments)
-        arguments = parsed
-    elif arguments is None or isinstance(arguments, str):
-        arguments = {}
-    if not isinstance(arguments, dict):
-        raise _WrongError(f"{where}: `arguments` is not an object", call)
-    _check_tree(arguments, f"{where}.arguments")
-    nested = {"type": "function", "function": {"name": _text(function["name"], where), "arguments": arguments}}
-    if call.get("id") is not None:
-        nested["id"] = _text(call["id"], f"{where}.id")
-    return nested
-
-
-def _supervised(message: dict[str, Any], role: str, where: str) -> bool:
-    loss, weight = message.get("loss"), message.get("weight")
-    if loss is not None and not isinstance(loss, bool):
-        raise _WrongError(f"{where}: `loss` is not true or false", message)
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise _WrongError(f"{where}: `weight` can be 0 or 1; other weights are not supported", message)
-    if loss is not None and weight is not None and loss != bool(weight):
-        raise _WrongError(f"{where}: `loss` and `weight` contradict each other", message)
-    if role != "assistant":
-        if loss or weight:
-            raise _WrongError(f"{where}: only assistant messages can be learned from", message)
-        return False
-    return loss is not False and weight != 0
-
-
-def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    if isinstance(tools, str) and tools.strip():
-        parsed = parse_object(b'{"tools": ' + _text(tools, "tools").encode() + b"}")
-        if isinstance(parsed, str):
-            raise _WrongError(f"`tools` is {parsed}", tools)
-        tools = parsed["tools"]
-    if not tools:
+def _system(record: dict[str, Any], first: dict[str, Any], notes: Counter[str], ignored: Iterable[str]) -> str | None:
+    """The system prompt at the top of a record; None where `messages` has it, or nothing does."""
+    found = {key: record[key] for key in SYSTEM if record.get(key) not in (None, "", [])}
+    texts = {key: join_parts(value, f"`{key}`", notes, ignored) for key, value in found.items()}
+    texts = {key: text for key, text in texts.items() if text.strip()}
+    if not texts:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _WrongError("`tools` is not a list of objects", tools)
-    _check_tree(tools, "tools")
-    return tools
+    key, text = next(iter(texts.items()))
+    other = next((other for other, theirs in texts.items() if theirs.strip() != text.strip()), None)
+    if other:
+        raise WrongError(f"`{key}` and `{other}` contradict each other", texts[other])
+    if first["role"] not in ("system", "developer"):
+        return text
+    if first["content"].strip() != text.strip():
+        raise WrongError(f"`{key}` and the {first['role']} message in messages[0] contradict each other", text)
+    return None
 
 
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise _WrongError(f"{where} is not text", value)
-    if "\0" in value:
-        raise _WrongError(f"{where} holds a NUL character", value)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _WrongError(f"{where} holds half of a surrogate pair", value[error.start :]) from None
-    return value
-
-
-def _check_tree(value: Any, where: str) -> None:
-    """Check that `value` is made of what JSON can say, and nothing of it is deeper than `MAX_DEPTH`."""
-    if too_deep(value):
-        raise _WrongError(f"{where} is nested deeper than {MAX_DEPTH} levels")
-    open_values = [value]
-    while open_values:
-        current = open_values.pop()
-        if isinstance(current, dict):
-            open_values += [*current.keys(), *current.values()]
-        elif isinstance(current, list):
-            open_values += current
-        elif isinstance(current, str):
-            _text(current, where)
-        elif isinstance(current, float) and not math.isfinite(current):
-            raise _WrongError(f"{where} holds a number too large for JSON readers")
-        elif not isinstance(current, bool | int | float | None):
-            raise _WrongError(f"{where} holds a {type(current).__name__}, which JSON has no form for", current)
+def _template_args(variables: Any) -> dict[str, Any]:
+    if variables in (None, "", {}):
+        return {}
+    if not isinstance(variables, dict):
+        raise WrongError("`chat_template_kwargs` is not an object", variables)
+    check_tree(variables, "chat_template_kwargs")
+    if reserved := next((name for name in variables if name in RESERVED_VARIABLES), None):
+        raise WrongError(f"`chat_template_kwargs` sets `{reserved}`, which belongs to the rendering itself", variables)
+    return {name: value for name, value in variables.items() if value is not None}

@@ -25,9 +25,25 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megasft.data import assistant_spans, conversations, formats, json_text, records, template, tokenize, tokenizer
-from megasft.data.conversations import Problem, Problems
+from megasft.data import (
+    assistant_spans,
+    conversations,
+    formats,
+    json_text,
+    message,
+    overlong,
+    problems,
+    record_keys,
+    records,
+    rendering_proof,
+    template,
+    tokenize,
+    tokenizer,
+    tool_schemas,
+    values,
+)
 from megasft.data.identity import MADE_OF, describe
+from megasft.data.problems import Note, Notes, Problem, Problems
 from megasft.data.records import SUFFIXES, conversation_files
 from megasft.data.tokenize import Recipe, Tokens, tokenize_files
 from megasft.data.tokenizer import ChatTokenizer
@@ -36,6 +52,12 @@ from megasft.storage.digests import cached_sha256
 from megasft.storage.disk_cache import default_cache_dir, make_once
 
 OnError = Literal["stop", "skip"]
+# All that decides what samples a conversation becomes.
+CODE = (
+    json_text, *formats.MODULES, records,
+    conversations, message, record_keys, tool_schemas, values, problems, assistant_spans, rendering_proof,
+    template, overlong, tokenizer, tokenize,
+)  # fmt: skip
 COLUMNS = {"ids": np.dtype(np.int32), "mask": np.dtype(np.bool_), "ends": np.dtype(np.int64)}
 REPORT_SECONDS = 10.0
 
@@ -46,9 +68,11 @@ class Manifest:
 
     Attributes:
         samples, tokens, supervised: what came out.
-        counts: what `template.fit` did, by conversation.
+        counts: what `overlong.fit` did, by conversation.
+        longest: tokens of the longest conversation.
         problems: how many conversations could not be used.
         first_problems: [number of the file, line, reason, excerpt] of the first of them.
+        notes: [what is left out, how often, of how many conversations, [number of the file, line] of the first].
         ends_digest: SHA-256 of ends.bin.
         content_digest: of all columns.
     """
@@ -57,8 +81,10 @@ class Manifest:
     tokens: int
     supervised: int
     counts: dict[str, int]
+    longest: int
     problems: int
     first_problems: list[tuple[int, int, str, str]]
+    notes: list[tuple[str, int, int, list[tuple[int, int]]]]
     ends_digest: str
     content_digest: str
 
@@ -114,8 +140,7 @@ def content_digest(folder: Path) -> str:
 def _key(files: Sequence[Path], digests: Sequence[str], chat: ChatTokenizer, recipe: Recipe) -> str:
     """Changes with all that decides the samples: content and kind of the files, tokenizer, template, recipe, code."""
     code = hashlib.sha256()
-    read = (json_text, *formats.MODULES, records, conversations)
-    for module in (*read, assistant_spans, template, tokenizer, tokenize, sys.modules[__name__]):
+    for module in (*CODE, sys.modules[__name__]):
         code.update(Path(str(module.__file__)).read_bytes())
     parts: list[Any] = [code.hexdigest(), chat.fingerprint, asdict(recipe), version("transformers")]
     kinds = [next(kind for kind in SUFFIXES if file.name.endswith(kind)) for file in files]
@@ -143,7 +168,7 @@ def _unchanged(tokens: Iterator[Tokens], files: Sequence[Path], digests: list[st
 def _make(part: Path, files: Sequence[Path], blocks: Iterator[Tokens]) -> None:
     """Fill a folder of the cache."""
     numbers = {str(file): number for number, file in enumerate(files)}
-    problems, counts = Problems(), Counter[str]()
+    found, counts, notes, longest = Problems(), Counter[str](), Notes(), 0
     digest, content = hashlib.sha256(), hashlib.sha256()
     samples = tokens = supervised = 0
     started = last = time.monotonic()
@@ -159,15 +184,21 @@ def _make(part: Path, files: Sequence[Path], blocks: Iterator[Tokens]) -> None:
             samples, tokens = samples + len(ends), tokens + len(block.ids)
             supervised += int(block.mask.sum())
             counts += block.counts
+            notes.merge(block.notes)
+            longest = max(longest, block.longest)
             for problem in block.problems:
-                problems.add(problem)
+                found.add(problem)
                 problems_file.write(f"{problem}\n")
             if time.monotonic() - last > REPORT_SECONDS:
                 last = time.monotonic()
                 say_once(f"{files[0]}: {samples:,} samples tokenized ({samples / (last - started):,.0f} a second)")
-        first = [(numbers[one.file], one.line, one.reason, one.excerpt) for one in problems.first]
+        first = [(numbers[one.file], one.line, one.reason, one.excerpt) for one in found.first]
+        left_out = [
+            (name, note.count, note.conversations, [(numbers[file], line) for file, line in note.places])
+            for name, note in notes.items()
+        ]
         digests = digest.hexdigest(), content.hexdigest()
-        manifest = Manifest(samples, tokens, supervised, dict(counts), problems.total, first, *digests)
+        manifest = Manifest(samples, tokens, supervised, dict(counts), longest, found.total, first, left_out, *digests)
         manifest_file = stack.enter_context((part / "manifest.json").open("w", encoding="utf-8"))
         json.dump(asdict(manifest), manifest_file, indent=2)
 
@@ -199,15 +230,18 @@ def _report(
         more = f" (and {total - 1} more problems; `megasft validate` lists them)" if total > 1 else ""
         raise UserError(f"{first[0]}{more}")
     if not manifest.samples:
-        raise UserError(f"{path}: no conversation with something to learn from")
+        raise UserError(f"{path}: {recipe.nothing_left(manifest.counts.get('dropped', 0), manifest.longest)}")
     counts = manifest.counts
     cut = [f"{counts[what]:,} {what}" for what in ("truncated", "split", "dropped") if counts.get(what)]
-    long = f"; over-length: {', '.join(cut)} ({recipe.overlong})" if cut else ""
+    lost = f", {counts['targets cut']:,} supervised tokens lost" if counts.get("targets cut") else ""
+    long = f"; over-length: {', '.join(cut)} ({recipe.overlong}){lost}" if cut else ""
     conversations = sum(counts.get(what, 0) for what in ("kept", "truncated", "split", "dropped"))
     say_once(
         f"{path}: {conversations:,} conversations, {manifest.samples:,} samples, {manifest.tokens:,} tokens, "
         f"{manifest.supervised / manifest.tokens:.1%} supervised{long}"
     )
+    for name, count, of, places in manifest.notes:
+        say_once(f"  {name}: {Note(count, of, [(str(files[number]), line) for number, line in places])}")
     if total:
         say_once(f"{path}: skipped {total:,}, all of them listed in {folder / 'problems.txt'}")
         for problem in first:

@@ -13,17 +13,22 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from megasft.data.conversations import Conversation, Problem, check_record
+from megasft.data.conversations import Conversation, check_record
+from megasft.data.overlong import DEFAULT_OVERLONG, Encoded, OverLong, fit
+from megasft.data.problems import Notes, Problem
 from megasft.data.records import Block, parse_block, read_blocks
-from megasft.data.template import DEFAULT_OVERLONG, Encoded, OverLong, TrainOn, encode_many, fit
+from megasft.data.template import LostReasoning, TrainOn, encode_many
 from megasft.data.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from megasft.config.schema import RunConfig
 
 # A process takes seconds to start, in which this one tokenizes some thousand conversations.
 BLOCKS_WITHOUT_PROCESSES = 16
@@ -39,13 +44,47 @@ class Recipe:
     train_on: TrainOn = "all"
     overlong: OverLong = DEFAULT_OVERLONG
     parse_special_in_text: bool = False
+    lost_reasoning: LostReasoning = "refuse"
+    ignore_keys: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: "RunConfig") -> "Recipe":
+        """What a run file asks for."""
+        data = config.data
+        return cls(
+            config.hyperparameters.sequence_length,
+            data.train_on,
+            data.overlong,
+            data.parse_special_in_text,
+            data.lost_reasoning,
+            data.ignore_keys,
+        )
+
+    def nothing_left(self, dropped: int, longest: int) -> str:
+        """Why there is no sample, and what would give some.
+
+        Args:
+            dropped: conversations that were too long.
+            longest: tokens of the longest of them.
+        """
+        if not dropped:
+            return "no conversation with something to learn from"
+        other = ', or set overlong = "truncate_left"' if self.overlong != "truncate_left" else ""
+        return (
+            f"nothing is left to learn from: all {dropped:,} conversations are longer than [hyperparameters] "
+            f"sequence_length = {self.sequence_length} (the longest has {longest:,} tokens), and [data] overlong = "
+            f'"{self.overlong}" leaves no supervised token of any; raise sequence_length{other}'
+        )
 
 
 @dataclass
 class Tokens:
     """The samples of a block end to end: ids int32 [T], mask bool [T], lengths int64 [samples].
 
-    `counts` is of what `fit` did with the conversations.
+    Attributes:
+        counts: what `fit` did with the conversations.
+        notes: what the samples do not hold of their conversations.
+        longest: tokens of the longest conversation.
     """
 
     ids: np.ndarray
@@ -53,6 +92,8 @@ class Tokens:
     lengths: np.ndarray
     problems: list[Problem]
     counts: Counter[str]
+    notes: Notes = field(default_factory=Notes)
+    longest: int = 0
 
     @classmethod
     def of(cls, samples: Sequence[Encoded]) -> "Tokens":
@@ -84,19 +125,27 @@ def tokenize_files(
 def tokenize_block(work: Work, tokenizer: ChatTokenizer, recipe: Recipe) -> Tokens:
     """Parse, check, render, tokenize and cut the records of one block."""
     file, block = work
-    records = [check_record(record, file, line, begin) for line, record, begin in parse_block(block)]
+    records = [
+        check_record(record, file, line, begin, recipe.ignore_keys) for line, record, begin in parse_block(block)
+    ]
     conversations = [record for record in records if isinstance(record, Conversation)]
-    encoded = encode_many(conversations, tokenizer, recipe.train_on, recipe.parse_special_in_text)
+    encoded = encode_many(
+        conversations, tokenizer, recipe.train_on, recipe.parse_special_in_text, recipe.lost_reasoning
+    )
     counts: Counter[str] = Counter()
     samples: list[Encoded] = []
+    notes, longest = Notes(), 0
     problems = [record for record in records if isinstance(record, Problem)]
-    for one in encoded:
+    for conversation, one in zip(conversations, encoded, strict=True):
         if isinstance(one, Problem):
             problems.append(one)
         else:
             samples += fit(one, recipe.sequence_length, recipe.overlong, counts)
+            notes.add(conversation.notes + one.notes, file, conversation.line)
+            longest = max(longest, len(one))
     tokens = Tokens.of(samples)
     tokens.problems, tokens.counts = sorted(problems, key=lambda problem: problem.line), counts
+    tokens.notes, tokens.longest = notes, longest
     return tokens
 
 

@@ -10,11 +10,14 @@ vocabulary. Inside a message a control token is text, and two tools here keep th
   messages' are plain characters) to a copy of the tokenizer that knows the control tokens under their stand-ins only.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
+from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +26,7 @@ import jinja2
 import tokenizers
 
 from megasft.data.assistant_spans import Frame, FrameError, learn_frame
+from megasft.data.conversations import RESERVED_VARIABLES
 from megasft.messages import UserError
 
 CHATML = (
@@ -34,14 +38,19 @@ STAND_IN = re.compile(f"[{chr(STAND_IN_FIRST)}-{STAND_IN_REST}]")
 MAX_CONTROL_TOKENS = ord(STAND_IN_REST) - STAND_IN_FIRST
 
 
-def load_tokenizer(model_dir: str | Path) -> "ChatTokenizer":
+def load_tokenizer(
+    model_dir: str | Path, template_args: Mapping[str, Any] | None = None, template_date: date | None = None
+) -> "ChatTokenizer":
     """Load the tokenizer and chat template of an HF folder, or of a SentencePiece `.model` file or a folder with one.
+
+    `template_args` and `template_date` are `ChatTokenizer`'s.
 
     Reads local files only and runs no code of theirs. A SentencePiece model without `chat_template.jinja` beside it
     gets the ChatML template if its vocabulary has `<|im_start|>` and `<|im_end|>`.
 
     Raises:
-        UserError: nothing there, no tokenizer in it, no chat template, or a template that does not compile.
+        UserError: nothing there, no tokenizer in it, no chat template, a template that does not compile, or one that
+            has no use for a variable in `template_args`.
     """
     path = Path(model_dir)
     if not path.exists():
@@ -63,7 +72,14 @@ def load_tokenizer(model_dir: str | Path) -> "ChatTokenizer":
         hf.chat_template = CHATML
     if not hf.chat_template:
         raise UserError(f"{path}: the tokenizer has no chat template; put one into {folder}/chat_template.jinja")
-    return ChatTokenizer(hf, str(path))
+    return ChatTokenizer(hf, str(path), template_args, template_date)
+
+
+def mentions_date(folder: str | Path) -> bool:
+    """Whether a chat template of the model in `folder` may write today's date: a look at its text, no more."""
+    files = [*Path(folder).glob("*chat_template*"), Path(folder, "tokenizer_config.json")]
+    files += Path(folder).glob("additional_chat_templates/*")
+    return any(b"strftime_now" in file.read_bytes() for file in files if file.is_file())
 
 
 class ChatTokenizer:
@@ -75,10 +91,21 @@ class ChatTokenizer:
         vocab_size: one more than the largest token id.
         frame: what the template writes around messages; None where it could not be found (`frame_error` says why).
         control_tokens: the added tokens that only the template may write.
+        template_args: variables that the template gets with every conversation.
+        template_date: the day that a template which writes today's date is told; None: today.
+        writes_date: whether the template's text depends on the day.
     """
 
-    def __init__(self, hf: Any, source: str):
+    def __init__(
+        self,
+        hf: Any,
+        source: str,
+        template_args: Mapping[str, Any] | None = None,
+        template_date: date | None = None,
+    ):
         self.hf, self.source = hf, source
+        self.template_args, self.template_date = dict(template_args or {}), template_date
+        self._check_template_args()
         self.vocab_size: int = max(hf.get_vocab().values()) + 1
         self.frame: Frame | None = None
         self.frame_error = ""
@@ -101,6 +128,7 @@ class ChatTokenizer:
         self.control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._stand_ins = re.compile("|".join(self._stand_in.values()) or r"(?!)")
         self._either = re.compile("|".join(map(re.escape, self._swapped)) or r"(?!)")
+        self.writes_date = self._writes_date()
 
     @property
     def eos_id(self) -> int:
@@ -118,6 +146,9 @@ class ChatTokenizer:
     def fingerprint(self) -> str:
         """Changes whenever the same conversation could become other tokens or another mask."""
         parts = [self._backend.to_str(), json.dumps(self.hf.chat_template), json.dumps(self.hf.special_tokens_map)]
+        parts.append(json.dumps(self.template_args, sort_keys=True))
+        if self.writes_date:
+            parts.append(str(self.template_date or date.today()))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
@@ -135,15 +166,21 @@ class ChatTokenizer:
         generation_prompt: bool = False,
         **variables: Any,
     ) -> str:
-        """The template's text, rendered in transformers' sandbox with these variables besides. Raises whatever the
-        template raises.
+        """The template's text, rendered in transformers' sandbox with `template_args` and these variables besides.
+
+        Raises whatever the template raises.
         """
+        self._set_date(self.template_date)
         return self.hf.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=generation_prompt, tokenize=False, **variables
+            messages,
+            tools=tools,
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+            **(self.template_args | variables),
         )
 
     def generation_marks(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **variables: Any
     ) -> tuple[str, list[tuple[int, int]]] | None:
         """The text and the spans that the template's own `{% generation %}` marks enclose; None if it has none."""
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -151,14 +188,19 @@ class ChatTokenizer:
         template = self.hf.get_chat_template(tools=tools)
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             return None
+        self._set_date(self.template_date)
         rendered: Any = render_jinja_template(
             [messages],
             tools=cast(Any, tools),
             chat_template=template,
             return_assistant_tokens_mask=True,
-            **self.hf.special_tokens_map,
+            **(self.hf.special_tokens_map | self.template_args | variables),
         )
         return rendered[0][0], rendered[1][0]
+
+    def reads(self, variable: str) -> bool:
+        """Whether the template mentions a variable."""
+        return any(re.search(rf"\b{re.escape(variable)}\b", template) for template in self._templates())
 
     def swap(self, text: str) -> str:
         """Exchange control tokens and their stand-ins. Keeps the length; undoes itself."""
@@ -176,6 +218,50 @@ class ChatTokenizer:
     def decode(self, ids: Any) -> str:
         """The text of token ids, control tokens included."""
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _templates(self) -> list[str]:
+        found = self.hf.chat_template
+        return list(found.values()) if isinstance(found, dict) else [found]
+
+    def _check_template_args(self) -> None:
+        for name in self.template_args:
+            if name in RESERVED_VARIABLES:
+                raise UserError(f"[data] template_args: {name} belongs to the rendering itself; remove it")
+            if not self.reads(name):
+                raise UserError(f"[data] template_args: the chat template of {self.source} has no variable {name!r}")
+
+    def _set_date(self, day: date | None) -> None:
+        """Have the template's `strftime_now` tell that day.
+
+        The function is a global of transformers' compiled templates, which it keeps by their text; a variable of the
+        same name would do, but transformers lets no function through as one.
+        """
+        for template in self._templates():
+            if "strftime_now" in template:
+                told = (
+                    (lambda format: day.strftime(format)) if day else (lambda format: datetime.now().strftime(format))
+                )
+                chat_template_utils._compile_jinja_template(template).globals["strftime_now"] = told
+
+    def _writes_date(self) -> bool:
+        """Render tiny conversations under two dates that have nothing in common."""
+        if not any("strftime_now" in template for template in self._templates()):
+            return False
+        asked = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
+        given = self.template_date
+        try:
+            for system in ([], [{"role": "system", "content": "c"}]):
+                for offered in (None, tools):
+                    texts = set()
+                    for self.template_date in (date(2013, 1, 6), date(2024, 10, 29)):
+                        with contextlib.suppress(Exception):  # a template is a program: it may refuse any of these
+                            texts.add(self.render([*system, *asked], offered))
+                    if len(texts) > 1:
+                        return True
+        finally:
+            self.template_date = given
+        return False
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_guarded"}

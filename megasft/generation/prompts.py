@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megasft.data.assistant_spans import map_strings, strings
 from megasft.data.conversations import Problem, check_record
 from megasft.data.records import conversation_files, read_records, visible
+from megasft.data.rendering_proof import map_strings, strings
 from megasft.data.tokenizer import STAND_IN, ChatTokenizer
 from megasft.generation.request import Request, read_tools
 from megasft.messages import UserError

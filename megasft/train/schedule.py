@@ -10,7 +10,7 @@ class Schedule:
     """Step t (from 0) trains with `rate(t)`. Equal to transformers' `get_scheduler` of the same name.
 
     As there, warm-up starts from zero (the first step of a warmed-up run only fills the optimizer's moments) and
-    lasts ceil(warmup_ratio * total_steps) steps.
+    lasts ceil(warmup_ratio * total_steps) steps; but never all of them, which would leave a run of one step at zero.
     """
 
     kind: Literal["linear", "cosine", "constant"]
@@ -21,6 +21,21 @@ class Schedule:
     @property
     def warmup_steps(self) -> int:
         """Steps until the peak."""
+        return min(self._asked, self.total_steps - 1)
+
+    @property
+    def shortened(self) -> str:
+        """What to tell the user where warm-up is shorter than `warmup_ratio` asks for; "" where it is not."""
+        if self.warmup_steps == self._asked:
+            return ""
+        steps = f"all {self.total_steps} steps" if self.total_steps > 1 else "the only step"
+        return (
+            f"[hyperparameters] warmup_ratio = {self.warmup_ratio:g} would make warm-up, which starts at learning rate "
+            f"0, of {steps}; it is shortened to {self.warmup_steps}, so that the last step trains at learning_rate"
+        )
+
+    @property
+    def _asked(self) -> int:
         return math.ceil(self.total_steps * self.warmup_ratio)
 
     def rate(self, step: int) -> float:

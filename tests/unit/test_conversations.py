@@ -49,12 +49,12 @@ def test_every_kind_of_file_gives_the_same_conversations(tmp_path):
 def test_messages_come_out_in_the_form_templates_read(tmp_path):
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
     nested = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "g"}}]}
-    reply = {"role": "tool", "content": "ok", "tool_call_id": "1", "name": "g", "extra": 7}
+    reply = {"role": "tool", "content": "ok", "tool_call_id": "1", "name": "g", "score": 7}
     thought = {"role": "assistant", "content": "done", "reasoning_content": "hm", "weight": 1}
     tools = [{"type": "function", "function": {"name": "g"}}]
     read_one = read_messages(tmp_path, parts, CALL, REPLY, nested, reply, thought, tools=tools, id=3)
     function = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-    assert read_one.messages[0] == {"role": "user", "content": "ab"}
+    assert read_one.messages[0] == {"role": "user", "content": "a\nb"}
     assert read_one.messages[1] == {"role": "assistant", "content": "", "tool_calls": [function]}
     assert read_one.messages[3]["tool_calls"][0] == {
         "type": "function",
@@ -64,6 +64,7 @@ def test_messages_come_out_in_the_form_templates_read(tmp_path):
     assert read_one.messages[4] == {"role": "tool", "content": "ok", "tool_call_id": "1", "name": "g"}
     assert read_one.messages[5] == {"role": "assistant", "content": "done", "reasoning_content": "hm"}
     assert read_one.tools == tools
+    assert read_one.notes == {"ignored key `id`": 1, "ignored key `messages[].score`": 1}
 
 
 def test_loss_and_weight_switch_assistant_messages_off(tmp_path):
@@ -79,24 +80,23 @@ def test_loss_and_weight_switch_assistant_messages_off(tmp_path):
         ([], "missing or empty"),
         (["hi"], "not an object"),
         ([{"content": "x"}, ANSWER], "role"),
-        ([{"role": "developer", "content": "x"}, ANSWER], "role"),
+        ([{"role": "critic", "content": "x"}, ANSWER], "role is not one of system, developer, user, assistant, tool"),
+        ([{"role": "human", "content": "x"}, ANSWER], "write 'human' as 'user'"),
         ([{"role": ["user"], "content": "x"}, ANSWER], "role"),
-        ([USER, {"role": "system", "content": "x"}, ANSWER], "only come first"),
-        ([USER, REPLY, ANSWER], "answers no tool call"),
-        ([USER, CALL, REPLY, REPLY, ANSWER], "answers no tool call"),
+        ([USER, REPLY, ANSWER], "answers nobody"),
         ([ANSWER, USER], "needs a user message"),
         ([USER, {**ANSWER, "content": " \n"}], "says nothing"),
         ([USER], "nothing to learn"),
         ([USER, {**ANSWER, "loss": False}], "nothing to learn"),
         ([{**USER, "loss": True}, ANSWER], "only assistant messages"),
-        ([USER, {**ANSWER, "loss": "yes"}], "`loss` is not"),
+        ([USER, {**ANSWER, "loss": "yes"}], "`loss` can be 0 or 1"),
         ([USER, {**ANSWER, "weight": 0.5}], "`weight` can be 0 or 1"),
         ([USER, {**ANSWER, "weight": 1, "loss": False}], "contradict"),
         ([{"role": "user", "content": None}, ANSWER], "null beside"),
         ([USER, {"role": "assistant"}], "null beside"),
         ([{"role": "user", "content": 3}, ANSWER], "is not text"),
         ([{"role": "user", "content": [{"type": "image", "url": "x"}]}, ANSWER], "only text parts"),
-        ([{"role": "user", "content": ["x"]}, ANSWER], "only text parts"),
+        ([{"role": "user", "content": [3]}, ANSWER], "only text parts"),
         ([{**USER, "content": "a\0b"}, ANSWER], "NUL"),
         ([{**USER, "content": "a\ud800b"}, ANSWER], "surrogate"),
         ([{**USER, "name": 3}, ANSWER], "name is not text"),
@@ -109,7 +109,8 @@ def test_loss_and_weight_switch_assistant_messages_off(tmp_path):
         ([USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"a": 1e999}'}]}], "too large"),
         ([USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"a": "\\ud800"}'}]}], "surrogate"),
         ([USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": [1]}]}], "not an object"),
-        ([USER, {**ANSWER, "function_call": {"name": "f"}}], "old form"),
+        ([USER, {**CALL, "function_call": {"name": "f"}}], "are both there"),
+        ([{**USER, "function_call": {"name": "f"}}, ANSWER], "belongs to an assistant"),
     ],
 )
 def test_a_wrong_message_is_reported(tmp_path, messages, reason):

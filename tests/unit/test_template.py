@@ -4,7 +4,7 @@ import json
 import pickle
 import unicodedata
 from collections import Counter
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megasft.data.conversations import Conversation, Problem
-from megasft.data.template import Encoded, encode, encode_many, fit
+from megasft.data.overlong import Encoded
+from megasft.data.template import encode, encode_many
 from megasft.data.tokenizer import load_tokenizer
 from megasft.messages import UserError
 
@@ -82,7 +83,7 @@ def test_reasoning_is_supervised_where_the_template_keeps_it_and_tool_calls_ever
     )
     agent.messages[4]["tool_calls"] *= 2
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "\\"Paris\\"", "days": [1, null]}}\n</tool_call>'
-    assert supervised_texts(tokenizer, encode(agent, tokenizer)) == [
+    assert supervised_texts(tokenizer, encode(agent, tokenizer, lost_reasoning="accept")) == [
         "hello<|im_end|>",
         f"<think>\nwhich?\n</think>\n\nI look.\n{call}\n{call}<|im_end|>",
         '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call><|im_end|>',
@@ -129,7 +130,7 @@ WITH_CALL = [("user", "go"), ("assistant", "ok", calls("f", x="y")), ("tool", "r
         (ALWAYS_REVERSED, SIX, "moves, repeats or drops"),
         ("instruction", WITH_CALL, "only user and assistant messages, please"),
         ("chatml", [("user", "x"), ("assistant", "y \U0010f000 <|im_end|>")], "private characters"),
-        ("thinking", [("user", "x"), ("assistant", "<think>y</think>"), ("user", "z")], "nothing to learn"),
+        ("thinking", [("user", "x"), ("assistant", "<think>y</think>"), ("user", "z")], "the reasoning of 1 message"),
     ],
 )
 def test_what_cannot_be_masked_with_certainty_is_a_problem_of_that_conversation(
@@ -318,71 +319,6 @@ def test_masks_with_tokens_that_carry_the_space_before_them(sentencepiece_file, 
     tokenizer = load_tokenizer(tmp_path)
     result = encode(conversation(("user", FORGED), ("assistant", "hello you")), tokenizer)
     assert supervised_texts(tokenizer, result) == ["hello you<|im_end|>"]
-
-
-# --- length ----------------------------------------------------------------------------------------------------------
-
-
-def sample(mask, preamble=0, cuts=()):
-    return Encoded(np.arange(len(mask), dtype=np.int32), np.array([c == "x" for c in mask]), preamble, cuts)
-
-
-def test_length_policies():
-    long = sample("....xx..xx", preamble=2, cuts=(6,))
-    cases = {
-        "drop": [],
-        "truncate_left": [[4, 5, 6, 7, 8, 9]],
-        "truncate_right": [[0, 1, 2, 3, 4, 5]],
-        "split_turns": [[0, 1, 2, 3, 4, 5], [0, 1, 6, 7, 8, 9]],
-    }
-    for policy, expected in cases.items():
-        counts = Counter()
-        pieces = fit(long, 6, policy, counts)
-        assert [piece.ids.tolist() for piece in pieces] == expected
-        assert counts["samples"] == len(expected)
-        assert not any(piece.mask[0] for piece in pieces)
-        assert fit(long, 10, policy) == [long]
-    assert fit(long, 6, "truncate_left")[0].mask.tolist() == [False, True, False, False, True, True]
-
-
-def test_a_sample_without_anything_to_predict_is_dropped_and_counted():
-    counts = Counter()
-    assert fit(sample("......xx"), 4, "truncate_right", counts) == []
-    assert fit(sample("xx......"), 4, "truncate_left", counts) == []
-    assert fit(sample("..x....."), 6, "truncate_left", counts) == []  # its first token: nothing predicts it
-    assert counts == {"dropped": 3, "samples": 0}
-
-
-@given(st.text("x.", min_size=1, max_size=60), st.integers(2, 20), st.integers(0, 10), st.sets(st.integers(0, 60)))
-def test_splitting_supervises_no_token_twice_and_keeps_every_limit(mask, limit, preamble, cuts):
-    preamble = min(preamble, mask.find("x") if "x" in mask else len(mask))
-    long = sample(mask, preamble, tuple(sorted(cut for cut in cuts if preamble <= cut < len(mask))))
-    pieces = fit(long, limit, "split_turns")
-    seen = [token for piece in pieces for token in piece.ids[piece.mask]]
-    assert len(seen) == len(set(seen))
-    for piece in pieces:
-        assert 2 <= len(piece) <= limit
-        assert piece.mask[1:].any()
-        assert len(set(piece.ids)) == len(piece)
-    assert set(seen) <= set(np.flatnonzero(long.mask))
-    # Lost is what nothing predicts, the first token of a piece, and what a turn has beyond the room behind the preamble.
-    head = preamble if preamble <= limit // 2 else 0
-    turns = [0, *(cut for cut in long.cuts if cut), len(long)]
-    for begin, end in pairwise(turns):
-        kept = range(begin if head and begin else begin + 1, min(end, begin + limit - head))
-        assert {token for token in kept if long.mask[token]} <= set(seen)
-
-
-def test_turns_are_cut_where_a_message_begins(with_template):
-    tokenizer = with_template("thinking")
-    chat = conversation(("system", "Be brief."), *SIX)
-    encoded = encode(chat, tokenizer)
-    pieces = fit(encoded, len(encoded) - 1, "split_turns") + fit(encoded, len(encoded) // 2, "split_turns")
-    assert len(pieces) >= 4
-    for piece in pieces:
-        assert tokenizer.decode(piece.ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
-    texts = [text for piece in pieces[:2] for text in supervised_texts(tokenizer, piece)]
-    assert texts == supervised_texts(tokenizer, encoded)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import torch
 from megasft.data import token_cache, tokenize
 from megasft.data.conversations import read_conversations
 from megasft.data.dataset import Samples
-from megasft.data.template import encode_many, fit
+from megasft.data.overlong import fit
+from megasft.data.template import encode_many
 from megasft.data.token_cache import prepare
 from megasft.data.tokenize import Recipe, tokenize_files
 from megasft.messages import UserError

@@ -5,6 +5,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Iterable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,18 +211,31 @@ def refuse_changes(then: dict[str, Any], now: dict[str, Any], config: RunConfig,
         )
 
 
+def template_date(config: RunConfig) -> date | None:
+    """The `[data] template_date` of the checkpoint that the run would go on from; None if it has none."""
+    folder = _expected(config)
+    if folder is None:
+        return None
+    found = _run_file(folder).get("data", {}).get("template_date")
+    return found if isinstance(found, date) else None
+
+
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     """`key now (was then)` for each setting that bears on the numbers and differs from the checkpoint's run file."""
-    try:
-        then = tomllib.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / RUN_FILE}: not a run file ({error})") from None
+    then = _run_file(folder)
     old, new = (
         {key: value for key, value in _flat(settings) if not key.startswith(_NO_NUMBERS)}
         for settings in (then, tomllib.loads(config.to_toml()))
     )
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [f"{key} {_words(new.get(key))} (was {_words(old.get(key))})" for key in keys]
+
+
+def _run_file(folder: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / RUN_FILE}: not a run file ({error})") from None
 
 
 _NO_NUMBERS = ("checkpoint.", "logging.", "compute.", "tags.", "job.", "data.topology.")
