@@ -27,7 +27,7 @@ COMMANDS = {
 }
 IMPORTS = {
     "import torch": "import torch",
-    "what a rank imports": "from megasft.cli import _import_rank; _import_rank()",
+    "what a rank imports": "from megasft.commands.app import import_rank; import_rank()",
     "megasft --help": "import sys; sys.argv = ['megasft', '--help']; from megasft.cli import main; main()",
 }
 

@@ -23,7 +23,7 @@ from megasft.generation.request import Request
 from megasft.generation.sampling import Sampler
 from megasft.generation.text import TextStream
 from megasft.job import load_model
-from megasft.messages import UserError
+from megasft.messages import UserError, say_once
 from megasft.model.hf_config import DTYPES, read_config
 from megasft.model.hub import find_model
 from megasft.model.kv_cache import KVCache
@@ -63,8 +63,8 @@ def run(request: Request) -> None:
                 conversation.end(interrupted())
         asked = None
     if topology.is_first:
-        say("For looking at results, not for serving: one conversation at a time. vLLM serves this:")
-        say(request.vllm_command())
+        say_once("For looking at results, not for serving: one conversation at a time. vLLM serves this:")
+        say_once(request.vllm_command())
 
 
 def stop_tokens(folder: Path, config: Qwen3MoeConfig, tokenizer: ChatTokenizer) -> frozenset[int]:
@@ -79,11 +79,6 @@ def stop_tokens(folder: Path, config: Qwen3MoeConfig, tokenizer: ChatTokenizer) 
     for value in (named, getattr(config, "eos_token_id", None)):
         found |= set(value) if isinstance(value, list) else {value}
     return frozenset(token for token in found if isinstance(token, int))
-
-
-def say(text: str) -> None:
-    """Print a line of megasft's own on standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 class _Conversation:
@@ -125,7 +120,7 @@ class _Conversation:
         finish = "interrupted" if interrupted and self._finish != "stop" else self._finish
         self._answer = Answer(self._text, self._tokens, finish)
         if finish == "length":
-            say(f"[cut off after {self._tokens} tokens, the limit of --max-new-tokens or of the model's context]")
+            say_once(f"[cut off after {self._tokens} tokens, the limit of --max-new-tokens or of the model's context]")
 
     def _give(self, text: str) -> None:
         self._text += text

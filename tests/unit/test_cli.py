@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from megasft import cli
 from megasft.config.schema import load_config
@@ -46,7 +47,7 @@ def test_each_command_shows_examples_that_parse(command, capsys, monkeypatch):
     assert code == 0
     examples = re.findall(rf"^    megasft {command} (.*)$", text, re.MULTILINE)
     assert len(examples) >= 2
-    parser = cli.typer.main.get_command(cli.app).commands[command]
+    parser = typer.main.get_command(cli.app).commands[command]
     for example in examples:
         arguments = re.split(r"\s{3,}", example)[0].partition(" > ")[0].replace('"', "").split()
         if "haiku" in example:
@@ -70,7 +71,7 @@ def test_help_keeps_the_names_of_sections(command, words, capsys, monkeypatch):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_a_help_text(command):
-    for parameter in cli.typer.main.get_command(cli.app).commands[command].params:
+    for parameter in typer.main.get_command(cli.app).commands[command].params:
         assert len(parameter.help or "") > 10, parameter.name
 
 

@@ -212,7 +212,12 @@ def test_decoded_mask_is_what_a_thinking_template_makes_the_assistant_say(with_t
     tokenizer = with_template("thinking")
     result = encode(chat, tokenizer)
     if isinstance(result, Problem):
-        assert any("think>" in text for message in chat.messages for text in map(str, message.values())), result
+        tags = any("think>" in text for message in chat.messages for text in map(str, message.values()))
+        # This template drops the reasoning before the last question, which no message to learn from may lose.
+        lost = "leaves out the reasoning" in result.reason and any(
+            message.get("reasoning_content") for message in chat.messages
+        )
+        assert tags or lost, result
         return
     last_question = max(i for i, message in enumerate(chat.messages) if message["role"] == "user")
     said = []

@@ -1,0 +1,1 @@
+"""The commands of `megasft`: their arguments and help. The work is done elsewhere, imported when it is asked for."""
