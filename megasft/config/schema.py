@@ -125,11 +125,13 @@ class DataSettings(Section):
     overlong: Literal["drop", "truncate_left", "truncate_right", "split_turns"] = "truncate_right"
     # encode `<|im_end|>` and other control tokens in the text of messages as those tokens
     parse_special_in_text: bool = False
-    # variables for the chat template, such as `{ enable_thinking = false }`; a record's `chat_template_kwargs` win
+    # variables for the chat template, such as `{ enable_thinking = false }`; a record's `chat_template_kwargs` override
+    # them
     template_args: Annotated[dict[str, Any], AfterValidator(check_json)] = Field(default_factory=dict)
     # the date that a chat template which writes today's date gets; default: the day on which the run began
     template_date: Annotated[date | None, BeforeValidator(iso_date)] = None
-    # where the chat template leaves out a supervised message's reasoning: `"refuse"` the conversation, or `"accept"`
+    # where the chat template leaves out the reasoning of a supervised message: `"refuse"` the conversation, or
+    # `"accept"` the loss
     lost_reasoning: Literal["refuse", "accept"] = "refuse"
     # keys of records and messages to ignore though they may carry meaning; harmless ones need not be listed
     ignore_keys: Annotated[tuple[str, ...], BeforeValidator(names_as_tuple)] = ()

@@ -26,6 +26,8 @@ _KEYS = {  # of a Recipe, by the key of the run file
     "train_on": "[data] train_on",
     "overlong": "[data] overlong",
     "parse_special_in_text": "[data] parse_special_in_text",
+    "lost_reasoning": "[data] lost_reasoning",
+    "ignore_keys": "[data] ignore_keys",
 }
 
 

@@ -240,10 +240,10 @@ class ChatTokenizer:
 
         for template in self._templates():
             if "strftime_now" in template:
-                told = (
-                    (lambda format: day.strftime(format)) if day else (lambda format: datetime.now().strftime(format))
-                )
-                chat_template_utils._compile_jinja_template(template).globals["strftime_now"] = told
+                from transformers.utils import chat_template_utils
+
+                compiled = chat_template_utils._compile_jinja_template(template)
+                compiled.globals["strftime_now"] = lambda format: (day or datetime.now()).strftime(format)
 
     def _writes_date(self) -> bool:
         """Render tiny conversations under two dates that have nothing in common."""

@@ -103,6 +103,15 @@ def works(draw):
 
 
 @given(works(), st.integers(2, 30))
+def test_splitting_loses_no_turn_that_fits_behind_the_system_prompt_and_its_request(long, limit):
+    seen = {token for piece in fit(long, limit, "split_turns") for token in piece.ids[piece.mask].tolist()}
+    for turn in long.turns:
+        context = long.preamble + turn.asked_end - turn.asked
+        if context + turn.end - turn.answer <= limit and context * 4 // 3 <= limit:
+            assert set(range(turn.answer, turn.end)) <= seen
+
+
+@given(works(), st.integers(2, 30))
 def test_splitting_supervises_no_token_twice_and_every_sample_has_the_request_in_front(long, limit):
     pieces = fit(long, limit, "split_turns")
     seen = [token for piece in pieces for token in piece.ids[piece.mask]]
