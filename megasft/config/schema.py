@@ -130,8 +130,8 @@ class DataSettings(Section):
     template_args: Annotated[dict[str, Any], AfterValidator(check_json)] = Field(default_factory=dict)
     # the date that a chat template which writes today's date gets; default: the day on which the run began
     template_date: Annotated[date | None, BeforeValidator(iso_date)] = None
-    # where the chat template leaves out the reasoning of a supervised message: `"refuse"` the conversation, or
-    # `"accept"` the loss
+    # where the chat template leaves out a supervised message's reasoning: `"refuse"` the conversation, or `"accept"`
+    # it and train without the reasoning
     lost_reasoning: Literal["refuse", "accept"] = "refuse"
     # keys of records and messages to ignore though they may carry meaning; harmless ones need not be listed
     ignore_keys: Annotated[tuple[str, ...], BeforeValidator(names_as_tuple)] = ()

@@ -236,8 +236,6 @@ class ChatTokenizer:
         The function is a global of transformers' compiled templates, which it keeps by their text; a variable of the
         same name would do, but transformers lets no function through as one.
         """
-        from transformers.utils import chat_template_utils
-
         for template in self._templates():
             if "strftime_now" in template:
                 from transformers.utils import chat_template_utils

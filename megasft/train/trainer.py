@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megasft import host
-from megasft.adapters.model_io import save_adapter
+from megasft.adapters.model_io import is_zero, save_adapter
 from megasft.config.schema import RunConfig
 from megasft.data.dataset import Batches, Mix, Samples
 from megasft.data.loader import Loader
@@ -100,6 +100,7 @@ class Trainer:
                 self._validate_and_save()
             self.writer.wait()
             self._report_saves()
+            self._refuse_zero_adapter()
             self.save(self.output_dir / "adapter")
         except UserError:
             self.writer.wait()  # every rank comes here, so a half-written checkpoint can still be completed
@@ -225,6 +226,15 @@ class Trainer:
         """Write the adapters as they are now, in PEFT's format."""
         self.progress.begin(f"writing {folder}")
         save_adapter(self.model, folder, self.base_model)
+
+    def _refuse_zero_adapter(self) -> None:
+        """Raise UserError where the run has trained nothing, so that it is never reported as done."""
+        if is_zero(self.model):
+            raise UserError(
+                f"stopped after step {self.step} without an adapter: every lora_B is zero, so it would change nothing; "
+                f"the learning rate was 0 or all steps were skipped, as `lr` and the events in {self.output_dir}/"
+                "metrics.jsonl show; raise [hyperparameters] learning_rate or max_steps, and pass --resume never"
+            )
 
     # --- before the first step ---------------------------------------------------------------------------------------
 

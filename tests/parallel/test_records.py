@@ -2,10 +2,12 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megasft.messages import UserError
 from megasft.train.trainer import Trainer
 from tests.parity.reference import random_model, tiny_config
 from tests.support import on_ranks
@@ -135,3 +137,23 @@ def test_a_run_without_validation_that_is_finished_trains_nothing_when_it_is_sta
     assert (first[0].validation_loss, first[0].best_validation_loss) == (None, None)
     assert (second[0].steps, second[0].trained, second[0].tokens, second[0].train_loss) == (2, 0, 0, None)
     assert second[1] == []
+
+
+def trained_at_rate_zero(settings, samples):
+    """What a run says whose learning rate is 0 in every step."""
+    config, topology, model = on_ranks.start(settings)
+    trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
+    trainer.schedule = replace(trainer.schedule, peak=0.0)
+    try:
+        trainer.fit()
+    except UserError as error:
+        return str(error)
+    return "done"
+
+
+def test_an_adapter_that_would_change_nothing_is_never_called_done(ranks, settings, tmp_path):
+    job = settings(per_device_batch=2, max_steps=2)
+    for said in ranks(2, trained_at_rate_zero, job, on_ranks.random_samples(203, LENGTHS)):
+        assert "every lora_B is zero" in said
+        assert "learning_rate" in said
+    assert not (tmp_path / "run" / "adapter").exists()
