@@ -272,3 +272,9 @@ def test_a_date_behind_a_condition_is_found_and_a_date_given_as_a_variable_is_no
     folder = with_template(overridden).source
     assert load_tokenizer(folder).writes_date
     assert not load_tokenizer(folder, {"day": "Monday"}).writes_date
+
+
+def test_a_turn_of_which_the_template_leaves_nothing_is_refused(with_template):
+    """Qwen3 takes a closing tag for the end of reasoning; there is none here, and no answer either."""
+    problem = encoded(with_template("thinking"), USER, {**ANSWER, "content": "</think>"}, USER, ANSWER)
+    assert problem.reason == "the chat template leaves nothing of messages[1] (assistant)"
