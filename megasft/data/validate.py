@@ -103,7 +103,8 @@ def validate_dataset(
 def print_report(report: Report, console: Console | None = None) -> int:
     """Print the table and the first problems; return the exit code."""
     console = console or Console()
-    table = Table(title=Text(visible(report.path, 200)), show_header=False, title_justify="left")
+    console.print(Text(visible(report.path, 200)), soft_wrap=True)  # never cut: as a title it would be
+    table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in _rows(report):
