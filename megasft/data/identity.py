@@ -102,7 +102,7 @@ def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
             if isinstance(recipe, dict) and key in recipe and recipe[key] != value:
                 return f"{_KEYS[key]} = {_toml(value)} (was {_toml(recipe[key])})"
         if was.get("tokenizer") != here["tokenizer"]:
-            return "the model's tokenizer or chat template has changed"
+            return "the model's tokenizer, its chat template, [data] template_args or template_date have changed"
         if was.get("files") != here["files"]:
             return f"the content{of} has changed"
     if then.get("samples") != now["samples"]:

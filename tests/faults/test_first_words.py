@@ -69,4 +69,4 @@ def test_the_date_is_kept_warm_up_leaves_a_step_and_samples_beyond_the_model_are
 
     command = start(world, "hyperparameters.max_steps=3", "data.template_date=2001-01-01")
     assert command.wait() == 2
-    assert "the data are not those that the checkpoint was written with" in command.said()
+    assert "template_args or template_date have changed; restore that" in command.said()
