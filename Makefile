@@ -5,6 +5,7 @@ PYTHON := .venv/bin/python
 TORCHRUN := .venv/bin/torchrun
 # Ranks share the cores: one thread each.
 export OMP_NUM_THREADS ?= 1
+TEST_WORKERS ?= 2
 
 .PHONY: install demo test test-slow lint clean
 
@@ -30,9 +31,11 @@ lint: install
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# Two files of tests at a time; those of one file share what they set up. Prints the ten longest.
 test: lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadfile
 
+# What `make test` leaves out, 3 to 6 minutes: two nodes over a network, ranks that hang or are stopped.
 test-slow: install
 	$(PYTHON) -m pytest -m slow
 
