@@ -118,6 +118,7 @@ def generate(
         max_new_tokens,
         sampling,
         (config or RunConfig.from_dict({})).quant if in_4_bits else None,
+        config.data.template_args if config else {},
     )
     if "RANK" in os.environ:
         import_rank()

@@ -27,8 +27,8 @@ class Answer:
     finish: str
 
 
-# Yields messages and their tools, and is sent the answer.
-Prompts = Generator[tuple[Messages, Tools], Answer, None]
+# Yields messages, their tools and their own variables of the chat template, and is sent the answer.
+Prompts = Generator[tuple[Messages, Tools, dict[str, Any]], Answer, None]
 
 
 def is_chat(request: Request) -> bool:
@@ -76,7 +76,7 @@ def _once(request: Request) -> Prompts:
     text = sys.stdin.read() if request.prompt is None else request.prompt
     if not text.strip():
         raise UserError("no prompt: give --prompt TEXT, pipe a text to standard input, or chat on a terminal")
-    yield [*_system(request), {"role": "user", "content": text}], read_tools(request.tools)
+    yield [*_system(request), {"role": "user", "content": text}], read_tools(request.tools), {}
 
 
 def _chat(request: Request) -> Prompts:
@@ -97,7 +97,7 @@ def _chat(request: Request) -> Prompts:
         if line == "/new":
             messages = _system(request)
         elif line:
-            answer = yield [*messages, {"role": "user", "content": line}], tools
+            answer = yield [*messages, {"role": "user", "content": line}], tools, {}
             messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer.text}]
 
 
@@ -116,7 +116,7 @@ def _from_file(request: Request, path: Path) -> Prompts:
             asked = found.messages[:-1]
             if system and asked[0]["role"] != "system":
                 asked = system + asked
-            answer = yield asked, found.tools or tools
+            answer = yield asked, found.tools or tools, found.template_args
             written: dict[str, Any] = {"messages": [*asked, {"role": "assistant", "content": answer.text}]}
             written |= {"tools": found.tools} if found.tools else {}
             written |= {"finish": answer.finish, "new_tokens": answer.tokens}

@@ -27,7 +27,8 @@ class Request:
         prompt: the user's message; None to ask on a terminal, or to read standard input.
         system: the system prompt.
         tools: a JSON file with a list of tools for the chat template.
-        template: further variables of the chat template.
+        template: variables of the chat template; `run_template` those of the run, which they override. Those of a
+            record in `jsonl` lie between.
         jsonl: a file of conversations to answer, in place of a prompt.
     """
 
@@ -43,6 +44,7 @@ class Request:
     max_new_tokens: int = 512
     sampling: dict[str, Any] = field(default_factory=dict)  # arguments of Sampler
     quant: QuantSettings | None = None  # for a 4-bit base
+    run_template: dict[str, Any] = field(default_factory=dict)
 
     def ranks(self) -> int:
         """The fewest ranks that hold one replica: experts may be sharded over tensor-parallel ranks."""

@@ -96,11 +96,12 @@ class _Conversation:
     def ask(self) -> list[int] | None:
         """The tokens of the next prompt; None after the last."""
         try:
-            messages, tools = next(self._prompts) if self._answer is None else self._prompts.send(self._answer)
+            messages, tools, own = next(self._prompts) if self._answer is None else self._prompts.send(self._answer)
         except StopIteration:
             return None
         self._text, self._tokens, self._finish, self._started = "", 0, "length", time.monotonic()
-        prompt = encode(self.tokenizer, messages, tools, self._request.template)
+        variables = self._request.run_template | own | self._request.template
+        prompt = encode(self.tokenizer, messages, tools, variables)
         check_length(prompt, self._context)
         return prompt
 

@@ -15,7 +15,7 @@ from megasft.config.parallelism import TopologySettings
 from megasft.data.tokenizer import load_tokenizer
 from megasft.generation.prompts import encode, write
 from megasft.generation.request import Request, read_tools, template_variables
-from megasft.generation.run import stop_tokens
+from megasft.generation.run import _Conversation, stop_tokens
 from megasft.generation.sampling import Sampler
 from megasft.generation.text import UNFINISHED, TextStream
 from megasft.messages import UserError
@@ -50,6 +50,16 @@ def test_variables_reach_the_template(with_template):
         for argument in ("thinking=true", "thinking=false")
     ]
     assert texts == ["hi", "hi<think></think>"]
+
+
+def test_variables_of_the_run_the_record_and_the_command_line_override_in_this_order(with_template, tmp_path):
+    tokenizer = with_template("{{ messages[0].content }} {{ a }} {{ b }} {{ c }}")
+    record = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"b": "record", "c": "record"}}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(record))
+    run = {"a": "run", "b": "run", "c": "run"}
+    request = Request("m", jsonl=tmp_path / "prompts.jsonl", template={"c": "line"}, run_template=run)
+    conversation = _Conversation(request, tokenizer, Qwen3MoeConfig())
+    assert tokenizer.decode(conversation.ask()) == "hi run record line"
 
 
 def test_typed_control_tokens_do_not_close_a_turn(with_template):
