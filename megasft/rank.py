@@ -70,6 +70,7 @@ class _Ending:
         self.rank, self._interrupted = os.environ["RANK"], interrupted
         self._lock = threading.Lock()
         self._trainer: Trainer | None = None
+        self._stopping = False  # a signal came
         self._saving = threading.Event()
         self._store = rendezvous.store()
         self._watch = Watchdog(int(self.rank), int(os.environ["WORLD_SIZE"]), 60 * timeout_minutes)
@@ -79,6 +80,8 @@ class _Ending:
 
     def attach(self, trainer: Trainer) -> None:
         """There is a run to save from now on."""
+        if self._stopping:
+            self.interrupt()
         self._trainer = trainer
         self._watch.attach(trainer.progress.report)
 
@@ -141,6 +144,7 @@ class _Ending:
                 number = 0 if number == signal.SIGUSR2 else number
             elif verdict := self._watch.verdict():
                 self.end(FAILED, verdict)
+        self._stopping = True
         if self._trainer is not None and not was_reported(self._store):
             self._save(self._trainer)
         if number != signal.SIGINT:

@@ -38,10 +38,10 @@ class RunLog:
         if self._metrics:
             self._metrics.record(kind, step, **values)
 
-    def resumed_from(self, folder: Path, step: int) -> None:
-        """Record the checkpoint a run resumes from, if the run was killed before its line was written."""
+    def checkpoint(self, step: int, folder: Path) -> None:
+        """Record a checkpoint that is on disk, unless a resumed run has kept its line."""
         if self._metrics and step not in self._metrics.checkpoints:
-            self._metrics.write("checkpoint", step, path=str(folder))
+            self._metrics.record("checkpoint", step, path=str(folder))
 
     def say(self, message: str) -> None:
         """One line on standard error."""

@@ -30,7 +30,7 @@ from megasft.train.checkpoint.async_writer import CheckpointWriter
 from megasft.train.checkpoint.best import BEST, label_best
 from megasft.train.checkpoint.folder import RunState
 from megasft.train.checkpoint.gate import Gate
-from megasft.train.checkpoint.restore import restore
+from megasft.train.checkpoint.restore import Restored, restore
 from megasft.train.expert_load import ExpertLoad
 from megasft.train.optimizer import step, wrap
 from megasft.train.progress import Progress
@@ -243,10 +243,19 @@ class Trainer:
         with self.topology.together():
             if self.topology.is_first:
                 run_lock.hold(self.output_dir)
-        restored = restore(self.config, self.topology, self.state.identity, self.loader, self.writer, self.validation)
+        restored = self._resume()
         if restored is None:
             self.log.open(self.total_steps, 0, 0)
             return
+        self.log.open(self.total_steps, self.step, self.state.metrics_bytes if restored.same_run else 0)
+        if restored.same_run and self.state.saved == self.step:
+            self.log.checkpoint(self.step, restored.folder)
+
+    def _resume(self) -> Restored | None:
+        """Fill weights, optimizer and state from the checkpoint to resume from, if there is one."""
+        restored = restore(self.config, self.topology, self.state.identity, self.loader, self.writer, self.validation)
+        if restored is None:
+            return None
         self.state = restored.state
         self.gate.rest = self._described()
         place = self.loader.state_dict()
@@ -259,9 +268,7 @@ class Trainer:
                 "nothing is left to train; to train more raise [hyperparameters] n_epochs or max_steps; for a new run "
                 "name another [job] output_dir, or pass --resume never"
             )
-        self.log.open(self.total_steps, self.step, self.state.metrics_bytes if restored.same_run else 0)
-        if restored.same_run and self.state.saved == self.step:
-            self.log.resumed_from(restored.folder, self.step)
+        return restored
 
     def _plan(self, ahead: int) -> None:
         """Set the number of steps and their learning rates, for a run that is `ahead` steps of its place in the data.
@@ -348,7 +355,7 @@ class Trainer:
         failures = []
         while outcome := self.writer.take_outcome():
             if outcome.failure is None:
-                self.log.record("checkpoint", outcome.step, path=str(outcome.folder))
+                self.log.checkpoint(outcome.step, outcome.folder)
             else:
                 failures.append(outcome.failure)
         return failures

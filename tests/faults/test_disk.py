@@ -162,7 +162,8 @@ def test_a_read_only_checkpoint_folder_costs_only_checkpoints(world, tmp_path):
         assert_intact(run, FIRST, "step-000006", LAST)
         assert_same_run(world / "whole", run, failed=[4])
         assert events(run) == [
-            "checkpoint failed: the last checkpoint could not be written (rank 0: Read-only file system)"
+            "checkpoint failed: the last checkpoint could not be written (rank 0: Read-only file system); "
+            "what was written before is intact"
         ]
 
 

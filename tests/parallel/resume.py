@@ -85,7 +85,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     for record in records:
         for key in ("time", "seconds", "data_wait", "tokens_per_second", "path"):
             record.pop(key, None)
-    return sorted(records, key=lambda record: record["step"])
+    return sorted(records, key=lambda record: (record["step"], record["kind"] == "checkpoint"))
 
 
 def tensors(run: Path, checkpoint: str) -> dict[str, torch.Tensor]:
