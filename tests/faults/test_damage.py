@@ -234,7 +234,9 @@ STATES: dict[str, Callable[[Path], Any]] = {
     "no JSON": writing("state.json", "{"), "no text": writing("state.json", b"\xff\xfe{}"), "deep": writing("state.json", DEEP),
     "a list": writing("state.json", "[]"), "empty": writing("state.json", "{}"),
     **{f"no {key}": changing("state.json", key, drop=True) for key in (*COUNTS, "best", "loader", "identity")},
-    **{f"{key} {value!r}": changing("state.json", key, to=value) for key in COUNTS for value in NOT_COUNTS},
+    **{f"{key} {value!r}": changing("state.json", key, to=value) for key in COUNTS for value in NOT_COUNTS
+       if (key, value) != ("validated", -1)},  # which is before the first validation
+    "validated -2": changing("state.json", "validated", to=-2),
     **{f"best {value!r}": changing("state.json", "best", to=value) for value in ("1", float("nan"), float("inf"), [], {}, 10**400)},
     **{f"{key} {value!r}": changing("state.json", key, to=value) for key in ("loader", "identity") for value in (None, 3, "x", [])},
     **{f"{key} {value!r}": changing("state.json", "loader", key, to=value) for key in ("epoch", "row") for value in NOT_COUNTS},

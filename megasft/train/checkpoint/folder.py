@@ -193,9 +193,10 @@ def read_state(folder: Path) -> RunState:
     try:
         found = json.loads((folder / STATE).read_text(encoding="utf-8"))
         state = RunState(**{field.name: found[field.name] for field in fields(RunState)})
-        counts = [getattr(state, field.name) for field in fields(RunState) if field.type is int]
-        counts[counts.index(state.validated)] = state.validated + 1  # -1 before the first validation
-        wrong = not all(map(_is_count, [*counts, state.loader["epoch"], state.loader["row"]]))
+        names = [field.name for field in fields(RunState) if field.type is int and field.name != "validated"]
+        counts = [getattr(state, name) for name in names]
+        wrong = type(state.validated) is not int or state.validated < -1  # -1 before the first validation
+        wrong |= not all(map(_is_count, [*counts, state.loader["epoch"], state.loader["row"]]))
         wrong |= max(state.updates, state.skipped, state.validated, state.best_step, state.saved) > state.step
         wrong |= not (isinstance(state.loader["data"], dict) and isinstance(state.identity, dict))
         wrong |= not (state.best is None or math.isfinite(state.best))
