@@ -4,7 +4,7 @@ A record is an object with `messages` and, where there are any, `tools`; `record
 What comes out is what chat templates understand: text parts joined, a system prompt as the first message, reasoning
 under one name, `arguments` as an object, tools and calls in their nested form. Nothing is guessed and nothing vanishes:
 a record that is not right in every point becomes a `Problem` that names file, line and reason, what of it the model
-will not see is counted in `Conversation.notes`, and reading goes on behind it.
+will not see is counted in `Conversation.notes`, and reading continues behind it.
 """
 
 from collections import Counter

@@ -212,7 +212,7 @@ def refuse_changes(then: dict[str, Any], now: dict[str, Any], config: RunConfig,
 
 
 def template_date(config: RunConfig) -> date | None:
-    """The `[data] template_date` of the checkpoint that the run would go on from; None if it has none."""
+    """The `[data] template_date` of the checkpoint that the run would resume from; None if it has none."""
     folder = _expected(config)
     if folder is None:
         return None
