@@ -23,16 +23,25 @@ class MicroBatches:
     def __init__(
         self, samples: Mix, rows: Sequence[Row], per_device_batch: int, topology: Topology, device: torch.device
     ) -> None:
-        tokens = np.array([samples.lengths[row].sum() for row in rows], np.int64)
+        numbers = [np.atleast_1d(row) for row in rows]
+        tokens = np.array([samples.lengths[row].sum() for row in numbers], np.int64)
         cuts = deal(tokens, per_device_batch, topology.sizes.data)[topology.groups.dp.rank()]
-        self.numbers = [[int(number) for i in cut for number in np.atleast_1d(rows[i])] for cut in cuts]
+        firsts = _firsts(samples, numbers)
+        self.samples = [[one for i in cut for one in zip(numbers[i].tolist(), firsts[i], strict=True)] for cut in cuts]
         self._samples, self._multiple, self._device = samples, topology.sizes.tensor, device
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.samples)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return (collate(self._samples, numbers, self._multiple, self._device) for numbers in self.numbers)
+        return (collate(self._samples, chosen, self._multiple, self._device) for chosen in self.samples)
+
+
+def _firsts(samples: Mix, rows: Sequence[np.ndarray]) -> list[list[int]]:
+    """For each row the place of each sample's first token among all tokens of the rows."""
+    lengths = samples.lengths[np.concatenate(rows)]
+    firsts = np.split(np.cumsum(lengths) - lengths, np.cumsum([len(row) for row in rows])[:-1])
+    return [row.tolist() for row in firsts]
 
 
 def deal(tokens: np.ndarray, per_device_batch: int, replicas: int) -> list[list[list[int]]]:
@@ -69,20 +78,28 @@ def evaluation_rows(samples: Mix, row_length: int, replicas: int) -> list[np.nda
     return [rows[i] for i in range(len(rows))]
 
 
-def collate(samples: Mix, numbers: Sequence[int], multiple: int, device: torch.device) -> MicroBatch:
-    """Samples laid end to end, filled up to a multiple of `multiple` with tokens in a segment of their own.
+def collate(samples: Mix, chosen: Sequence[tuple[int, int]], multiple: int, device: torch.device) -> MicroBatch:
+    """Samples laid end to end, padded to a multiple of `multiple` with tokens in a segment of their own.
 
     The last token of a sample is only ever a target, so it is not fed to the model.
+
+    Args:
+        chosen: the number of each sample and the place of its first token in the global batch.
     """
-    tokens, labels = [], []
-    for number in numbers:
+    tokens, labels, places = [], [], []
+    for number, first in chosen:
         ids, mask = samples[number]
         tokens.append(ids[:-1].long())
+        places.append(torch.arange(first, first + len(ids) - 1))
         labels.append(torch.where(mask[1:], ids[1:].long(), IGNORED))
     lengths = [len(ids) for ids in tokens]
     padding = -sum(lengths) % multiple or (0 if lengths else multiple)
     if padding:
         tokens.append(torch.zeros(padding, dtype=torch.int64))
         labels.append(torch.full((padding,), IGNORED))
+        places.append(torch.zeros(padding, dtype=torch.int64))  # whatever is dropped of them, nothing depends on it
         lengths.append(padding)
-    return MicroBatch(torch.cat(tokens).to(device), torch.cat(labels).to(device), Segments.of(lengths, device, padding))
+    segments = Segments.of(lengths, device, padding)
+    return MicroBatch(
+        torch.cat(tokens).to(device), torch.cat(labels).to(device), segments, torch.cat(places).to(device)
+    )

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -75,7 +74,7 @@ class Topology:
 
 
 def join_world(sizes: TopologySizes, seed: int, timeout_minutes: float = 30.0) -> Topology:
-    """Join the world, create the process groups of `sizes`, and seed all random states.
+    """Join the world and create the process groups of `sizes`.
 
     Ranks rendezvous at their launcher's store. Without a launcher, the process is a world of one rank. A collective
     fails after `timeout_minutes` with its backend's error.
@@ -104,31 +103,8 @@ def regroup(sizes: TopologySizes, seed: int, timeout_minutes: float = 30.0) -> T
         distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
     topology = Topology(sizes, ProcessGroupCollection.use_mpu_process_groups())
-    seed_step(topology, seed, 0)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)  # its recomputation asks for the states
     return topology
-
-
-def seed_step(topology: Topology, seed: int, step: int) -> None:
-    """Seed all random states for an optimizer step from `seed` and the step's number alone.
-
-    So checkpoints store no random states, and a resumed run draws the numbers that an uninterrupted one would. Dropout
-    in the adapters has several random states: ranks with the same input (full tokens under tensor parallel) share one;
-    ranks with different tokens, or different slices of the features, have their own.
-    """
-    groups = topology.groups
-    seed = derived_seed(seed, "step", step) >> 1  # megatron-core adds to it
-    torch.manual_seed(derived_seed(seed, "rank", topology.rank))
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    tracker = tensor_parallel.get_cuda_rng_tracker()
-    replica = (groups.pp.rank(), groups.dp.rank())
-    expert_replica = (groups.pp.rank(), groups.expt_dp.rank(), groups.ep.rank())
-    for name, coordinates in (
-        ("lora", replica),
-        ("lora-sharded", (*replica, groups.tp.rank())),
-        ("lora-expert", expert_replica),
-        ("lora-expert-sharded", (*expert_replica, groups.expt_tp.rank())),
-    ):
-        tracker.add(name, derived_seed(seed, name, *coordinates))
 
 
 def derived_seed(seed: int, *words: object) -> int:

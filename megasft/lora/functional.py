@@ -7,13 +7,13 @@ discarded. Layers with the same input (q, k, v; gate, up) are fused: their W are
 along the rank, so that each product over the input is one GEMM. B stays block diagonal: output columns `columns[n]`
 belong to B_n, which reads rank columns [n r, (n + 1) r).
 
-Autograd would save drop(x) and add gradients in separate passes. These functions save x, the mask (one byte per
-element) and h = drop(x) A^T, and where possible add to the frozen branch's result inside the GEMM.
+Autograd would save drop(x) and add gradients in separate passes. These functions save x and h = drop(x) A^T, drop the
+same elements again in backward, and where possible add to the frozen branch's result inside the GEMM.
 
 T tokens, K inputs, N outputs, R = rank x number of stacked adapters, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,24 +23,25 @@ from megasft.quant.weight import QuantizedWeight
 
 Columns = Sequence[slice]
 Weight = Tensor | QuantizedWeight
+Drop = Callable[[Tensor], Tensor]  # `lora.dropout.Dropout`: zeroes the same elements whenever it is called
 
 
 def lora_linear(x: Tensor, weight: Weight, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
-                mask: Tensor | None = None) -> Tensor:  # fmt: skip
+                drop: Drop | None = None) -> Tensor:  # fmt: skip
     """x [T, K], frozen weight [N, K], A [R, K] and B_n [len(columns[n]), r] -> y [T, N].
 
-    `mask`, bool [T, K], is true for the elements of x that the adapters see. `scaling` includes its 1 / (1 - p).
+    The adapters see drop(x). `scaling` includes its 1 / (1 - p).
     """
-    return _LoraLinear.apply(x, weight, A, scaling, mask, columns, *B)
+    return _LoraLinear.apply(x, weight, A, scaling, drop, columns, *B)
 
 
 def grouped_lora_linear(x: Tensor, weight: Weight, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
-                        offsets: Tensor, mask: Tensor | None = None) -> Tensor:  # fmt: skip
+                        offsets: Tensor, drop: Drop | None = None) -> Tensor:  # fmt: skip
     """`lora_linear` for rows sorted by expert: x [T, K], weight [E, N, K], A [E, R, K], B_n [E, len(columns[n]), r].
 
     Rows offsets[e - 1] to offsets[e] (int32 [E]) belong to expert e.
     """
-    return _GroupedLoraLinear.apply(x, weight, A, scaling, mask, columns, offsets, *B)
+    return _GroupedLoraLinear.apply(x, weight, A, scaling, drop, columns, offsets, *B)
 
 
 def frozen_linear(x: Tensor, weight: Weight) -> Tensor:
@@ -84,35 +85,36 @@ class _LoraLinear(torch.autograd.Function):
         weight: Weight,
         A: Tensor,
         scaling: float,
-        mask: Tensor | None,
+        drop: Drop | None,
         columns: Columns,
         *B: Tensor,
     ) -> Tensor:
-        h = (x if mask is None else x * mask) @ A.t()
+        h = (x if drop is None else drop(x)) @ A.t()
         y = x @ _dense(weight).t()
         for n, (at, b) in enumerate(zip(columns, B, strict=True)):
             y[:, at].addmm_(h[:, _block(n, b)], b.t(), alpha=scaling)
-        ctx.save_for_backward(x, A, mask, h, *B)
-        ctx.weight, ctx.scaling, ctx.columns = weight, scaling, columns
+        ctx.save_for_backward(x, A, h, *B)
+        ctx.weight, ctx.scaling, ctx.drop, ctx.columns = weight, scaling, drop, columns
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, A, mask, h, *B = ctx.saved_tensors
+        x, A, h, *B = ctx.saved_tensors
+        drop = ctx.drop
         gh = torch.empty_like(h)
         gB = []
         for n, (at, b) in enumerate(zip(ctx.columns, B, strict=True)):
             gh[:, _block(n, b)] = gy[:, at] @ b
             gB.append((gy[:, at].t() @ h[:, _block(n, b)]).mul_(ctx.scaling))
         gh *= ctx.scaling
-        gA = gh.t() @ (x if mask is None else x * mask)
+        gA = gh.t() @ (x if drop is None else drop(x))
         gx = None
         if ctx.needs_input_grad[0]:
             gx = gy @ _dense(ctx.weight)
-            if mask is None:
+            if drop is None:
                 gx.addmm_(gh, A)
             else:
-                gx.addcmul_(gh @ A, mask)
+                gx += drop(gh @ A)
         return gx, None, gA, None, None, None, *gB
 
 
@@ -124,22 +126,23 @@ class _GroupedLoraLinear(torch.autograd.Function):
         weight: Weight,
         A: Tensor,
         scaling: float,
-        mask: Tensor | None,
+        drop: Drop | None,
         columns: Columns,
         offsets: Tensor,
         *B: Tensor,
     ) -> Tensor:
-        h = grouped_mm(x if mask is None else x * mask, A.transpose(-2, -1), offsets).mul_(scaling)
+        h = grouped_mm(x if drop is None else drop(x), A.transpose(-2, -1), offsets).mul_(scaling)
         y = _grouped(x, weight, offsets, transposed=True)
         for n, (at, b) in enumerate(zip(columns, B, strict=True)):
             y[:, at] += grouped_mm(h[:, _block(n, b)], b.transpose(-2, -1), offsets)
-        ctx.save_for_backward(x, A, mask, h, offsets, *B)
-        ctx.weight, ctx.scaling, ctx.columns = weight, scaling, columns
+        ctx.save_for_backward(x, A, h, offsets, *B)
+        ctx.weight, ctx.scaling, ctx.drop, ctx.columns = weight, scaling, drop, columns
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, A, mask, h, offsets, *B = ctx.saved_tensors
+        x, A, h, offsets, *B = ctx.saved_tensors
+        drop = ctx.drop
         gy = gy.contiguous()
         gh = torch.empty_like(h)
         gB = []
@@ -147,12 +150,12 @@ class _GroupedLoraLinear(torch.autograd.Function):
             gh[:, _block(n, b)] = grouped_mm(gy[:, at], b, offsets)
             gB.append(grouped_mm(gy[:, at].t(), h[:, _block(n, b)], offsets))  # h includes the scaling
         gh *= ctx.scaling
-        gA = grouped_mm(gh.t(), x if mask is None else x * mask, offsets)
+        gA = grouped_mm(gh.t(), x if drop is None else drop(x), offsets)
         gx = None
         if ctx.needs_input_grad[0]:
             gx = _grouped(gy, ctx.weight, offsets)
             gx_lora = grouped_mm(gh, A, offsets)
-            gx = gx.add_(gx_lora) if mask is None else gx.addcmul_(gx_lora, mask)
+            gx += gx_lora if drop is None else drop(gx_lora)
         return gx, None, gA, None, None, None, None, *gB
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.functional import Weight, grouped_linear, grouped_lora_linear
-from megasft.lora.linear import dropout_mask
 from megasft.lora.sharded import Mode, ShardedLinear, factor
 from megasft.storage.shards import Shard
 
@@ -62,14 +61,19 @@ class GroupedLoraLinear(ShardedLinear):
                 parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
                 parameter.partial_over_expert_tp = not split  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [T, K_local] sorted by expert, offsets int32 [E] (the end of each expert's rows) -> [T, N_local]."""
+    def forward(self, x: Tensor, offsets: Tensor, counters: Tensor | None) -> Tensor:
+        """x [T, K_local] sorted by expert, offsets int32 [E] (the end of each expert's rows) -> [T, N_local].
+
+        `counters`, int64 [T], tell the rows of all experts apart; dropout needs them.
+        """
         if not self.adapted:
             return grouped_linear(x, self.weight, offsets)
-        dropped, scaling = self.scaling()
-        mask = dropout_mask(x, dropped, "lora-expert" if self.mode == "column" else "lora-expert-sharded")
+        drop = None
+        if self.drops:
+            assert counters is not None
+            drop = self.dropout(counters)
         B = [self.lora_B[name] for name in self.adapted]
-        return grouped_lora_linear(x, self.weight, self.lora_A, B, self.lora_columns, scaling, offsets, mask)
+        return grouped_lora_linear(x, self.weight, self.lora_A, B, self.lora_columns, self.scaling(), offsets, drop)
 
     def base_shards(self) -> Iterator[Shard]:
         """The frozen matrices, one per expert and part."""

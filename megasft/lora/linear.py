@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
-    get_cuda_rng_tracker,
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
@@ -87,11 +86,12 @@ class LoraLinear(ShardedLinear):
         """The sum of the frozen and the LoRA branch, in the dtype of x: x [T, K_local] -> [T, N_local]."""
         if not self.adapted:
             return frozen_linear(x, weight)
-        dropped, scaling = self.scaling()
-        # In column mode, all ranks hold the same x and must drop the same elements; otherwise each has its own slice.
-        mask = dropout_mask(x, dropped, "lora" if self.mode == "column" else "lora-sharded")
+        drop = None
+        if self.drops:
+            assert self.draw is not None
+            drop = self.dropout(self.draw.shard(self.group) if self.mode == "replicated" else self.draw.places)
         A, B = self.lora_A.to(x.dtype), [self.lora_B[leaf(name)].to(x.dtype) for name in self.adapted]
-        return lora_linear(x, weight, A, B, self.lora_columns, scaling, mask)
+        return lora_linear(x, weight, A, B, self.lora_columns, self.scaling(), drop)
 
     def base_shards(self) -> Iterator[Shard]:
         """The frozen matrices, one per part."""
@@ -104,11 +104,3 @@ class LoraLinear(ShardedLinear):
         for i, name in enumerate(self.adapted):
             A, B = self.lora_A.data[i * r : (i + 1) * r], self.lora_B[leaf(name)].data
             yield from self.factor_shards(name, name, A, B)
-
-
-def dropout_mask(x: Tensor, p: float, random_state: str) -> Tensor | None:
-    """Mask of the elements of x that an adapter sees, bool; None if p is 0. Draws from megatron-core's RNG tracker."""
-    if p == 0.0:
-        return None
-    with get_cuda_rng_tracker().fork(random_state):
-        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)

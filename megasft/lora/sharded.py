@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megasft import host
 from megasft.config.schema import LoraSettings, QuantSettings
+from megasft.lora.dropout import SHARES, Draw, Dropout, key, share
 from megasft.lora.functional import Weight
 from megasft.quant.weight import QuantizedWeight, Slot
 from megasft.storage.shards import Shard, Sharded, consecutive, leaf, part
@@ -30,7 +31,12 @@ class ShardedLinear(Sharded):
         in_local, out_local: K and, by name, N on this rank.
         columns: by name, each part's output columns on this rank; `lora_columns` are those of the adapted parts.
         adapted: names of the adapted parts.
+        name: of this layer in the model, the same under every topology.
+        draw: what the dropout of the next forward depends on; `model.qwen3_moe.DecoderLayer` sets it.
     """
+
+    name = ""
+    draw: Draw | None = None
 
     def __init__(
         self,
@@ -51,10 +57,20 @@ class ShardedLinear(Sharded):
         self.adapted = [name for name in parts if leaf(name) in lora.targets]
         self.lora_columns = [self.columns[name] for name in self.adapted]
 
-    def scaling(self) -> tuple[float, float]:
-        """(dropout probability of the adapters' input, factor of their output)."""
-        dropped = self.lora.dropout if self.training else 0.0
-        return dropped, self.lora.alpha / self.lora.r / (1 - dropped)
+    @property
+    def drops(self) -> bool:
+        """Whether the adapters' input is subject to dropout: in training only."""
+        return self.training and bool(self.adapted) and share(self.lora.dropout) > 0
+
+    def scaling(self) -> float:
+        """The factor of the adapters' output, which makes up for what was dropped of their input."""
+        kept = 1 - share(self.lora.dropout) / SHARES if self.drops else 1.0
+        return self.lora.alpha / self.lora.r / kept
+
+    def dropout(self, counters: Tensor) -> Dropout:
+        """The dropout of this layer's input. `counters`, int64 [T], tell its rows apart; see `Dropout.of`."""
+        assert self.draw is not None, "dropout needs the places of the tokens in the global batch"
+        return Dropout.of(counters, key(self.draw.seed, self.name), self.inputs().start, share(self.lora.dropout))
 
     def frozen_weight(self, experts: int | None, dtype: torch.dtype, quant: QuantSettings | None) -> Weight:
         """Uninitialized frozen matrices, [N_local, K_local] or stacked over `experts`; with `quant` in 4 bits."""

@@ -7,6 +7,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
+from megasft.lora.dropout import Draw
+
 IGNORED = -100  # a label that is not supervised, as in torch and transformers
 
 
@@ -15,11 +17,12 @@ class Segments(PackedSeqParams):
     """Lengths of the concatenated conversations of a micro batch. Attention stays within each segment.
 
     `lengths` is on the host, so that no layer waits for the device. The other fields are megatron-core's description of
-    the same segments. The last `padding` tokens belong to no conversation.
+    the same segments. The last `padding` tokens belong to no conversation. `draw` is set for a forward with dropout.
     """
 
     lengths: list[int] = field(default_factory=list)
     padding: int = 0
+    draw: Draw | None = None
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device, padding: int = 0) -> "Segments":
@@ -43,9 +46,11 @@ class Segments(PackedSeqParams):
 class MicroBatch:
     """Concatenated conversations. T is a multiple of the tensor-parallel size.
 
-    tokens, labels: int64 [T]; labels[i] is the token to predict at position i, or IGNORED.
+    tokens, labels: int64 [T]; labels[i] is the token to predict at position i, or IGNORED. places: int64 [T], the place
+    of each token among all tokens of the global batch, however they are cut; needed for dropout only.
     """
 
     tokens: Tensor
     labels: Tensor
     segments: Segments
+    places: Tensor | None = None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megasft import host
 from megasft.config.schema import LoraSettings, QuantSettings
+from megasft.lora.dropout import JoinPlaces, SplitPlaces
 from megasft.lora.grouped import GroupedLoraLinear
 from megasft.lora.linear import LoraLinear
 from megasft.storage.shards import Shard, Sharded
@@ -77,6 +78,19 @@ class SparseMLP(MoELayer, Sharded):
 
     router: "Router"
     experts: "Experts"
+    token_dispatcher: Any
+
+    def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the experts drop elements, the routing weights take the tokens' places along to them."""
+        if self.experts.drops:
+            assert self.router.linear.draw is not None
+            probs = JoinPlaces.apply(probs, self.router.linear.draw.shard(self.router.linear.group))
+        return super().preprocess(hidden_states, probs, routing_map)
+
+    def combine(self, output: Tensor) -> Tensor:
+        """The all-gather dispatcher sums in the dtype of its routing weights, which may be joined to fp64."""
+        self.token_dispatcher.local_probs = output.new_empty(0, dtype=torch.float32)
+        return super().combine(output)
 
     def base_shards(self) -> Iterator[Shard]:
         yield from self.router.linear.base_shards()
@@ -163,15 +177,27 @@ class Experts(Sharded):
         common |= {"writer": pg_collection.expt_dp.rank() == 0, "quant": quant}
         self.gate_up = GroupedLoraLinear(experts, h, {"gate_proj": f, "up_proj": f}, "column", **common)
         self.down = GroupedLoraLinear(experts, f, {"down_proj": h}, "row", **common)
-        self.tokens_per_expert: Tensor | None = None
+        assert config.num_moe_experts is not None
+        self.all_experts = config.num_moe_experts
+
+    @property
+    def drops(self) -> bool:
+        """Whether the input of one of the two layers is subject to dropout."""
+        return self.gate_up.drops or self.down.drops
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor, **_: Any) -> tuple[Tensor, None]:
-        """x [T, H] sorted by expert, tokens_per_expert int64 [E], probs [T] (routing weight of each row) -> [T, H]."""
+        """x [T, H] sorted by expert, tokens_per_expert int64 [E], probs [T] -> [T, H].
+
+        `probs` are the routing weights of the rows; where there is dropout, joined with the places of their tokens.
+        """
+        places = None
+        if self.drops:
+            probs, places = SplitPlaces.apply(probs)
         rows = host.grouped_rows(x.dtype)
         counts = tokens_per_expert.to(x.device)
         if rows == 1:
             offsets = counts.cumsum(0, dtype=torch.int32)
-            return self._run(x, offsets, probs), None
+            return self._run(x, offsets, probs, places), None
         padded = (counts + rows - 1) // rows * rows
         offsets = padded.cumsum(0, dtype=torch.int32)
         shift = (offsets - padded) - (counts.cumsum(0) - counts)
@@ -179,11 +205,19 @@ class Experts(Sharded):
         total = int(offsets[-1])
         wide = x.new_zeros(total, x.shape[1]).index_copy(0, at, x)
         wide_probs = probs.new_zeros(total).index_copy(0, at, probs)
-        return self._run(wide, offsets, wide_probs).index_select(0, at), None
+        if places is not None:
+            places = places.new_zeros(total).index_copy(0, at, places)
+        return self._run(wide, offsets, wide_probs, places).index_select(0, at), None
 
-    def _run(self, x: Tensor, offsets: Tensor, probs: Tensor) -> Tensor:
+    def _run(self, x: Tensor, offsets: Tensor, probs: Tensor, places: Tensor | None) -> Tensor:
+        counters = None if places is None else self._counters(places, offsets)
         # `down` is linear, so the routing weights can scale the F-wide activations instead of the H-wide outputs.
-        return self.down(swiglu(self.gate_up(x, offsets), probs), offsets)
+        return self.down(swiglu(self.gate_up(x, offsets, counters), probs), offsets, counters)
+
+    def _counters(self, places: Tensor, offsets: Tensor) -> Tensor:
+        """A number for each row, of its token's place and its expert in the full layer: int64 [T]."""
+        rows = torch.arange(len(places), dtype=offsets.dtype, device=places.device)
+        return places * self.all_experts + torch.searchsorted(offsets, rows, right=True) + self.gate_up.experts[0]
 
     def base_shards(self) -> Iterator[Shard]:
         yield from self.gate_up.base_shards()

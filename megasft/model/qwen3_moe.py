@@ -19,6 +19,8 @@ from transformers import Qwen3MoeConfig
 from megasft.config.parallelism import TopologySizes, choose_dispatcher
 from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.distributed.topology import Topology
+from megasft.lora.dropout import Draw
+from megasft.lora.sharded import ShardedLinear
 from megasft.model.attention import SelfAttention
 from megasft.model.batch import MicroBatch, Segments
 from megasft.model.hf_config import check_fits, head_dim, sparse_layers
@@ -134,6 +136,9 @@ class Qwen3Moe(GPTModel):
             pg_collection=topology.groups,
         )
         self.rotary = RotaryEmbedding(hf_config)
+        self.dropout_seed = 0  # of the optimizer step
+        for prefix, layer in self._layers():
+            layer.name_linears(prefix)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("lora_" in name)
 
@@ -154,12 +159,15 @@ class Qwen3Moe(GPTModel):
         return self._run(batch, self._next_logits)
 
     def _run(self, batch: MicroBatch, head: Any) -> Tensor:
+        segments = batch.segments
+        if self.training and batch.places is not None:
+            segments = replace(segments, draw=Draw(self.dropout_seed, batch.places))
         return super().forward(
             input_ids=batch.tokens[None],
             position_ids=batch.segments.positions(batch.tokens.device),
             attention_mask=None,
             labels=batch.labels,
-            packed_seq_params=batch.segments,
+            packed_seq_params=segments,
             output_processor=head,
         )
 
@@ -249,13 +257,34 @@ class Qwen3Moe(GPTModel):
         return Shard(name, (self.true_vocab_size, h), (kept, slice(0, h)), weight.data[: kept.stop - kept.start])
 
 
+class DecoderLayer(TransformerLayer):
+    """megatron-core's layer, which also tells its linear layers what their dropout depends on.
+
+    It does at each forward, so that a recomputation drops what the forward of the same micro batch did, though other
+    micro batches may have come between them.
+    """
+
+    def name_linears(self, prefix: str) -> None:
+        """Name the linear layers, `prefix` being this layer's name in the model."""
+        self.linears = dict[str, ShardedLinear]()  # no ModuleDict: they are modules of this layer already
+        for name, module in self.named_modules():
+            if isinstance(module, ShardedLinear):
+                module.name = f"{prefix}.{name}"
+                self.linears[module.name] = module
+
+    def forward(self, *args: Any, packed_seq_params: Segments, **kwargs: Any) -> Any:
+        for linear in self.linears.values():
+            linear.draw = packed_seq_params.draw
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+
+
 def _layer_specs(
     config: Qwen3MoeConfig, lora: LoraSettings, quant: QuantSettings | None, layers: range
 ) -> TransformerBlockSubmodules:
     sparse = sparse_layers(config)
     specs = [
         ModuleSpec(
-            TransformerLayer,
+            DecoderLayer,
             submodules=TransformerLayerSubmodules(
                 input_layernorm=RMSNorm,
                 self_attention=ModuleSpec(SelfAttention, params={"lora": lora, "quant": quant}),

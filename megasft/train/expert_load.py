@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from megasft import host
@@ -103,8 +102,6 @@ class ExpertLoad:
 
     def _weights(self, batches: MicroBatches | list[MicroBatch]) -> Tensor:
         """coefficient * w_e, times the supervised tokens by which all gradients are divided at the end: fp32 [E]."""
-        tracker = get_cuda_rng_tracker()
-        states = tracker.get_states()
         with torch.no_grad():
             get_forward_backward_func()(
                 forward_step_func=_route,
@@ -115,7 +112,6 @@ class ExpertLoad:
                 micro_batch_size=1,
                 forward_only=True,
             )
-        tracker.set_states(states)  # the step draws the same dropout, so its tokens go to the experts counted here
         groups, here = self.model.topology.groups, self.counted()
         counts_labels = groups.tp.rank() == 0 and groups.pp.rank() == 0  # of the ranks that have the same micro batches
         supervised = sum(int((batch.labels >= 0).sum()) for batch in batches) if counts_labels else 0

@@ -19,7 +19,7 @@ from megasft.config.schema import RunConfig
 from megasft.data.dataset import Batches, Mix, Samples
 from megasft.data.loader import Loader
 from megasft.data.micro_batches import MicroBatches, Row, evaluation_rows
-from megasft.distributed.topology import Topology, seed_step
+from megasft.distributed.topology import Topology, derived_seed
 from megasft.messages import UserError
 from megasft.model.batch import MicroBatch
 from megasft.model.hf_checkpoint import fingerprint
@@ -129,7 +129,7 @@ class Trainer:
         host.synchronize()
         started = time.monotonic()
         self.progress.begin(f"step {self.step + 1}")
-        seed_step(self.topology, self.config.job.seed, self.step)
+        self.model.dropout_seed = derived_seed(self.config.job.seed, "dropout", self.step)
         batch = next(self.loader)
         rate = self.schedule.rate(self.step)
         for group in self.optimizer.param_groups:

@@ -1,4 +1,7 @@
-"""LoRA adds no collectives: a layer with adapters issues the same number and bytes as the frozen layer."""
+"""LoRA adds no collectives: a layer with adapters issues those of the frozen layer.
+
+With dropout the routing weights take the tokens' places along, 8 bytes for each token and expert instead of 4.
+"""
 
 from collections import Counter
 
@@ -7,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megasft.config.values import LINEAR_LAYERS
+from megasft.lora.dropout import Draw
+from megasft.model.batch import Segments
 from tests.parity.reference import random_model, tiny_config
 from tests.support import on_ranks
 
@@ -42,9 +47,8 @@ def count_in_layer(settings, layer: int, adapted: bool):
 
         model = build_model(model.hf_config, topology, None, torch.float32, recompute=False)
         load_base(model, settings["job"]["model"])
-    from megasft.model.batch import Segments
-
     segments = Segments.of(SEGMENTS, torch.device("cpu"))
+    segments.draw = Draw(1, torch.arange(T))
     torch.manual_seed(topology.rank)
     x = torch.randn(T // topology.sizes.tensor, 1, H, requires_grad=True)
     cos_sin = torch.cat(model.rotary(segments.positions(x.device), x.dtype))
@@ -68,37 +72,33 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("tensor", [2, 4])
 @pytest.mark.parametrize("layer", [0, 1], ids=["sparse", "dense"])
 def test_an_adapted_layer_issues_the_collectives_of_the_frozen_layer(ranks, base, tensor, layer, tmp_path):
-    settings = {
-        "job": {"model": base, "output_dir": str(tmp_path)},
-        "lora": {"r": 4, "dropout": 0.1, "target_modules": list(LINEAR_LAYERS)},
-        "data": {"topology": {"tensor_parallel": tensor}},
-        "hyperparameters": {"parallelism": {"bf16": False, "activation_checkpointing": False}},
-    }
-    # Zero B would hide a missing path of backward; initial adapters have it, so these start from random ones.
-    settings["job"]["init_adapter"] = str(random_peft_adapter(tmp_path / "adapter"))
-    adapted = ranks(tensor, count_in_layer, settings, layer, True)
-    frozen = ranks(tensor, count_in_layer, settings, layer, False)
-    assert adapted == frozen
+    def settings(dropout):
+        return {
+            # Zero B would hide a missing path of backward; initial adapters have it, so these start from random ones.
+            "job": {"model": base, "output_dir": str(tmp_path), "init_adapter": adapter},
+            "lora": {"r": 4, "dropout": dropout, "target_modules": list(LINEAR_LAYERS)},
+            "data": {"topology": {"tensor_parallel": tensor}},
+            "hyperparameters": {"parallelism": {"bf16": False, "activation_checkpointing": False}},
+        }
 
+    adapter = str(random_peft_adapter(tmp_path / "adapter"))
+    for dropout, adapted in ((0.0, False), (0.0, True), (0.1, True)):
+        expected = collectives_of_layer(sparse=layer == 0, weights=T * E * (8 if dropout else 4))
+        found = ranks(tensor, count_in_layer, settings(dropout), layer, adapted)
+        assert len(found) == tensor
+        for of_rank in found:
+            assert of_rank == expected, f"dropout {dropout}, adapted: {adapted}"
+
+
+def collectives_of_layer(sparse: bool, weights: int):
+    """(forward, backward) of any rank; `weights` is the bytes of all tokens' routing weights."""
     tokens = T * H * FP32
-    if layer == 1:  # dense: gather and reduce-scatter around attention and around the MLP, and the reverse in backward
-        forward = Counter({("_allgather_base_", tokens): 2, ("_reduce_scatter_base_", tokens): 2})
-        backward = forward
-    else:  # sparse: as attention above, and the dispatcher's tokens, routing weights and routing map
-        forward = Counter({
-            ("_allgather_base_", tokens): 2,
-            ("_allgather_base_", T * E * FP32): 1,
-            ("_allgather_base_", T * E): 1,
-            ("_reduce_scatter_base_", tokens): 2,
-        })  # fmt: skip
-        backward = Counter({
-            ("_reduce_scatter_base_", tokens): 2,
-            ("_reduce_scatter_base_", T * E * FP32): 1,
-            ("_allgather_base_", tokens): 2,
-        })  # fmt: skip
-    for rank_forward, rank_backward in adapted:
-        assert rank_forward == forward
-        assert rank_backward == backward
+    # gather and reduce-scatter around attention and around the MLP or the experts, and the reverse in backward
+    around = Counter({("_allgather_base_", tokens): 2, ("_reduce_scatter_base_", tokens): 2})
+    if not sparse:
+        return around, around
+    routing = Counter({("_allgather_base_", weights): 1, ("_allgather_base_", T * E): 1})  # weights and routing map
+    return around + routing, around + Counter({("_reduce_scatter_base_", weights): 1})
 
 
 def random_peft_adapter(folder):

@@ -92,6 +92,10 @@ def test_every_supervised_token_is_learned_once_an_epoch_whatever_the_topology_a
         in_step = sum((learned(one.micro_batches) for one in given_), Counter())
         of_step = [token for i in batches[step] for token in samples[int(i)][0][samples[int(i)][1]].tolist()]
         assert in_step == Counter(of_step)
+        fed = torch.cat([samples[int(i)][0][:-1] for i in batches[step]])  # in the order of their places
+        for batch in (batch for one in given_ for batch in one.micro_batches):
+            real = len(batch.tokens) - batch.segments.padding
+            assert torch.equal(fed[batch.places[:real]].long(), batch.tokens[:real])
         assert {one.tokens for one in given_} == {sum(lengths[i] - 1 for i in batches[step])}
         seen += in_step
         if step + 1 == batches.steps(1):

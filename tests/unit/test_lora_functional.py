@@ -50,7 +50,7 @@ def test_a_linear_layer_is_the_formula(dropped, first):
     x, weight = random(24, 64, seed=0).requires_grad_(not first), random(48, 64, seed=1)
     A, B = factors(k=64)
     mask = random(24, 64, seed=5) > -0.5 if dropped else None
-    got = lora_linear(x, weight, A, B, PARTS, SCALING, mask)
+    got = lora_linear(x, weight, A, B, PARTS, SCALING, None if mask is None else mask.mul)
     assert_same(gradients(got, x, A, B), gradients(formula(x, weight, A, B, PARTS, mask), x, A, B))
 
 
@@ -62,7 +62,9 @@ def test_a_layer_of_experts_is_the_formula_of_each_with_its_rows(dropped, first,
     A, B = factors(len(ROWS), k=k)
     mask = random(sum(ROWS), k, seed=5) > -0.5 if dropped else None
     ends = list(itertools.accumulate(ROWS))
-    got = grouped_lora_linear(x, weight, A, B, PARTS, SCALING, torch.tensor(ends).int(), mask)
+    got = grouped_lora_linear(
+        x, weight, A, B, PARTS, SCALING, torch.tensor(ends).int(), None if mask is None else mask.mul
+    )
     spans = [slice(end - rows, end) for end, rows in zip(ends, ROWS, strict=True)]
     want = torch.cat([
         formula(x[at], weight[e], A[e], [b[e] for b in B], PARTS, None if mask is None else mask[at])
