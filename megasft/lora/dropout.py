@@ -114,7 +114,7 @@ class SplitPlaces(torch.autograd.Function):
         return grad.double()
 
 
-# --- operators: numpy on CPUs, Triton on CUDA --------------------------------------------------------------------------
+# --- operators: numpy on CPUs, Triton on CUDA -------------------------------------------------------------------------
 
 _library = torch.library.Library("megasft", "DEF")
 _library.define("hash_rows(Tensor counters, int key) -> Tensor")
