@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen3MoeConfig
@@ -10,6 +11,7 @@ from megasft.config.parallelism import TopologySizes
 from megasft.config.schema import QuantSettings
 from megasft.config.values import BLOCK_SIZES
 from megasft.messages import UserError
+from megasft.model import fp8
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -19,14 +21,8 @@ ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # the others depend on the
 
 def read_config(folder: str | Path) -> Qwen3MoeConfig:
     """The architecture in `folder/config.json`. Raises UserError unless it is a Qwen3-MoE that megasft can train."""
-    path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        kind = raw.get("model_type")
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not a model folder: it has no config.json") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read as a model configuration ({error})") from None
+    path, raw = Path(folder) / "config.json", read_json(folder)
+    kind = raw.get("model_type")
     if kind != "qwen3_moe":
         raise UserError(f"{path}: model_type = {kind!r} is not supported; megasft trains 'qwen3_moe' models")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -36,6 +32,7 @@ def read_config(folder: str | Path) -> Qwen3MoeConfig:
             f"{path}: rope_parameters = {rope!r} is not supported; supported types: {', '.join(ROPE_TYPES)}"
         )
     try:
+        fp8.block_size(raw)
         config = Qwen3MoeConfig.from_dict(raw)
         _check_supported(config)
     except UserError as error:
@@ -45,13 +42,24 @@ def read_config(folder: str | Path) -> Qwen3MoeConfig:
     return config
 
 
+def read_json(folder: str | Path) -> dict[str, Any]:
+    """`folder/config.json` of any model. Raises UserError if it cannot be read."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw.get("model_type")
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a model folder: it has no config.json") from None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as a model configuration ({error})") from None
+    return raw
+
+
 def _check_supported(config: Qwen3MoeConfig) -> None:
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                 "intermediate_size", "moe_intermediate_size", "decoder_sparse_step"):  # fmt: skip
         if getattr(config, key) < 1:
             raise UserError(f"{key} = {getattr(config, key)!r} must be at least 1")
-    if getattr(config, "quantization_config", None):
-        raise UserError("quantization_config: megasft cannot load quantized weights; use the bf16 model")
     refused = {
         "hidden_act": config.hidden_act != "silu",
         "attention_bias": config.attention_bias,
