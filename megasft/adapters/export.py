@@ -61,7 +61,7 @@ def _experts(source: AdapterFile, layers: Iterable[str], base: str) -> int:
         return 0
     folder = local_folder(base)
     config = read_json(folder) if folder else {}
-    experts = config.get("num_experts", config.get("num_local_experts"))
+    experts = config.get("num_local_experts", config.get("num_experts"))  # the first as transformers 5 saves it
     if not isinstance(experts, int):
         warn(
             f"{source.folder}: its base model {base!r} is not on this machine; if its layers have more than the "

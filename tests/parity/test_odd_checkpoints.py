@@ -311,3 +311,24 @@ def test_finite_values_are_told_from_others_in_every_type(dtype):
     if dtype != torch.float8_e4m3fn:  # without infinity
         assert not all_finite(torch.cat([values, torch.tensor([float("inf"), float("-inf")]).to(dtype)]))
         assert all_finite(torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)), "the sum overflows"
+
+
+def write_index(base: Path, file: str) -> None:
+    names = load_file(base / "model.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
+
+
+def test_a_single_file_is_read_and_not_a_stale_index_beside_it(ranks, tmp_path):
+    base = save(tmp_path / "base")
+    write_index(base, "model-00001-of-00001.safetensors")
+    found, said = ranks(1, outcome, settings_for(base))[0]
+    torch.testing.assert_close(found, logits(base_model(base), SAMPLES), rtol=1e-5, atol=1e-5)
+    assert said.count("has both model.safetensors and model.safetensors.index.json: the first is read") == 1
+
+
+def test_an_index_of_the_single_file_is_nothing_to_warn_of(tmp_path, capsys):
+    base = save(tmp_path / "base")
+    write_index(base, "model.safetensors")
+    capsys.readouterr()
+    Checkpoint(base)
+    assert not capsys.readouterr().err
