@@ -64,8 +64,8 @@ def _experts(source: AdapterFile, layers: Iterable[str], base: str) -> int:
     experts = config.get("num_local_experts", config.get("num_experts"))  # the first as transformers 5 saves it
     if not isinstance(experts, int):
         warn(
-            f"{source.folder}: its base model {base!r} is not on this machine; if its layers have more than the "
-            f"{adapted} experts of the adapter, name the base with --model"
+            f"{source.folder}: its base model {base or '(none is named)'!r} is not on this machine; if its layers have "
+            f"more than the {adapted} experts of the adapter, name the base with --model"
         )
         return adapted
     if adapted > experts:

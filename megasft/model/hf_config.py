@@ -90,7 +90,7 @@ def _check_supported(config: Qwen3MoeConfig) -> None:
         )
     if head_dim(config) % 2 or getattr(config, "head_dim", 2) is None:
         raise UserError(f"head_dim = {config.head_dim!r} is not supported; it must be an even number, or left out")
-    _check_rope(config.rope_parameters or {})
+    _check_rope(dict(config.rope_parameters or {}))
     if config.num_experts_per_tok == 1 and config.norm_topk_prob:
         raise UserError("num_experts_per_tok = 1 with norm_topk_prob = true is not supported: all router weights are 1")
 

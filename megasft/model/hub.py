@@ -15,7 +15,7 @@ _ANSWER_SECONDS = 5.0
 def local_folder(name: str) -> Path | None:
     """The folder of a model that is on this machine: `name` if it is a folder, or huggingface_hub's cache of it."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if not is_hub_id(name):
         return None

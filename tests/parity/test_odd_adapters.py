@@ -88,7 +88,7 @@ def test_without_the_base_an_export_says_what_number_of_experts_it_took(tmp_path
 def test_an_export_of_more_experts_than_the_base_has_is_refused(tmp_path, base):
     small = shutil.copytree(base, tmp_path / "small")
     config = json.loads((small / "config.json").read_text())
-    (small / "config.json").write_text(json.dumps(config | {"num_experts": 6}))
+    (small / "config.json").write_text(json.dumps(config | {"num_local_experts": 6}))
     with pytest.raises(UserError, match=r"adapts 8 experts of a layer, but those of .*small have 6"):
         export_adapter(write(tmp_path / "a", EXPERTS), tmp_path / "out", "fused", str(small))
     assert not (tmp_path / "out").exists()
