@@ -22,6 +22,7 @@ from megasft.distributed.topology import Topology, join_world
 from megasft.messages import say
 from megasft.model import quantized_base as quantized
 from megasft.model import qwen3_moe
+from megasft.model.hf_checkpoint import Checkpoint, untie_different_head
 from megasft.model.hf_config import DTYPES, check_fits, read_config
 from megasft.model.hub import find_model
 from megasft.model.load_base import load_base
@@ -118,6 +119,7 @@ def load_model(
         folder = find_model(name)
         hf_config = read_config(folder)
         check_fits(hf_config, topology.sizes, quant)
+        untie_different_head(hf_config, Checkpoint(folder))
     model = qwen3_moe.build_model(hf_config, topology, lora, dtype, quant=quant, **settings)
     with topology.together():
         # Adapter before weights: one that does not fit is refused before a large file is read.

@@ -1,5 +1,6 @@
 """Output for the user: errors that the user can fix, and lines on standard error."""
 
+import functools
 import os
 import sys
 
@@ -14,6 +15,18 @@ class UserError(Exception):
 def say(message: str, details: str = "") -> None:
     """Print `details` of any length, then the line `megasft: message`, on standard error."""
     print(f"{details}megasft: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+@functools.cache  # ranks are forked from the process that checks the job, and check it again
+def warn(line: str) -> None:
+    """Print a line on standard error on rank 0 only, and no second time."""
+    say_once(line)
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes as text: 3.2 GB, 41.0 kB."""
+    unit, name = next(((n, name) for n, name in ((10**9, "GB"), (10**6, "MB")) if nbytes >= n), (10**3, "kB"))
+    return f"{nbytes / unit:.1f} {name}"
 
 
 def say_once(line: str) -> None:

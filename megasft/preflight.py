@@ -58,9 +58,11 @@ def check(config: RunConfig, sizes: TopologySizes) -> None:
     resume.check(config, fingerprint(folder), sizes.data)
     if config.job.init_adapter:
         from megasft.adapters.adapter_file import AdapterFile
-        from megasft.adapters.fit import fitting_pairs
+        from megasft.adapters.fit import fitting_pairs, warn_of_other_base
 
-        fitting_pairs(AdapterFile(config.job.init_adapter), config.lora, hf_config)
+        adapter = AdapterFile(config.job.init_adapter)
+        fitting_pairs(adapter, config.lora, hf_config)
+        warn_of_other_base(adapter, config.job.model)
 
 
 def _check_paths(config: RunConfig) -> None:

@@ -3,8 +3,10 @@
 import json
 import math
 import re
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from megasft.adapters.peft_layout import (
 from megasft.config.schema import LoraSettings
 from megasft.messages import UserError
 from megasft.storage.new_folder import NewFolder
-from megasft.storage.safetensors import TensorFile, TensorFileWriter, TensorSpec
+from megasft.storage.safetensors import TensorFile, TensorFileWriter, TensorSpec, all_finite
 from megasft.storage.shards import leaf
 
 # Settings of peft that change what the tensors mean, each with the values that leave them plain LoRA.
@@ -120,17 +122,22 @@ class AdapterFile:
         targets = tuple(sorted(self.adapted(pairs)))
         # Skip validation: if every B is zero, there are no targets.
         return LoraSettings.model_construct(
-            r=widest.r, alpha=widest.scaling * widest.r, dropout=0.0, target_modules=targets
+            r=widest.r, alpha=common_scaling(pairs) * widest.r, dropout=0.0, target_modules=targets
         )
 
     def tensor(self, place: Place) -> Tensor:
-        """The adapter tensor at `place`, as a view of the file."""
-        return place.within(self.file.tensor(place.name))
+        """The adapter tensor at `place`, as a view of the file; bf16 of an FP8 tensor."""
+        return _readable(place.within(self.file.tensor(place.name)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest type that holds every value exactly."""
+        return reduce(torch.promote_types, (_wider(spec.dtype) for spec in self.file.specs.values()))
 
     def splits(self) -> bool:
         """Whether B is block-diagonal for every fused gate and up. Reads B until the first nonzero shared block."""
         for fused in filter(self._may_split, self._fused):
-            B = self.file.tensor(self._wrapper(fused)[1])
+            B = _readable(self.file.tensor(self._wrapper(fused)[1]))
             halves = B.view(2, B.shape[0] // 2, 2, fused.r // 2, fused.count)
             if halves[0, :, 1].any() or halves[1, :, 0].any():
                 return False
@@ -140,7 +147,7 @@ class AdapterFile:
     def require_finite(self) -> None:
         """Raise UserError if any value is not finite. Reads the complete file."""
         for name in self.file.specs:
-            if not torch.isfinite(self.file.tensor(name)).all():
+            if not all_finite(self.file.tensor(name)):
                 raise UserError(f"{self.path}: tensor {name!r} holds values that are not finite")
             self.file.release()
 
@@ -236,12 +243,27 @@ class AdapterFile:
         return default
 
 
+def common_scaling(pairs: Mapping[str, Pair]) -> float:
+    """The alpha / r of most layers. Others, by `alpha_pattern`, are those whose B must be multiplied to have it too."""
+    return statistics.mode(pair.scaling for pair in pairs.values())
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """FP8 as bf16, which holds all its values: torch cannot compute with FP8 on the CPU."""
+    return tensor.to(_wider(tensor.dtype))
+
+
 class AdapterWriter:
     """Writes an adapter folder in either layout. Untrained tensors that the format requires are written as zeros.
 
     Args:
         shapes: the shape of every trained tensor, by its name in megasft (`adapters.peft_layout`).
         r, alpha: the LoRA settings of all layers.
+        experts: experts of a layer, if some may have no tensor in `shapes`.
         replace: whether to replace a folder that already holds files.
     """
 
@@ -255,9 +277,10 @@ class AdapterWriter:
         layout: LayoutName,
         base_model: str,
         replace: bool = True,
+        experts: int = 0,
     ) -> None:
         self.dtype = dtype
-        complete = with_zeros(shapes)
+        complete = with_zeros(shapes, experts)
         self.config = peft_config(complete, r, alpha, layout, base_model)
         order = layout_for(layout, complete)
         self.places = {name: order.place(name, shape) for name, shape in complete.items()}

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 
 from transformers import Qwen3MoeConfig
 
-from megasft.adapters.adapter_file import AdapterFile, Pair
+from megasft.adapters.adapter_file import AdapterFile, Pair, common_scaling
 from megasft.adapters.peft_layout import CONFIG, MLP_TARGETS
 from megasft.config.schema import LoraSettings
-from megasft.messages import UserError
+from megasft.messages import UserError, warn
+from megasft.model.hf_checkpoint import fingerprint
 from megasft.model.hf_config import head_dim, sparse_layers
+from megasft.model.hub import base_name, local_folder
 from megasft.storage.shards import leaf
 
 
@@ -29,26 +31,49 @@ def fitting_pairs(adapter: AdapterFile, lora: LoraSettings, hf_config: Qwen3MoeC
     return pairs
 
 
+def warn_of_other_base(adapter: AdapterFile, model: str) -> None:
+    """Say so if the adapter names another base model than `model`.
+
+    Two models on this machine are compared by their weights. Of others only the last part of the name counts, which a
+    folder keeps when it is moved.
+    """
+    named = str(adapter.config.get("base_model_name_or_path") or model)
+    ours, theirs = local_folder(model), local_folder(named)
+    if ours and theirs:
+        try:
+            same = ours.samefile(theirs) or fingerprint(ours) == fingerprint(theirs)
+        except UserError:
+            same = False
+    else:
+        same = base_name(named) == base_name(model)
+    if not same:
+        warn(
+            f"{adapter.folder / CONFIG}: names the base model {named!r}, and is used with {model!r}; if that is not a "
+            "copy of the same model, the adapter was trained for other weights"
+        )
+
+
 def _check_scaling(adapter: AdapterFile, pairs: Mapping[str, Pair], lora: LoraSettings) -> None:
-    """Raise UserError unless [lora] r is the adapter's largest r, and [lora] alpha / r the scaling of every layer."""
+    """Raise UserError unless [lora] r is the adapter's largest r, and [lora] alpha / r the scaling of most layers."""
     config = adapter.config
     widest = max(pairs, key=lambda layer: pairs[layer].r)
     r = pairs[widest].r
     if r != lora.r:
         own = "" if r == config["r"] else f"{leaf(widest)} has rank {r}: "
         shared = "gate and up share it; " if own and leaf(widest) in ("gate_proj", "up_proj") else ""
-        alpha = pairs[widest].scaling * r
+        alpha = common_scaling(pairs) * r
         raise UserError(
             f"{adapter.folder / CONFIG}: {own}r = {r}, but [lora] r = {lora.r}; {shared}"
             f"set [lora] r = {r} and alpha = {alpha:g} to continue from this adapter"
         )
-    for layer, pair in pairs.items():
-        if not math.isclose(pair.scaling, lora.alpha / lora.r):
-            raise UserError(
-                f"{adapter.folder / CONFIG}: lora_alpha = {config['lora_alpha']:g} scales {leaf(layer)} by "
-                f"{pair.scaling:g}, but [lora] alpha = {lora.alpha:g} by {lora.alpha / lora.r:g}; "
-                f"set [lora] alpha = {pair.scaling * r:g} to continue from this adapter"
-            )
+    scaling = common_scaling(pairs)
+    if not math.isclose(scaling, lora.alpha / lora.r):
+        layer = next(layer for layer in pairs if pairs[layer].scaling == scaling)
+        raise UserError(
+            f"{adapter.folder / CONFIG}: lora_alpha = {config['lora_alpha']:g} scales {leaf(layer)} by "
+            f"{scaling:g}, but [lora] alpha = {lora.alpha:g} by {lora.alpha / lora.r:g}; "
+            f"set [lora] alpha = {scaling * r:g} to continue from this adapter"
+        )
 
 
 def _check_layers(

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +18,14 @@ from torch import Tensor
 from megasft.adapters.adapter_file import AdapterFile, Pair
 from megasft.adapters.peft_layout import Shape
 from megasft.config.schema import QuantSettings
-from megasft.messages import UserError
-from megasft.model.hf_checkpoint import Checkpoint
+from megasft.messages import UserError, size
+from megasft.model import fp8
+from megasft.model.hf_checkpoint import EMBEDDING, HEAD, Checkpoint
+from megasft.model.hf_config import read_json
 from megasft.model.quantized_base import quantize_dequantize
 from megasft.storage.new_folder import NewFolder
-from megasft.storage.safetensors import TensorFile, TensorFileWriter, TensorSpec
+from megasft.storage.safetensors import TensorFileWriter, TensorSpec, all_finite
+from megasft.storage.shards import full_index
 
 MergeDtype = Literal["keep", "bf16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,26 +76,32 @@ def merge_adapter(
     dequantized to `trained_in`. `out` appears complete or not at all.
 
     Raises UserError for an adapter of another model or with values that are not finite, a corrupted file, a quantized
-    base, an `out` that holds files, and too little disk space. All of these are checked before any tensor is written.
+    base, an `out` that holds files, and too little disk space. All of these are checked before any tensor is written; a
+    weight that is not finite is found when it is merged.
     """
-    base, lora = _Base(Path(model)), AdapterFile(adapter)
+    base, lora = Checkpoint(model), AdapterFile(adapter)
     deltas = _deltas(base, lora)
     lora.require_finite()
-    specs = {name: _output_spec(base, name, name in deltas, dtype) for name in base.order}
+    specs = {name: _output_spec(base, name, name in deltas, dtype) for name in base.in_file_order()}
     shards = _shards(specs, max_shard_bytes)
     companions = _companions(base.folder)
     total = sum(spec.nbytes for spec in specs.values())
     _check_room(Path(out), total + sum(path.stat().st_size for path in companions))
     with NewFolder(out, replace=False) as folder:
-        _write_companions(base.folder, companions, folder.path, dtype)
+        _write_companions(base.folder, companions, folder.path, _merged_config(base, dtype))
         _write_index(shards, specs, folder.path)
         done = touched = 0
         for file, names in shards.items():
             writer = TensorFileWriter(folder.path / file, {name: specs[name] for name in names})
             for name in names:
                 for piece, value in _merged(
-                    name, base.tensor(name), deltas.get(name, []), lora, specs[name].dtype, onto, DTYPES[trained_in]
+                    base, name, deltas.get(name, []), lora, specs[name].dtype, onto, DTYPES[trained_in]
                 ):
+                    if not all_finite(value):
+                        raise UserError(
+                            f"{base.files[name]}: merged with the adapter, tensor {name!r} holds values that are not "
+                            "finite; repair the checkpoint, or download or copy the model again"
+                        )
                     writer.write(name, piece, value)
                     touched += value.nbytes
                     if touched >= RELEASE_BYTES:
@@ -122,30 +131,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-class _Base:
-    """The tensors of a checkpoint, in file order."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: not a model folder: it has no config.json")
-        files = Checkpoint(folder).files
-        self._open = {path: TensorFile(path) for path in sorted(set(files.values()))}
-        self.files = {name: self._open[path] for name, path in files.items()}
-        self.order = sorted(self.files, key=lambda name: (self.files[name].path, self.files[name].offsets[name]))
-
-    def spec(self, name: str) -> TensorSpec:
-        return self.files[name].specs[name]
-
-    def tensor(self, name: str) -> Tensor:
-        return self.files[name].tensor(name)
-
-    def release(self) -> None:
-        for file in self._open.values():
-            file.release()
-
-
-def _deltas(base: _Base, lora: AdapterFile) -> dict[str, list[_Delta]]:
+def _deltas(base: Checkpoint, lora: AdapterFile) -> dict[str, list[_Delta]]:
     """The adapters to add to each base tensor. Raises UserError for an adapter that matches no base tensor."""
     deltas: dict[str, list[_Delta]] = {}
     for layer, pair in lora.pairs(lora.splits()).items():
@@ -156,7 +142,7 @@ def _deltas(base: _Base, lora: AdapterFile) -> dict[str, list[_Delta]]:
         if expert and name not in base.files:
             e, kind = int(expert[2]), expert[3]
             fused = f"{expert[1]}.{'down_proj' if kind == 'down' else 'gate_up_proj'}"
-            experts = base.spec(fused).shape[0] if fused in base.files else 0
+            experts = base.specs[fused].shape[0] if fused in base.files else 0
             if e < experts:
                 first = n if kind == "up" else 0
                 name, delta = fused, _Delta(pair, slice(first, first + n), e)
@@ -165,7 +151,7 @@ def _deltas(base: _Base, lora: AdapterFile) -> dict[str, list[_Delta]]:
             raise UserError(
                 f"{lora.path}: adapts {layer!r}, which {base.folder} does not have; is it an adapter of another model?"
             )
-        shape = base.spec(name).shape
+        shape = base.specs[name].shape
         if shape != want:
             raise UserError(
                 f"{lora.path}: the adapter of {layer!r} has {n} outputs and {k} inputs, which do not fit "
@@ -175,20 +161,21 @@ def _deltas(base: _Base, lora: AdapterFile) -> dict[str, list[_Delta]]:
     return deltas
 
 
-def _output_spec(base: _Base, name: str, adapted: bool, dtype: MergeDtype) -> TensorSpec:
-    spec = base.spec(name)
-    real = spec.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+def _output_spec(base: Checkpoint, name: str, adapted: bool, dtype: MergeDtype) -> TensorSpec:
+    spec = base.specs[name]
+    stored = torch.bfloat16 if base.is_fp8(name) else spec.dtype
+    real = stored in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if adapted and not real:
         raise UserError(
-            f"{base.files[name].path}: tensor {name!r} is quantized ({spec.dtype}); merge into the bf16 model it was "
-            "quantized from"
+            f"{base.files[name]}: tensor {name!r} is quantized ({stored}); merge into the bf16 model it was quantized "
+            "from"
         )
-    return TensorSpec(DTYPES[dtype] if real and dtype != "keep" else spec.dtype, spec.shape)
+    return TensorSpec(DTYPES[dtype] if real and dtype != "keep" else stored, spec.shape)
 
 
 def _merged(
+    base: Checkpoint,
     name: str,
-    weight: Tensor,
     deltas: list[_Delta],
     lora: AdapterFile,
     dtype: torch.dtype,
@@ -196,10 +183,13 @@ def _merged(
     trained_in: torch.dtype,
 ) -> Iterator[tuple[tuple, Tensor]]:
     """Yield the pieces of an output tensor, each with its index."""
-    if weight.dim() == 0:
-        yield (), weight.to(dtype)
+    shape = base.specs[name].shape
+    if not shape:
+        yield (), base.read(name, ()).to(dtype)
         return
-    for e, matrix in enumerate(weight) if weight.dim() == 3 else [(None, weight)]:
+    for e in range(shape[0]) if len(shape) == 3 else [None]:
+        index = full_index(*shape) if e is None else (slice(e, e + 1), *full_index(*shape[1:]))
+        matrix = base.read(name, index, torch.bfloat16 if onto else torch.float32)
         matrix = quantize_dequantize(name, matrix, onto, trained_in) if onto else matrix
         of_matrix = [delta for delta in deltas if delta.e == e]
         for rows in _row_pieces(matrix):
@@ -255,21 +245,31 @@ def _check_room(out: Path, needed: int) -> None:
     free = shutil.disk_usage(disk).free
     if free < needed:
         raise UserError(
-            f"{out}: needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free; free space or choose "
+            f"{out}: needs {size(needed)}, {size(needed - free)} more than its disk has free; free space or choose "
             "another disk"
         )
 
 
-def _write_companions(source: Path, files: list[Path], out: Path, dtype: MergeDtype) -> None:
+def _write_companions(source: Path, files: list[Path], out: Path, config: dict[str, Any]) -> None:
     for path in files:
         target = out / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    if config != read_json(source):
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _merged_config(base: Checkpoint, dtype: MergeDtype) -> dict[str, Any]:
+    """config.json with which every tool reads the merged weights as they are."""
+    config = read_json(base.folder)
     if dtype != "keep":
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:  # transformers 4 wrote torch_dtype
             config[key] = str(DTYPES[dtype]).removeprefix("torch.")
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if config.get("tie_word_embeddings") and not base.are_equal(EMBEDDING, HEAD):
+        config["tie_word_embeddings"] = False
+    if any(map(base.is_fp8, base.specs)):
+        config = {key: value for key, value in config.items() if key not in fp8.KEYS}
+    return config
 
 
 def _write_index(shards: dict[str, list[str]], specs: dict[str, TensorSpec], out: Path) -> None:

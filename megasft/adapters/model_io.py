@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megasft.adapters.peft_layout import LayoutName, stem
 from megasft.distributed.topology import derived_seed
 from megasft.messages import UserError
 from megasft.model.qwen3_moe import Qwen3Moe
+from megasft.storage.safetensors import all_finite
 from megasft.storage.shards import Shard
 
 SEND_BYTES = 64 * 2**20
@@ -35,7 +37,8 @@ def load_adapter(model: Qwen3Moe, folder: str | Path, seed: int = 0) -> None:
 
     If some layers of the adapter have their own r (peft doubles it for fused gate and up, which then share A), the
     model's r must be the largest of them. Adapters with a smaller r are extended with new rows of A, drawn from `seed`,
-    and zero columns of B. The model's output does not change, and every layer trains with the full r.
+    and zero columns of B. If some have their own alpha / r (`alpha_pattern`), their B is multiplied so that the model's
+    alpha / r gives the same update. The model's output does not change, and every layer trains with the full r.
 
     Raises UserError for a different r, alpha, set of targets or shape, a missing or surplus tensor, a value that is not
     finite, and a corrupted or pickled file. Everything but the values is checked before anything is copied.
@@ -43,7 +46,7 @@ def load_adapter(model: Qwen3Moe, folder: str | Path, seed: int = 0) -> None:
     adapter = AdapterFile(folder)
     pairs = fitting_pairs(adapter, model.lora, model.hf_config)
     for shard in model.adapter_shards():
-        _copy_shard(shard, adapter, pairs[stem(shard.name)], seed)
+        _copy_shard(shard, adapter, pairs[stem(shard.name)], model.lora.alpha / model.lora.r, seed)
 
 
 def save_adapter(model: Qwen3Moe, folder: str | Path, base_model: str = "", layout: LayoutName = "per-expert") -> None:
@@ -96,31 +99,33 @@ def _fresh(shard: Shard, seed: int) -> Tensor:
     return torch.empty(shard.shape).uniform_(-bound, bound, generator=generator)[shard.index]
 
 
-def _copy_shard(shard: Shard, adapter: AdapterFile, pair: Pair, seed: int) -> None:
-    """Copy this rank's slice of an adapter tensor."""
+def _copy_shard(shard: Shard, adapter: AdapterFile, pair: Pair, scaling: float, seed: int) -> None:
+    """Copy this rank's slice of an adapter tensor. `scaling` is the alpha / r of the model."""
     rows, columns = shard.index
+    factor = 1.0
     if shard.name.endswith("lora_A.weight"):
         place, index, local = pair.A, (slice(0, pair.r), columns), shard.local[: pair.r]
     else:
         place, index, local = pair.B, (rows, slice(0, pair.r)), shard.local[:, : pair.r]
-        _check_block(shard, adapter, pair, rows)
+        _check_block(shard, adapter, pair, rows, scaling)
+        factor = 1.0 if math.isclose(pair.scaling, scaling) else pair.scaling / scaling
     value = adapter.tensor(place)[index]
-    if not torch.isfinite(value).all():
+    if not all_finite(value):
         raise UserError(f"{adapter.path}: tensor {place.name!r} holds values that are not finite")
     if pair.r < shard.shape[0 if place is pair.A else 1]:
         shard.local.copy_(_fresh(shard, seed))
-    local.copy_(value)
+    local.copy_(value if factor == 1 else value.float() * factor)
 
 
-def _check_block(shard: Shard, adapter: AdapterFile, pair: Pair, rows: slice) -> None:
+def _check_block(shard: Shard, adapter: AdapterFile, pair: Pair, rows: slice, scaling: float) -> None:
     """Raise UserError if `pair` is one half of a fused B that is not block-diagonal in this rank's rows."""
     place = pair.B
     if len(place.split) != 5:
         return
     half, _, _, _, e = place.index
-    other = adapter.file.tensor(place.name).view(place.split)[half, rows, 1 - half, :, e]  # type: ignore[operator]
-    if other.any():
-        r, alpha = 2 * pair.r, 2 * pair.r * pair.scaling
+    other = replace(place, index=(half, rows, 1 - half, slice(None), e))  # type: ignore[operator]
+    if adapter.tensor(other).any():
+        r, alpha = 2 * pair.r, 2 * pair.r * scaling
         raise UserError(
             f"{adapter.path}: gate and up share an A of rank {r} (B of {place.name!r} is not block-diagonal); "
             f"set [lora] r = {r} and alpha = {alpha:g} to continue from this adapter"

@@ -96,11 +96,12 @@ def stem(tensor: str) -> str:
     return tensor.rpartition(".lora_")[0]
 
 
-def with_zeros(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+def with_zeros(shapes: Mapping[str, Shape], experts: int = 0) -> dict[str, Shape]:
     """`shapes`, plus the untrained ones of gate, up and down that must be written as zeros.
 
     peft fuses gate and up and wraps down around them, and vLLM packs all three. If one of the three is a target and the
-    file lacks the others, both refuse the file or, worse, do not apply it.
+    file lacks the others, both refuse the file or, worse, do not apply it. peft also needs all `experts` of a layer in
+    which one is adapted.
     """
     complete = dict(shapes)
     for name, shape in shapes.items():
@@ -115,6 +116,13 @@ def with_zeros(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
             n, k = (hidden, inner) if other == "down_proj" else (inner, hidden)
             complete.setdefault(f"{path}.{other}.lora_A.weight", (r, k))
             complete.setdefault(f"{path}.{other}.lora_B.weight", (n, r))
+    of_experts = {}
+    for name, shape in complete.items():
+        if expert := _EXPERT.fullmatch(name):
+            of_experts[expert["experts"], f"{expert['kind']}_proj.lora_{expert['matrix']}.weight"] = shape
+    for (path, rest), shape in of_experts.items():
+        for e in range(experts):
+            complete.setdefault(f"{path}.{e}.{rest}", shape)
     return complete
 
 

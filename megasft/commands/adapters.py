@@ -53,9 +53,14 @@ def merge(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    from megasft.adapters.adapter_file import AdapterFile
+    from megasft.adapters.fit import warn_of_other_base
     from megasft.adapters.merge import find_base, merge_adapter, parse_size
+    from megasft.messages import size
     from megasft.model.hub import find_model
 
+    if model:
+        warn_of_other_base(AdapterFile(found.folder), model)
     quant = run.quant if onto == "quantized-base" else None
     limit, base = parse_size(max_shard_size), find_model(model or find_base(found.folder))
     console = Console(stderr=True)
@@ -66,10 +71,7 @@ def merge(
             base, found.folder, out, dtype, limit, lambda done, total: bar.update(task, completed=done, total=total),
             quant, run.dtype,
         )  # fmt: skip
-    print(
-        f"{out}: {report.tensors} tensors, {report.adapted} adapted, {report.nbytes / 1e9:.2f} GB, "
-        f"{report.files} file(s)"
-    )
+    print(f"{out}: {report.tensors} tensors, {report.adapted} adapted, {size(report.nbytes)}, {report.files} file(s)")
 
 
 @app.command(

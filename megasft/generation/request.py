@@ -73,7 +73,7 @@ class Request:
             conversation_files(self.jsonl)
         # Imported after the paths were checked, as in `megasft.preflight`: torch and transformers take seconds.
         from megasft.adapters.adapter_file import AdapterFile
-        from megasft.adapters.fit import fitting_pairs
+        from megasft.adapters.fit import fitting_pairs, warn_of_other_base
         from megasft.data.tokenizer import load_tokenizer
         from megasft.model.hf_checkpoint import Checkpoint
         from megasft.model.hf_config import check_fits, read_config
@@ -86,6 +86,7 @@ class Request:
         if self.adapter is not None:
             adapter = AdapterFile(self.adapter)
             fitting_pairs(adapter, adapter.settings(), config)
+            warn_of_other_base(adapter, self.model)
 
     def vllm_command(self) -> str:
         """The shell command with which vLLM serves this model and adapter."""

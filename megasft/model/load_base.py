@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megasft.messages import say_once
+from megasft.messages import UserError, say_once
 from megasft.model.hf_checkpoint import Checkpoint
 from megasft.model.quantized_base import QuantizedCheckpoint
 from megasft.model.qwen3_moe import Qwen3Moe
 from megasft.quant.weight import Slot
-from megasft.storage.safetensors import RELEASE_BYTES
+from megasft.storage.safetensors import RELEASE_BYTES, all_finite
 
 REPORT_SECONDS = 10.0
 
@@ -23,7 +23,7 @@ def load_base(model: Qwen3Moe, folder: str | Path, quantized: QuantizedCheckpoin
     the model keeps in 4 bits come from `quantized`. Memory holds the model and the file pages touched last.
 
     Rank 0 shows the progress. Raises UserError naming any tensor that is missing, surplus or has another shape, before
-    any weight is read.
+    any weight is read, and one that holds NaN or infinite values.
     """
     checkpoint = Checkpoint(folder)
     plan = [(shard, *checkpoint.locate(shard)) for shard in model.base_shards()]
@@ -39,6 +39,11 @@ def load_base(model: Qwen3Moe, folder: str | Path, quantized: QuantizedCheckpoin
                 touched += sum(tensor.nbytes for tensor in matrix.values())
             else:
                 shard.local.copy_(checkpoint.read(name, index))
+                if not all_finite(shard.local):
+                    raise UserError(
+                        f"{checkpoint.files[name]}: tensor {name!r} holds values that are not finite; repair the "
+                        "checkpoint, or download or copy the model again"
+                    )
                 touched += shard.local.nbytes
             report(size)
             if touched >= RELEASE_BYTES:

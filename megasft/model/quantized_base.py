@@ -161,7 +161,7 @@ def _quantize(
                 def put(one: tuple[str, int], writer: TensorFileWriter = writer) -> int:
                     stack, e = one
                     name = _matrix_name(stack, e)
-                    matrix = checkpoint.read(*places[name])
+                    matrix = checkpoint.read(*places[name], fp8_as=torch.bfloat16)
                     quantized = nf4.quantize(matrix, settings, name)
                     for field, value in quantized.items():
                         writer.write(f"{stack}.{field}", (slice(e, e + 1),), value[None])

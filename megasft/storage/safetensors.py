@@ -116,6 +116,16 @@ class TensorFileWriter:
         self._file.close()
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    A sum is not finite if a value is not, and is formed at 10 GB/s and core; `isfinite` makes 0.2. So only where the
+    sum is not finite, which finite values may overflow to, is each value looked at.
+    """
+    values = values.float() if values.dtype.itemsize == 1 else values
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def header(specs: Mapping[str, TensorSpec]) -> bytes:
     """The bytes that precede the tensors in a safetensors file. The tensors follow in this order without gaps."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
