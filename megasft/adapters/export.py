@@ -12,18 +12,27 @@ from megasft.messages import UserError
 
 
 def export_adapter(
-    adapter: str | Path, out: str | Path, layout: LayoutName = "per-expert", base_model: str = ""
-) -> None:
+    adapter: str | Path,
+    out: str | Path,
+    layout: LayoutName = "per-expert",
+    base_model: str = "",
+    without_router: bool = False,
+) -> int:
     """Write the adapter in the folder `adapter` to the folder `out` in `layout`, which may be the layout it has.
 
-    Values do not change. If layers differ in rank, all are padded with zeros to the largest rank, because vLLM and
-    peft's own conversion need one rank for all layers. peft loads the base from `base_model`, by default the name in
-    `adapter`. `out` appears complete or not at all. Raises UserError for a corrupted adapter, for layers with different
-    alpha / r, and for an `out` that holds files.
+    Returns the number of routers whose LoRA is written or, `without_router`, left out. Values do not change. If layers
+    differ in rank, all are padded with zeros to the largest rank, because vLLM and peft's own conversion need one rank
+    for all layers. peft loads the base from `base_model`, by default the name in `adapter`. `out` appears complete or
+    not at all. Raises UserError for a corrupted adapter, for layers with different alpha / r, for an `out` that holds
+    files, and for an adapter of the router alone if that is to be left out.
     """
     source = AdapterFile(adapter)
     source.require_finite()
-    pairs = source.pairs(source.splits())
+    pairs, routers = source.pairs(source.splits()), source.routers()
+    if without_router:
+        pairs = {layer: pair for layer, pair in pairs.items() if layer not in routers}
+        if not pairs:
+            raise UserError(f"{source.path}: adapts only the router; without it nothing is left to export")
     r = max(pair.r for pair in pairs.values())
     scaling = next(iter(pairs.values())).scaling
     for layer, pair in pairs.items():
@@ -47,3 +56,4 @@ def export_adapter(
         writer.discard()
         raise
     writer.finish()
+    return len(routers)
