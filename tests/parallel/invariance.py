@@ -105,7 +105,7 @@ class Experiment:
         """Loss, gradients, loss curve and final adapter under a topology, gathered from all ranks."""
         settings = {
             "job": {"model": str(self.folder / "base"), "init_adapter": str(self.folder / "adapter"), "output_dir": str(self.folder)},
-            "lora": {"r": R, "alpha": 12.0, "dropout": 0.0},
+            "lora": {"r": R, "alpha": 12.0, "dropout": 0.0, "target_modules": LINEAR_LAYERS},
             "training": {"use_qlora": self.qlora},
             "quant": {"cache_dir": str(self.folder / "cache")},
             "data": {"topology": {
