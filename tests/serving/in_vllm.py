@@ -27,7 +27,9 @@ from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExpert
 def experts(self, output, hidden_states, w1, w2, topk_weights, topk_ids, *_: Any, **__: Any) -> None:
     """What `TritonExperts.apply` computes in `output` [T, H], from w1 [E, 2 F, H] and w2 [E, H, F], in plain torch."""
     lora = self._lora_context
-    slots = lora.punica_wrapper.token_lora_indices[: len(hidden_states)] if lora else torch.full_like(topk_ids[:, 0], -1)
+    slots = (
+        lora.punica_wrapper.token_lora_indices[: len(hidden_states)] if lora else torch.full_like(topk_ids[:, 0], -1)
+    )
     total = torch.zeros_like(output)
     for slot in slots.unique().tolist():
         for e in topk_ids.unique().tolist():

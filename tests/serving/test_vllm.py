@@ -41,6 +41,8 @@ def test_a_merged_model_is_served_with_the_router(world):
 
 
 def test_the_fused_layout_is_refused_or_served_as_trained(world):
-    answers = ask("in_vllm.py", world["base"], {"fused": world["fused"]}, world["vllm-fused"], lora=True, route_with_lora=False)
+    answers = ask(
+        "in_vllm.py", world["base"], {"fused": world["fused"]}, world["vllm-fused"], lora=True, route_with_lora=False
+    )
     print(answers["fused"] if isinstance(answers["fused"], str) else world.distance(answers["fused"], "fused"))
     assert isinstance(answers["fused"], str) or world.distance(answers["fused"], "fused") < TOLERANCE
