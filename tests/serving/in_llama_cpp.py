@@ -29,6 +29,7 @@ def convert(script: str, *arguments: str) -> None:
         self.gguf_writer.add_tokenizer_pre("qwen2")
         self.gguf_writer.add_token_list([f"<{i}>" for i in range(size)])
         self.gguf_writer.add_token_types([1] * size)  # normal tokens
+        self.gguf_writer.add_eos_token_id(0)  # llama.cpp wants one and `ignore_eos` forbids it; no answer has it
         self.gguf_writer.add_token_merges(["< 1"])  # llama.cpp wants some; prompts are token ids
 
     Qwen3MoeModel.set_vocab = numbered_tokens
