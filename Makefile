@@ -7,7 +7,7 @@ TORCHRUN := .venv/bin/torchrun
 export OMP_NUM_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: install demo test test-slow lint clean
+.PHONY: install demo test test-slow test-serving lint clean
 
 install: .venv/installed
 
@@ -39,5 +39,14 @@ test: lint
 test-slow: install
 	$(PYTHON) -m pytest -m slow
 
+# Adapters in vLLM, llama.cpp and trainers that read them, in an environment of their own (6 GB, 5 minutes).
+test-serving: install .venv-serving/installed
+	$(PYTHON) -m pytest -m serving tests/serving -rP
+
+.venv-serving/installed: tests/serving/requirements.txt | install
+	@PATH="$$PATH:.venv/bin" uv venv --quiet --allow-existing --python $(PYTHON) .venv-serving
+	@PATH="$$PATH:.venv/bin" uv pip install --quiet --python .venv-serving/bin/python --no-deps --requirement $<
+	@touch $@
+
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv .venv-serving demo runs

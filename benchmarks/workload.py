@@ -149,9 +149,9 @@ class Workload:
         h, f, q = shape.hidden, shape.expert_intermediate, shape.heads * shape.head_dim
         kv = shape.key_value_heads * shape.head_dim
         experts = [(h, f), (h, f), (f, h)] * shape.experts_per_token
-        linears = [(h, q), (h, kv), (h, kv), (q, h), (h, shape.experts), *experts]
-        active = shape.layers * sum(inputs * outputs for inputs, outputs in linears)
-        active_lora = shape.layers * sum(r * (inputs + outputs) for inputs, outputs in linears)
+        adapted, router = [(h, q), (h, kv), (h, kv), (q, h), *experts], (h, shape.experts)
+        active = shape.layers * sum(inputs * outputs for inputs, outputs in [*adapted, router])
+        active_lora = shape.layers * sum(r * (inputs + outputs) for inputs, outputs in adapted)
         tokens, conversations = self.tokens(replicas), replicas * shape.conversations
         scores = conversations * shape.layers * q * shape.length**2 / 2  # multiplications of one product
         return Flops(

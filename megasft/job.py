@@ -11,8 +11,10 @@ import torch.distributed as dist
 
 from megasft import host, preflight
 from megasft.adapters.model_io import initialize_adapter, load_adapter
+from megasft.adapters.peft_layout import SERVED_ROUTER
 from megasft.config.parallelism import resolve_topology
 from megasft.config.schema import LoraSettings, QuantSettings, RunConfig
+from megasft.config.values import ROUTER
 from megasft.data.dataset import Mix, Samples
 from megasft.data.token_cache import prepare
 from megasft.data.tokenize import Recipe
@@ -38,6 +40,11 @@ def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None)
         if topology.is_first:
             preflight.check(config, topology.sizes)
             run_lock.refuse_second(config.job.output_dir)
+    if topology.is_first and ROUTER in config.lora.targets:
+        say(
+            f"[lora] target_modules has {ROUTER}, the router: of such an adapter, {SERVED_ROUTER}; "
+            "`megasft merge` keeps it for any server"
+        )
     config = settle_date(config, topology)
     # Data before weights: a bad line, or other data than the checkpoint's, is found in seconds.
     train, validation = load_data(config, topology)

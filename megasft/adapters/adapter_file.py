@@ -26,6 +26,7 @@ from megasft.adapters.peft_layout import (
     with_zeros,
 )
 from megasft.config.schema import LoraSettings
+from megasft.config.values import ROUTER
 from megasft.messages import UserError
 from megasft.storage.new_folder import NewFolder
 from megasft.storage.safetensors import TensorFile, TensorFileWriter, TensorSpec, all_finite
@@ -114,6 +115,10 @@ class AdapterFile:
     def fused(self) -> bool:
         """Whether experts are in the fused layout."""
         return bool(self._fused)
+
+    def routers(self) -> list[str]:
+        """The names of the routers for which the file holds LoRA, trained or not."""
+        return sorted(layer for layer in self._plain if leaf(layer) == ROUTER)
 
     def settings(self) -> LoraSettings:
         """The [lora] settings of a model that loads this adapter and needs no other LoRA layers."""

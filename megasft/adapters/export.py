@@ -17,19 +17,29 @@ _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 
 
 def export_adapter(
-    adapter: str | Path, out: str | Path, layout: LayoutName = "per-expert", base_model: str = ""
-) -> None:
+    adapter: str | Path,
+    out: str | Path,
+    layout: LayoutName = "per-expert",
+    base_model: str = "",
+    without_router: bool = False,
+) -> int:
     """Write the adapter in the folder `adapter` to the folder `out` in `layout`, which may be the layout it has.
 
-    Updates of weights do not change. If layers differ in rank, all are padded with zeros to the largest rank, because
-    vLLM and peft's own conversion need one rank for all layers; if they differ in alpha / r, their B is multiplied, in
-    fp32, so that one alpha / r gives the same updates. Experts without an adapter get one of zeros, because peft needs
-    them all. peft loads the base from `base_model`, by default the name in `adapter`. `out` appears complete or not at
-    all. Raises UserError for a corrupted adapter, one with more experts than its base, and an `out` that holds files.
+    Returns the number of routers whose LoRA is written or, `without_router`, left out. Updates of weights do not
+    change. If layers differ in rank, all are padded with zeros to the largest rank, because vLLM and peft's own
+    conversion need one rank for all layers; if they differ in alpha / r, their B is multiplied, in fp32, so that one
+    alpha / r gives the same updates. Experts without an adapter get one of zeros, because peft needs them all. peft
+    loads the base from `base_model`, by default the name in `adapter`. `out` appears complete or not at all. Raises
+    UserError for a corrupted adapter, one with more experts than its base, an `out` that holds files, and an adapter of
+    the router alone if that is to be left out.
     """
     source = AdapterFile(adapter)
     source.require_finite()
-    pairs = source.pairs(source.splits())
+    pairs, routers = source.pairs(source.splits()), source.routers()
+    if without_router:
+        pairs = {layer: pair for layer, pair in pairs.items() if layer not in routers}
+        if not pairs:
+            raise UserError(f"{source.path}: adapts only the router; without it nothing is left to export")
     r = max(pair.r for pair in pairs.values())
     scaling = common_scaling(pairs)
     others = {layer: pair.scaling / scaling for layer, pair in pairs.items()}
@@ -52,6 +62,7 @@ def export_adapter(
         writer.discard()
         raise
     writer.finish()
+    return len(routers)
 
 
 def _experts(source: AdapterFile, layers: Iterable[str], base: str) -> int:

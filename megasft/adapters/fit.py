@@ -3,6 +3,7 @@
 The check needs no model and no ranks, so a wrong adapter is refused before the launch.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 
@@ -11,6 +12,7 @@ from transformers import Qwen3MoeConfig
 from megasft.adapters.adapter_file import AdapterFile, Pair, common_scaling
 from megasft.adapters.peft_layout import CONFIG, MLP_TARGETS
 from megasft.config.schema import LoraSettings
+from megasft.config.values import short_targets
 from megasft.messages import UserError, warn
 from megasft.model.hf_checkpoint import fingerprint
 from megasft.model.hf_config import head_dim, sparse_layers
@@ -82,9 +84,11 @@ def _check_layers(
     """Raise UserError unless the adapter has exactly the targets, and the layers and shapes of the model."""
     path, adapted = adapter.path, adapter.adapted(pairs, targets)
     if adapted != targets:
+        names, asked = (", ".join(short_targets(layers)) for layers in (adapted, targets))
+        ours = json.dumps(short_targets(adapted))
+        remedy = f"set [lora] target_modules = {ours} to continue from it" if adapted else "name another adapter"
         raise UserError(
-            f"{path}: adapts {', '.join(sorted(adapted))}, but [lora] target_modules asks for "
-            f"{', '.join(sorted(targets))}; set target_modules to the adapter's layers"
+            f"{path}: adapts {names or 'no layer (B is zero)'}, but [lora] target_modules asks for {asked}; {remedy}"
         )
     foreign = next((layer for layer in pairs if layer not in shapes), None)
     if foreign:

@@ -41,12 +41,13 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge wrote: counts of tensors, adapted tensors and files, and bytes of tensor data."""
+    """What a merge wrote: counts of tensors, adapted tensors and files, bytes of tensor data, and adapted routers."""
 
     tensors: int
     adapted: int
     files: int
     nbytes: int
+    routers: int
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def merge_adapter(
                 done += specs[name].nbytes
                 progress(done, total)
             writer.close()
-    return MergeReport(len(specs), len(deltas), len(shards), total)
+    return MergeReport(len(specs), len(deltas), len(shards), total, len(lora.routers()))
 
 
 def find_base(adapter: str | Path) -> str:

@@ -27,6 +27,8 @@ from megasft.storage.shards import leaf
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+# What servers do with an adapter that holds LoRA of routers: docs/adapters.md, tests/serving.
+SERVED_ROUTER = "vLLM 0.32 serves it without the router's part and says nothing, SGLang 0.5.23 refuses it"
 LayoutName = Literal["per-expert", "fused"]
 Shape = tuple[int, ...]
 

@@ -7,6 +7,7 @@ import typer
 
 from megasft.commands.app import AdapterArgument, BaseOption, app
 from megasft.config.schema import RunConfig, load_config
+from megasft.messages import say
 
 
 @app.command(
@@ -72,6 +73,8 @@ def merge(
             quant, run.dtype,
         )  # fmt: skip
     print(f"{out}: {report.tensors} tensors, {report.adapted} adapted, {size(report.nbytes)}, {report.files} file(s)")
+    if report.routers:
+        say(f"{out}: the LoRA of {report.routers} router(s) is merged too; any server applies it")
 
 
 @app.command(
@@ -79,6 +82,7 @@ def merge(
 Examples:
   megasft export runs/demo demo-fused --layout fused
   megasft export adapters/from-peft for-vllm
+  megasft export runs/demo for-sglang --without-router
 """
 )
 def export(
@@ -97,14 +101,34 @@ def export(
             help="The base model to name in the adapter.  [default: the one it names now]",
         ),
     ] = None,
+    without_router: Annotated[
+        bool,
+        typer.Option(
+            "--without-router",
+            help="Leave out the router's LoRA, which some servers ignore or refuse; the rest is not what was trained.",
+        ),
+    ] = False,
 ) -> None:
-    """Write an adapter in another layout."""
+    """Write an adapter in another layout, or without the router's LoRA."""
     from megasft.storage.new_folder import refuse_full
     from megasft.target import find_adapter
 
     refuse_full(out)
     found = find_adapter(adapter)
     from megasft.adapters.export import export_adapter
+    from megasft.adapters.peft_layout import SERVED_ROUTER
 
-    export_adapter(found.folder, out, layout, model or "")
+    routers = export_adapter(found.folder, out, layout, model or "", without_router)
     print(f"{out}: {layout} adapter")
+    if without_router and routers:
+        say(
+            f"{out}: without the LoRA of {routers} router(s), tokens go to the experts that the base chooses, and "
+            "answers differ from those of the trained model; `megasft merge` keeps it for any server"
+        )
+    elif without_router:
+        say(f"{out}: the adapter has no LoRA of a router; nothing is left out")
+    elif routers:
+        say(
+            f"{out}: has the LoRA of {routers} router(s): {SERVED_ROUTER}; `megasft merge` keeps it for any server, "
+            "and --without-router exports the rest"
+        )

@@ -24,7 +24,7 @@ from megasft.config.parallelism import (
 )
 from megasft.config.toml import Key, RunFile, Section, explain, parse_override, paths
 from megasft.config.values import (
-    LINEAR_LAYERS,
+    ALL_LINEAR,
     REFERENCE_MODEL,
     BelowOne,
     Count,
@@ -183,14 +183,15 @@ class LoraSettings(Section):
     r: Count = 16  # rank
     alpha: Positive = 32.0  # the update is scaled by alpha / r
     dropout: BelowOne = 0.05  # on the adapter's input, in training
-    # layers with an adapter: `"all-linear"`, or any of `q_proj` `k_proj` `v_proj` `o_proj` `gate` (the router)
-    # `gate_proj` `up_proj` `down_proj`
+    # layers with an adapter: `"all-linear"`, which is `q_proj` `k_proj` `v_proj` `o_proj` `gate_proj` `up_proj`
+    # `down_proj`, or any of these; `"gate"` beside them adds the router, whose LoRA servers do not apply (adapters.md)
     target_modules: TargetModules = ("all-linear",)
 
     @property
     def targets(self) -> frozenset[str]:
         """The names of the adapted layers, `all-linear` spelled out. `gate` is the router."""
-        return frozenset(LINEAR_LAYERS if "all-linear" in self.target_modules else self.target_modules)
+        names = frozenset(self.target_modules)
+        return names - {"all-linear"} | set(ALL_LINEAR) if "all-linear" in names else names
 
 
 class ParallelismSettings(Section):

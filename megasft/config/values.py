@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import os
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
@@ -16,6 +17,9 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes' 4-bi
 
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj")
+ROUTER = "gate"
+# What `all-linear` stands for: servers do not apply LoRA to a router (docs/adapters.md).
+ALL_LINEAR = tuple(name for name in LINEAR_LAYERS if name != ROUTER)
 
 
 def refuse_true(reason: str) -> AfterValidator:
@@ -30,7 +34,10 @@ def refuse_true(reason: str) -> AfterValidator:
 
 
 def target_modules(value: Any) -> Any:
-    """Layer names, from a list or a comma-separated string: each once, in the order of LINEAR_LAYERS."""
+    """Layer names, from a list or a comma-separated string: each once, in the order of LINEAR_LAYERS.
+
+    `all-linear` stays as written, and so does the router beside it.
+    """
     if isinstance(value, str):
         value = value.split(",")
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
@@ -43,7 +50,15 @@ def target_modules(value: Any) -> Any:
         raise ValueError(f"{unknown[0]!r} is not a layer that takes LoRA; {hint}known: {', '.join(known)}")
     if not names:
         raise ValueError(f"names no layer; known: {', '.join(known)}")
-    return ("all-linear",) if "all-linear" in names else tuple(name for name in LINEAR_LAYERS if name in names)
+    if "all-linear" in names:
+        return ("all-linear", *names & {ROUTER})
+    return tuple(name for name in LINEAR_LAYERS if name in names)
+
+
+def short_targets(names: Iterable[str]) -> tuple[str, ...]:
+    """The shortest `target_modules` for these layers, sorted."""
+    given = set(names)
+    return tuple(sorted(given - set(ALL_LINEAR) | {"all-linear"} if given.issuperset(ALL_LINEAR) else given))
 
 
 def check_validation_loss(value: str) -> str:

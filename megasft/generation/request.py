@@ -12,7 +12,7 @@ from megasft.config.schema import QuantSettings
 from megasft.data.records import conversation_files
 from megasft.messages import UserError
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be (vLLM 0.27, MaxLoRARanks)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be (vLLM 0.32, MaxLoRARanks)
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,18 @@ class Request:
             warn_of_other_base(adapter, self.model)
 
     def vllm_command(self) -> str:
-        """The shell command with which vLLM serves this model and adapter."""
+        """The shell command with which vLLM serves this model and adapter.
+
+        An adapter of the router is merged first: vLLM does not apply it (docs/adapters.md).
+        """
         if self.adapter is None:
             return shlex.join(["vllm", "serve", self.model])
         from megasft.adapters.adapter_file import AdapterFile
 
         adapter, folder, prepare = AdapterFile(self.adapter), self.adapter.rstrip("/"), ""
+        if adapter.routers():
+            merge = ["megasft", "merge", folder, f"{folder}-merged", "--model", self.model]
+            return f"{shlex.join(merge)} && {shlex.join(['vllm', 'serve', f'{folder}-merged'])}"
         r = adapter.settings().r
         if adapter.fused:
             prepare = shlex.join(["megasft", "export", folder, f"{folder}-per-expert"]) + " && "

@@ -111,7 +111,7 @@ FOREIGN = {
 OTHER = {
     "rank": (lambda folder: remake(folder, r=2, alpha=6), "r = 2, but .lora. r = 4; .*set .lora. r = 2 and alpha = 6"),
     "alpha": (lambda folder: edit_config(folder, lora_alpha=8), "lora_alpha = 8 .*= 12 by 3; set .lora. alpha = 8"),
-    "a layer less": (lambda folder: remake(folder, leave_out="o_proj"), "adapts down_proj, .*v_proj, but .*o_proj"),
+    "a layer less": (lambda folder: remake(folder, leave_out="o_proj"), "adapts down_proj, .*v_proj, but .*all-linear, gate"),
     "one expert less": (
         lambda folder: edit_tensors(folder, lambda t: [t.pop(f"{DOWN}.lora_{m}.weight") for m in "AB"]),
         "no adapter for 'model.layers.2.mlp.experts.5.down_proj'",

@@ -46,11 +46,12 @@ def tomorrow(path: str) -> None:
 
 def start(world: Path, *settings: str, in_rank=today) -> Command:
     own = [f"data.cache_dir='{world}/cache'", "hyperparameters.warmup_ratio=0.03", "checkpoint.keep=9", *settings]
+    own.append("lora.target_modules='all-linear,gate'")
     overrides = [argument for setting in own for argument in ("--set", setting)]
     return Command(["train", "--config", str(world / "job.toml"), *overrides], world / "err", in_rank, (str(world),))
 
 
-def test_the_date_is_kept_warm_up_leaves_a_step_and_samples_beyond_the_model_are_counted(world):
+def test_the_date_is_kept_warm_up_leaves_a_step_and_samples_beyond_the_model_are_counted_and_a_router_is_named(world):
     """One run of one step, resumed on the next day."""
     command = start(world, "hyperparameters.max_steps=1")
     assert command.wait() == 0, command.said()
@@ -58,6 +59,10 @@ def test_the_date_is_kept_warm_up_leaves_a_step_and_samples_beyond_the_model_are
     assert abs(day - date.today()) <= timedelta(1)
     assert f"writes today's date; this run keeps {day}, on whatever day it is resumed" in command.said()
     assert "warmup_ratio = 0.03 would make warm-up, which starts at learning rate 0, of the only step" in command.said()
+    (line,) = (line for line in command.said().splitlines() if "target_modules has gate, the router" in line)
+    assert "vLLM" in line
+    assert "SGLang" in line
+    assert "`megasft merge` keeps it" in line
     assert re.search(r"megasft: \d+ of 16 samples are longer than the 64 positions", command.said())
     (step,) = (line for line in lines(world / "run") if line["kind"] == "train")
     assert step["lr"] == 1e-2

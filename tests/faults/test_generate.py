@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasft.adapters.export import export_adapter
-from megasft.config.values import LINEAR_LAYERS
+from megasft.config.values import ALL_LINEAR
 from megasft.data.conversations import Conversation, read_conversations
 from megasft.data.tokenizer import load_tokenizer
 from megasft.launch.launcher import ASK_AGAIN_SECONDS
@@ -32,9 +32,9 @@ GREETING = "what comes after 3? naïve"
 
 @pytest.fixture
 def adapter(world) -> Path:
-    """A run directory with an adapter of all layers."""
+    """A run directory with an adapter of the default layers."""
     config = tiny_config(vocab_size=264, mlp_only_layers=[])
-    write_adapter(random_adapter(config, 4, frozenset(LINEAR_LAYERS)), world / "plain", 4, 8)
+    write_adapter(random_adapter(config, 4, frozenset(ALL_LINEAR)), world / "plain", 4, 8)
     export_adapter(world / "plain", world / "run" / "adapter", "per-expert", str(world / "model"))
     return world / "run" / "adapter"
 
@@ -106,7 +106,7 @@ def test_a_file_of_conversations_becomes_one_of_answers(megasft, world, adapter)
 def other_adapter(**sizes):
     def spoil(world: Path) -> None:
         config = tiny_config(vocab_size=264, mlp_only_layers=[], **sizes)
-        write_adapter(random_adapter(config, 4, frozenset(LINEAR_LAYERS)), world / "other", 4, 8)
+        write_adapter(random_adapter(config, 4, frozenset(ALL_LINEAR)), world / "other", 4, 8)
 
     return spoil
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
+from megasft.config.values import ALL_LINEAR, LINEAR_LAYERS
 from megasft.messages import UserError
 from megasft.model.hub import find_model
 from tests.parity.reference import random_adapter, write_adapter
@@ -19,7 +20,6 @@ from tests.support.speech import assert_one_line, without_progress
 
 # what the tiny model takes on two ranks of tensor parallel
 QLORA = "--set training.use_qlora=true --set quant.block_size=32 --set data.topology.expert_tensor_parallel=1"
-TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj"})
 
 
 def in_run_file(old: str, new: str):
@@ -75,10 +75,10 @@ def with_line(text: str):
     return spoil
 
 
-def with_adapter(change=lambda adapter: None, r: int = 4, **sizes):
+def with_adapter(change=lambda adapter: None, r: int = 4, targets=ALL_LINEAR, **sizes):
     def spoil(world: Path) -> None:
         settings = json.loads((world / "model" / "config.json").read_text()) | sizes
-        adapter = random_adapter(Qwen3MoeConfig.from_dict(settings), r, TARGETS)
+        adapter = random_adapter(Qwen3MoeConfig.from_dict(settings), r, frozenset(targets))
         change(adapter)
         write_adapter(adapter, world / "adapter", r, 2 * r)
 
@@ -188,7 +188,12 @@ BEFORE_THE_LAUNCH = {
         with_adapter(hidden_size=32), "--set job.init_adapter={}/adapter", ["adapter_model.safetensors", "another model"]
     ),
     "adapter of other layers": (
-        with_adapter(), "--set job.init_adapter={}/adapter --set lora.target_modules=q_proj", ["target_modules", "q_proj"]
+        with_adapter(), "--set job.init_adapter={}/adapter --set lora.target_modules=q_proj",
+        ["adapts all-linear, but", "asks for q_proj; set [lora] target_modules = [\"all-linear\"] to continue from it"],
+    ),
+    "adapter with a router": (
+        with_adapter(targets=LINEAR_LAYERS), "--set job.init_adapter={}/adapter",
+        ["adapts all-linear, gate, but", "asks for all-linear; set [lora] target_modules = [\"all-linear\", \"gate\"] to"],
     ),
     "empty data file": (with_text("train.jsonl", "\n \n"), "", ["[job] data", "train.jsonl", "holds no conversation"]),
     "empty validation file": (with_text("validation.jsonl", ""), "", ["[data] validation_path", "holds no conversation"]),
@@ -306,6 +311,7 @@ def test_the_unspoiled_job_runs(megasft, world):
     assert ended.said == "nothing was refused before the launch\n"
     ended = megasft("train", "--config", f"{world}/job.toml", ranks=2)
     assert ended.codes == [0, 0]
+    assert "the router" not in ended.said, "all-linear trains none"
 
 
 def test_an_unresponsive_hub_fails_within_15_seconds(monkeypatch):

@@ -114,7 +114,7 @@ REFUSED = {
     "targets": (
         "lora.target_modules=['q_proj']",
         "[lora] target_modules = q_proj:",
-        "was trained with down_proj, gate",
+        "was trained with all-linear",
     ),
     "global batch": (
         "hyperparameters.per_device_batch=4",

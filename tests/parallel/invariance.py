@@ -116,7 +116,7 @@ class Experiment:
         folder = self.folder / str(layers)
         settings = {
             "job": {"model": str(folder / "base"), "init_adapter": str(folder / "adapter"), "output_dir": str(folder)},
-            "lora": {"r": R, "alpha": 12.0, "dropout": DROPOUT},
+            "lora": {"r": R, "alpha": 12.0, "dropout": DROPOUT, "target_modules": LINEAR_LAYERS},
             "training": {"use_qlora": self.qlora},
             "quant": {"cache_dir": str(self.folder / "cache")},
             "data": {"topology": {

@@ -50,7 +50,7 @@ class Runs:
         output = self.folder / name
         own = {
             "job": {"model": str(self.folder / "base"), "output_dir": str(output)},
-            "lora": {"r": 4, "alpha": 12.0, "dropout": self.dropout},
+            "lora": {"r": 4, "alpha": 12.0, "dropout": self.dropout, "target_modules": ["all-linear", "gate"]},
             "data": {"topology": {
                 "tensor_parallel": case.tensor, "expert_parallel": case.expert, "expert_tensor_parallel": case.expert_tensor,
                 "pipeline_parallel": case.pipeline,

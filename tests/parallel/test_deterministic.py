@@ -28,7 +28,7 @@ def test_two_deterministic_runs_are_bitwise_equal(ranks, tmp_path: Path):
     random_model(config).save_pretrained(tmp_path / "base")
     settings = {
         "job": {"model": str(tmp_path / "base"), "output_dir": str(tmp_path), "deterministic": True},
-        "lora": {"r": 4, "dropout": 0.3},
+        "lora": {"r": 4, "dropout": 0.3, "target_modules": ["all-linear", "gate"]},
         "data": {"topology": {"tensor_parallel": 2}},
         "hyperparameters": {
             "per_device_batch": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS, "learning_rate": 1e-2,

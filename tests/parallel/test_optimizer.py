@@ -24,7 +24,7 @@ def test_optimizer_state_shrinks_as_one_over_data_parallel(ranks, tmp_path, bf16
     for data in (1, 2, 4):
         settings = {
             "job": {"model": str(tmp_path / "base"), "output_dir": str(tmp_path / "run")},
-            "lora": {"r": 8},
+            "lora": {"r": 8, "target_modules": ["all-linear", "gate"]},
             "data": {"topology": {"data_parallel": data}},
             "hyperparameters": {"per_device_batch": 8 // data, "parallelism": {"bf16": bf16}},
         }

@@ -25,7 +25,7 @@ def settings(tmp_path_factory):
     def make(tensor=1, data=1, packing=False, **hyperparameters):
         return {
             "job": {"model": str(folder / "base"), "init_adapter": str(folder / "adapter"), "output_dir": str(folder)},
-            "lora": {"r": R, "alpha": 12.0, "dropout": 0.0},
+            "lora": {"r": R, "alpha": 12.0, "dropout": 0.0, "target_modules": LINEAR_LAYERS},
             "data": {"packing": packing, "topology": {"tensor_parallel": tensor, "data_parallel": data}},
             "hyperparameters": {"sequence_length": ROW, "parallelism": {"bf16": False}, **hyperparameters},
         }

@@ -121,7 +121,7 @@ def test_a_step_sends_the_bytes_of_the_formulas_over_the_right_groups(
 ):
     settings = {
         "job": {"model": base, "output_dir": str(tmp_path)},
-        "lora": {"r": R, "dropout": 0.0},
+        "lora": {"r": R, "dropout": 0.0, "target_modules": ["all-linear", "gate"]},
         "data": {"topology": {
             "tensor_parallel": case.tensor, "expert_parallel": case.expert, "expert_tensor_parallel": case.expert_tensor,
             "pipeline_parallel": case.pipeline,

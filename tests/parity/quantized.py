@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from megasft.config.values import LINEAR_LAYERS
 from tests.parity.reference import linear_shapes, random_adapter, random_model, tiny_config, write_adapter
 
 R, ALPHA = 4, 12.0
@@ -49,14 +50,13 @@ def make(folder: Path, **changes) -> tuple[dict, Qwen3MoeForCausalLM, dict[str, 
     config = config_in_blocks(**changes)
     model = random_model(config)
     model.save_pretrained(folder / "base", max_shard_size="1MB")
-    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj")
-    adapter = random_adapter(config, R, frozenset(targets))
+    adapter = random_adapter(config, R, frozenset(LINEAR_LAYERS))
     write_adapter(adapter, folder / "adapter", R, ALPHA)
     settings = {
         "job": {"model": str(folder / "base"), "init_adapter": str(folder / "adapter"), "output_dir": str(folder / "run")},
         "training": {"use_qlora": True},
         "quant": {"cache_dir": str(folder / "cache")},
-        "lora": {"r": R, "alpha": ALPHA, "dropout": 0.0},
+        "lora": {"r": R, "alpha": ALPHA, "dropout": 0.0, "target_modules": LINEAR_LAYERS},
         "hyperparameters": {"parallelism": {"bf16": False}},
     }  # fmt: skip
     with torch.no_grad():

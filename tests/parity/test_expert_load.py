@@ -32,7 +32,7 @@ def world(tmp_path_factory):
     def settings(case, recompute=True, coefficient=COEFFICIENT, dropout=0.0, seed=42):
         return {
             "job": {"model": str(folder / "base"), "init_adapter": str(folder / "adapter"), "output_dir": str(folder), "seed": seed},
-            "lora": {"r": R, "alpha": ALPHA, "dropout": dropout},
+            "lora": {"r": R, "alpha": ALPHA, "dropout": dropout, "target_modules": LINEAR_LAYERS},
             "data": {"topology": {
                 "tensor_parallel": case.tensor, "expert_parallel": case.expert, "expert_tensor_parallel": case.expert_tensor,
                 "pipeline_parallel": case.pipeline,

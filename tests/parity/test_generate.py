@@ -37,7 +37,12 @@ def world(tmp_path_factory):
     export_adapter(folder / "plain", folder / "adapter", "per-expert", str(folder / "base"))
     settings = {
         "job": {"model": str(folder / "base"), "init_adapter": str(folder / "adapter")},
-        "lora": {"r": R, "alpha": ALPHA, "dropout": 0.5},  # which generating must leave out
+        "lora": {
+            "r": R,
+            "alpha": ALPHA,
+            "target_modules": LINEAR_LAYERS,
+            "dropout": 0.5,
+        },  # which generating must leave out
         "hyperparameters": {"parallelism": {"bf16": False}},
     }
     return folder, settings

@@ -10,6 +10,7 @@ from megasft.config.aliases import ABSENT, FOREIGN_NAMES
 from megasft.config.parallelism import TopologySettings, TopologySizes, resolve_topology
 from megasft.config.schema import MixSettings, RunConfig, load_config
 from megasft.config.toml import _known_keys, key_lines
+from megasft.config.values import short_targets
 from megasft.messages import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -82,7 +83,8 @@ activation_checkpointing = true
 experiment = "crafter_sft_lora_qwen_coder_30b"
 """
 
-EVERY_LAYER = {"q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj"}
+ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+EVERY_LAYER = ALL_LINEAR | {"gate"}
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_an_empty_file_is_the_reference_model_with_the_defaults_of_transformers_
     assert (hyper.weight_decay, hyper.max_grad_norm) == (0.0, 1.0)
     assert (hyper.adam_beta1, hyper.adam_beta2, hyper.adam_eps) == (0.9, 0.999, 1e-8)
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32.0, 0.05)
-    assert config.lora.targets == EVERY_LAYER
+    assert config.lora.targets == ALL_LINEAR
     assert (config.checkpoint.every_steps, config.checkpoint.keep, config.logging.every_steps) == (100, 3, 1)
     assert config.dtype == "bf16"
     assert config.world_size() is None
@@ -198,7 +200,7 @@ def test_the_small_run_file_loads_as_it_is(write):
     assert config.training_data() == (MixSettings(path="traces.jsonl"),)
     assert config.world_size() == 4
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32.0, 0.05)
-    assert config.lora.targets == EVERY_LAYER
+    assert config.lora.targets == ALL_LINEAR
     assert resolve_topology(config.data.topology, 4) == TopologySizes(2, 1, 2, 1, 2)
 
 
@@ -209,7 +211,7 @@ def test_the_large_run_file_loads_as_it_is(write):
     assert config.world_size() == 2
     assert resolve_topology(config.data.topology, 2) == TopologySizes(1, 1, 2, 1, 1)
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32.0, 0.05)
-    assert config.lora.targets == EVERY_LAYER
+    assert config.lora.targets == ALL_LINEAR
     assert config.hyperparameters.gradient_accumulation_steps == 64
     assert config.hyperparameters.learning_rate == 5e-6
     assert config.training.validation.enabled
@@ -389,7 +391,9 @@ def test_the_value_is_shown_as_it_was_written(write):
         ("lora", "alpha", "8", 8.0),
         ("lora", "target_modules", '"q_proj"', ("q_proj",)),
         ("lora", "target_modules", '["v_proj", "q_proj", "v_proj"]', ("q_proj", "v_proj")),
-        ("lora", "target_modules", '["gate", "all-linear"]', ("all-linear",)),
+        ("lora", "target_modules", '["all-linear", "q_proj"]', ("all-linear",)),
+        ("lora", "target_modules", '["gate", "all-linear"]', ("all-linear", "gate")),
+        ("lora", "target_modules", '"all-linear,gate"', ("all-linear", "gate")),
         ("hyperparameters", "max_grad_norm", "0", 0.0),
         ("hyperparameters", "lr_schedule", '"cosine"', "cosine"),
         ("hyperparameters.parallelism", "deepspeed_stage", "1", 1),
@@ -402,6 +406,26 @@ def test_a_valid_value_is_stored_in_its_canonical_form(write, section, key, valu
     for name in (*section.split("."), key):
         config = config[name]
     assert config == stored
+
+
+def test_all_linear_has_no_router_and_gate_beside_it_adds_one():
+    assert RunConfig.from_dict({"lora": {"target_modules": ["all-linear"]}}).lora.targets == ALL_LINEAR
+    assert RunConfig.from_dict({"lora": {"target_modules": ["all-linear", "gate"]}}).lora.targets == EVERY_LAYER
+
+
+@pytest.mark.parametrize(
+    ("layers", "short"),
+    [
+        (ALL_LINEAR, ("all-linear",)),
+        (EVERY_LAYER, ("all-linear", "gate")),
+        ({"v_proj", "gate"}, ("gate", "v_proj")),
+        ((), ()),
+    ],
+)
+def test_layers_are_named_as_short_as_the_run_file_takes_them(layers, short):
+    assert short_targets(layers) == short
+    if layers:
+        assert RunConfig.from_dict({"lora": {"target_modules": short}}).lora.targets == set(layers)
 
 
 def test_the_router_and_the_gate_projection_are_different_targets():
@@ -877,7 +901,7 @@ written_settings = st.fixed_dictionaries(
             optional={
                 "r": st.integers(1, 512),
                 "alpha": numbers,
-                "target_modules": st.lists(st.sampled_from(sorted(EVERY_LAYER)), min_size=1),
+                "target_modules": st.lists(st.sampled_from(["all-linear", *sorted(EVERY_LAYER)]), min_size=1),
             },
         ),
         "hyperparameters": st.fixed_dictionaries(

@@ -33,7 +33,8 @@ NEW_RUN = r"; set it so, or start a new run \(set another \[job\] output_dir, or
 @pytest.mark.parametrize(("then", "now", "said"), [
     ({"lora": {"r": 4}}, {"lora": {"r": 8}}, "[lora] r = 8: checkpoint was trained with 4"),
     ({}, {"lora": {"alpha": 7.0}}, "[lora] alpha = 7.0: checkpoint was trained with 32.0"),
-    ({}, {"lora": {"target_modules": ["q_proj"]}}, "[lora] target_modules = q_proj: checkpoint was trained with down_proj, gate"),
+    ({}, {"lora": {"target_modules": ["q_proj"]}}, "[lora] target_modules = q_proj: checkpoint was trained with all-linear"),
+    ({"lora": {"target_modules": ["gate", "q_proj"]}}, {}, "[lora] target_modules = all-linear: checkpoint was trained with gate, q_proj"),
 ])  # fmt: skip
 def test_another_shape_of_adapter_is_not_told_to_start_from_the_old_one(then, now, said):
     old, new = RunConfig.from_dict(then), RunConfig.from_dict(now)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megasft.config.schema import RunConfig
+from megasft.config.values import short_targets
 from megasft.data.identity import data_identity, refuse_other_data, refuse_other_sources
 from megasft.launch import rendezvous
 from megasft.messages import UserError, say
@@ -203,6 +204,8 @@ def refuse_changes(then: dict[str, Any], now: dict[str, Any], config: RunConfig,
             if old % one:
                 remedy = f"per_device_batch times data_parallel, {one}, does not divide it: change one of them"
             raise UserError(f"{folder}: was trained with a global batch of {old}, and this run has {value}; {remedy}")
+        if name == "[lora] target_modules":
+            old, value = list(short_targets(old or [])), list(short_targets(value))
         # An adapter of another r, alpha or other targets would be refused in its turn.
         adapter = "" if name.startswith("[lora]") else f", from this adapter with [job] init_adapter = {str(folder)!r}"
         raise UserError(
@@ -238,7 +241,8 @@ def _run_file(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / RUN_FILE}: not a run file ({error})") from None
 
 
-_NO_NUMBERS = ("checkpoint.", "logging.", "compute.", "tags.", "job.", "data.topology.")
+# `identity` compares the layers that [lora] target_modules stands for, however they are written.
+_NO_NUMBERS = ("checkpoint.", "logging.", "compute.", "tags.", "job.", "data.topology.", "lora.target_modules")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, Any]]:
