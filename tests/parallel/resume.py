@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from megasft.train.trainer import Trainer
-from tests.parallel.invariance import BATCH, Case
+from tests.parallel.invariance import Case
 from tests.parity.reference import random_model, tiny_config
 from tests.support import on_ranks
 from tests.support.ranks import RankPool
 
-STEPS, EVERY = 8, 3
+BATCH, STEPS, EVERY = 8, 8, 3
 CASES = [
     Case(1, batch=4), Case(4, tensor=2), Case(4, batch=2), Case(4, expert=4),
     Case(4, tensor=2, pipeline=2, expert_tensor=2), Case(2, tensor=2, expert=2),

@@ -13,7 +13,7 @@ def experiment(ranks, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_numbers_do_not_depend_on_topology(experiment, case):
     for what, difference in experiment.differences(case).items():
-        # fp32 sums in another order, through two or four layers and four steps of Adam: 4e-6 at most was seen.
+        # fp32 sums in another order, through two or four layers and three steps of Adam: 4e-6 at most was seen.
         assert difference <= 1e-5, what
 
 
