@@ -13,13 +13,13 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import torch.distributed as dist
-import torch.multiprocessing
 
 from megasft import job
 from megasft.config.schema import RunConfig
 from megasft.distributed.topology import leave_world
 from megasft.launch import rendezvous
 from megasft.launch.exit import FAILED, INTERRUPTED, REFUSED, ask_to_stop, first_to_report, interrupted, was_reported
+from megasft.launch.parent import on_parent_death
 from megasft.launch.watchdog import Watchdog
 from megasft.messages import UserError, say
 from megasft.train.summary import print_summary
@@ -74,8 +74,6 @@ class _Ending:
         self._saving = threading.Event()
         self._store = rendezvous.store()
         self._watch = Watchdog(int(self.rank), int(os.environ["WORLD_SIZE"]), 60 * timeout_minutes)
-        if self._store is not None:  # there is a launcher; if it is killed, this rank saves the run and ends
-            torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
         self._handle_signals()
 
     def attach(self, trainer: Trainer) -> None:
@@ -83,6 +81,8 @@ class _Ending:
         if self._stopping:
             self.interrupt()
         self._trainer = trainer
+        if self._store is not None:  # there is a launcher; if it is killed, this rank saves the run and ends
+            on_parent_death(signal.SIGTERM)
         self._watch.attach(trainer.progress.report)
 
     def succeed(self) -> None:

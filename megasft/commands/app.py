@@ -1,5 +1,6 @@
 """What the commands share: the app, options, `main`, and what a rank imports."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -109,7 +110,9 @@ def main() -> None:
 def _refuse(message: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     # The first rank to get here speaks: torchrun ends the others when it exits.
-    store = rendezvous.connect() if rendezvous.launcher_hosts() else None
+    store = None
+    with contextlib.suppress(RuntimeError, UserError):  # no store, or another job's: perhaps the very message
+        store = rendezvous.connect() if rendezvous.launcher_hosts() else None
     if first_to_report(store, rank, otherwise=os.environ.get("LOCAL_RANK", "0") == "0"):
         say(message)
     sys.exit(REFUSED)

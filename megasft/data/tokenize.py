@@ -205,6 +205,7 @@ class _Worker:
     def __init__(self) -> None:
         answers, to_us = os.pipe()
         program = (
+            "from megasft.launch.parent import on_parent_death; on_parent_death(9); "
             "import sys; sys.modules['torch'] = None; "
             f"from megasft.data.tokenize import serve; serve(sys.stdin.buffer, {to_us})"
         )

@@ -4,7 +4,6 @@ A process that has asked for CUDA cannot be forked, so on GPUs each rank is a Py
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+from megasft.launch.parent import die_with_parent
 
 
 class ForkedRank:
@@ -65,13 +64,6 @@ class ForkedRank:
     def kill(self) -> None:
         """End the process."""
         self.send_signal(signal.SIGKILL)
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when `parent`, its parent, does."""
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
-        os._exit(1)
 
 
 def _run(main: Callable[[], None], environment: dict[str, str]) -> NoReturn:

@@ -12,8 +12,10 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 
+from megasft.launch import rendezvous
 from megasft.launch.exit import FAILED, INTERRUPTED, first_to_report
 from megasft.launch.forked_rank import ForkedRank
 from megasft.messages import say
@@ -72,6 +74,7 @@ def _attempt(
     """The exit code of the first rank that fails, 0 if none does."""
     from torch.distributed import TCPStore
 
+    os.environ[rendezvous.LAUNCH] = uuid.uuid4().hex
     # Listening before the ranks are started, and a store only afterwards: it has a thread, and threads do not fork.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -79,6 +82,7 @@ def _attempt(
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     asked = -math.inf
     try:
+        rendezvous.claim(store, os.environ[rendezvous.LAUNCH], os.getpid())
         while not any(codes := [process.poll() for process in processes]):
             if None not in codes:
                 return 0

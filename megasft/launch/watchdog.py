@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from megasft import host
 from megasft.launch import rendezvous
 from megasft.launch.exit import stop_asked
+from megasft.messages import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -123,7 +124,7 @@ class Watchdog:
                     if report.idle > self._limit / 2:
                         self._look(store, report)
                 self._unanswered = 0.0
-            except RuntimeError:  # torch.distributed's: no launcher any more, or no way to it
+            except (RuntimeError, UserError):  # no launcher any more, no way to it, or another job's at its port
                 store = None
             if ended:
                 return

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
+from megasft.launch import rendezvous
 from tests.support.world import make_world
 
 
@@ -53,14 +54,16 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def megasft(tmp_path) -> Callable[..., Ended]:
-    """`megasft(*arguments, ranks=0, only=None, typed="")`: the command as a process that has imported everything already.
+    """`megasft(*arguments, ranks=0, only=None, typed="", met=False)`: the command as a process that has imported everything.
 
-    `typed` is its standard input. With `ranks` it runs as so many ranks of torchrun's, or as the one rank `only` of them; without, it must refuse before
+    `typed` is its standard input; `met`: another job's ranks have met at the port. With `ranks` it runs as so many ranks of torchrun's, or as the one rank `only` of them; without, it must refuse before
     it launches any.
     """
 
-    def run(*arguments: str, ranks: int = 0, only: int | None = None, typed: str = "") -> Ended:
+    def run(*arguments: str, ranks: int = 0, only: int | None = None, typed: str = "", met: bool = False) -> Ended:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        if met:
+            rendezvous.claim(store, "another", 1)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.support.preload"])
         streams = [tmp_path / name for name in ("stdin", "stdout", "stderr")]
@@ -70,7 +73,7 @@ def megasft(tmp_path) -> Callable[..., Ended]:
         for rank in range(ranks or 1) if only is None else [only]:
             world = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", rendezvous.LAUNCH: "this one",
             }  # fmt: skip
             processes.append(context.Process(target=_main, args=(arguments, world if ranks else {}, streams)))
             processes[-1].start()

@@ -1,10 +1,11 @@
-"""Kill ranks of a tiny job at random moments, repeatedly, and compare its results with those of an uninterrupted run.
+"""Kill ranks or launcher of a tiny job at random moments, repeatedly, and compare its results with those of a whole run.
 
     python -m tests.faults.kills --kills 40 --seed 0
+    python -m tests.faults.kills --kills 10 --launcher torchrun
 
-The same command restarts each run until it is complete. After every kill, all checkpoints must verify, and the newest
-one must not be older than before. At the end, adapters, optimizer states and metrics must be bitwise those of the
-uninterrupted run.
+The same command restarts each run until it is complete. After every kill, all processes must end within seconds, all
+checkpoints must verify, and the newest one must not be older than before. At the end, adapters, optimizer states and
+metrics must be bitwise those of the uninterrupted run.
 """
 
 import argparse
@@ -13,10 +14,13 @@ import importlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +30,16 @@ from rich.table import Table
 
 from megasft.train.checkpoint.folder import Checkpoints, damage
 from tests.parallel.resume import lines, tensors
-from tests.support.forked import Command
+from tests.support.forked import LAUNCHER, Command
+from tests.support.processes import kill_marked, marked
 from tests.support.world import make_world
 
 STEPS = 8
 TOPOLOGIES = {"TP=2": {"tensor": 2}, "DP=2": {"data": 2}}
 SETTINGS = ("lora.dropout=0.2", "checkpoint.keep=2", "training.validation.eval_steps=3")
+
+ROOT = Path(__file__).parents[2]
+Survived = Counter[tuple[str, str]]  # how often, by moment and victim
 
 # --- the moments -----------------------------------------------------------------------------------------------------
 
@@ -105,14 +113,16 @@ MOMENTS: dict[str, list[Point]] = {
         Point(TRAINER + "Trainer", "save", "after", False, lambda _, folder: Path(folder).name == "adapter"),
     ],
 }  # fmt: skip
-ANY_TIME = "any time"
+START, ANY_TIME = "the start", "any time"
+LAUNCHERS = ("forked", "separate", "torchrun")  # `megasft train` with ranks forked, or not; the others take seconds
+VICTIMS = ("a rank", "the launcher", "all")
 # How often these come up in an attempt, about; others some three times.
 OFTEN = {"step": 7, "metrics": 10, "data preparation": 1, "loading": 1, "writing the final adapter": 1}
 
 
-def arm(moment: str, place: int, nth: int, victim: int, everyone: bool) -> None:
-    """In a rank: at the nth call of a moment's point, kill rank `victim`, or all ranks and the launcher at once."""
-    if os.environ["RANK"] != str(victim):
+def arm(moment: str, place: int, nth: int, rank: int, victim: str) -> None:
+    """In `rank`: at the nth call of a moment's point, kill it, or its launcher, or all at once."""
+    if os.environ["RANK"] != str(rank):
         return
     point = MOMENTS[moment][place]
     module, _, member = point.owner.partition(":")
@@ -122,7 +132,10 @@ def arm(moment: str, place: int, nth: int, victim: int, everyone: bool) -> None:
     calls = 0
 
     def die() -> None:
-        os.killpg(0, signal.SIGKILL) if everyone else os.kill(os.getpid(), signal.SIGKILL)
+        if victim == "the launcher":
+            os.kill(os.getppid(), signal.SIGKILL)
+            return
+        os.killpg(0, signal.SIGKILL) if victim == "all" else os.kill(os.getpid(), signal.SIGKILL)
         signal.pause()
 
     @functools.wraps(original)
@@ -130,7 +143,7 @@ def arm(moment: str, place: int, nth: int, victim: int, everyone: bool) -> None:
         nonlocal calls
         calls += point.test(*args)
         now = calls == nth and point.test(*args)
-        if now and point.when == "half":
+        if now and point.when == "half" and victim != "the launcher":
             metrics, line = args
             os.write(metrics._file.fileno(), line[: len(line) // 2].encode())
         if now and point.when in ("before", "half"):
@@ -148,17 +161,42 @@ def _dying_within(items: Iterator[Any], die: Callable[[], None]) -> Iterator[Any
         yield item
         if i == 1:
             die()
-    die()
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+class Program(Command):
+    """The same, as a program of its own whose ranks are programs of their own, with a `launcher` of LAUNCHERS."""
+
+    def __init__(self, arguments: Sequence[str], errors: Path, launcher: str) -> None:
+        script = ROOT / "tests" / "support" / "separate_ranks.py"
+        command = [sys.executable, str(script), *arguments]
+        if launcher == "torchrun":
+            command = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", *command[1:]]
+        self.errors, self._mark = errors, uuid.uuid4().hex
+        self._before = errors.stat().st_size if errors.exists() else 0
+        with open(errors, "ab") as stream:
+            self._program = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=stream, env=os.environ | {"MARK": self._mark}, cwd=ROOT
+            )
+        self.pid, self._started = self._program.pid, time.monotonic()
+
+    def alive(self) -> list[int]:
+        return list(marked(self._mark))
+
+    def kill_all(self) -> None:
+        kill_marked(self._mark)
+
+    def exit_code(self) -> int:
+        return self._program.wait()
+
+
 class Killed:
     """A tiny job under a topology, with one uninterrupted run."""
 
-    def __init__(self, folder: Path, topology: str) -> None:
-        self.folder = folder / topology
+    def __init__(self, folder: Path, topology: str, launcher: str) -> None:
+        self.folder, self.launcher = folder / topology, launcher
         self.folder.mkdir(parents=True)
         self.run_file = make_world(self.folder, **TOPOLOGIES[topology], steps=STEPS)
         self.whole = self.folder / "whole"
@@ -170,44 +208,50 @@ class Killed:
         own = (f"job.output_dir='{run}'", f"data.cache_dir='{self.folder / cache}'")
         overrides = [argument for setting in (*SETTINGS, *own) for argument in ("--set", setting)]
         arguments = ["train", "--config", str(self.run_file), *overrides]
+        if self.launcher != "forked":
+            return Program(arguments, run.with_suffix(".err"), self.launcher)
         return Command(arguments, run.with_suffix(".err"), in_rank=arm if fault else None, args=fault)
 
-    def run(self, name: str, chance: random.Random, kills: int, moments: list[str]) -> Counter[str]:
+    def run(self, name: str, chance: random.Random, kills: int, moments: list[str]) -> Survived:
         """One run, killed up to so many times: how often at which moment. Raises AssertionError if it lost anything."""
-        survived: Counter[str] = Counter()
+        survived: Survived = Counter()
         run, cache, newest = self.folder / name, "cache", 0
         while True:
             moment = chance.choice(moments) if survived.total() < kills else ""
+            victim = chance.choice(VICTIMS)
             if moment == "data preparation":
                 cache = f"cache-{name}-{survived.total()}"
-            command, words = self._attempt(run, cache, moment, chance)
-            code = command.wait()
+            command, words = self._attempt(run, cache, moment, victim, chance)
             words = f"{name}, {moment or 'in peace'} {words}"
+            try:
+                code = command.wait()
+            except TimeoutError as error:
+                raise AssertionError(words) from error
             newest = self._check(run, newest, words)
             if code == 0:
                 self._compare(run, words)
                 return survived
-            assert "Traceback" not in command.said(), f"{words}: {command.said()}"
+            assert self.launcher == "torchrun" or "Traceback" not in command.said(), f"{words}: {command.said()}"
             assert moment, f"{words} ends with {code}: {command.said()}"
             assert code in (1, -signal.SIGKILL), f"{words} ends with {code}: {command.said()}"
-            survived[moment] += 1
+            survived[moment, victim] += 1
 
-    def _attempt(self, run: Path, cache: str, moment: str, chance: random.Random) -> tuple[Command, str]:
-        victim = chance.choice([0, 1, None])  # None: all
+    def _attempt(self, run: Path, cache: str, moment: str, victim: str, chance: random.Random) -> tuple[Command, str]:
         if not moment:
             return self._start(run, cache), ""
-        if moment == ANY_TIME:
-            command, seconds = self._start(run, cache), chance.uniform(0, self.seconds)
+        rank = chance.choice([0, 1])
+        if moment in (START, ANY_TIME):
+            command, seconds = self._start(run, cache), chance.uniform(0, self.seconds / (1 + 2 * (moment == START)))
             ended = time.monotonic() + seconds
-            while time.monotonic() < ended and command.alive():
+            while (time.monotonic() < ended or (victim == "a rank" and len(command.ranks()) < 2)) and command.alive():
                 time.sleep(0.01)
-            command.kill(victim)
-            return command, f"after {seconds:.2f} s, rank {victim}"
+            command.kill({"a rank": rank, "the launcher": LAUNCHER, "all": None}[victim])
+            return command, f"after {seconds:.2f} s, {victim} ({rank})"
         place, nth = chance.randrange(len(MOMENTS[moment])), chance.randint(1, OFTEN.get(moment, 3))
         point = MOMENTS[moment][place]
-        rank = 0 if point.first_rank_only else victim or 0
-        words = f"({point.when} call {nth} of {point.owner}{point.name}, rank {rank}{' and all' * (victim is None)})"
-        return self._start(run, cache, moment, place, nth, rank, victim is None), words
+        rank = 0 if point.first_rank_only else rank
+        words = f"({point.when} call {nth} of {point.owner}{point.name} in rank {rank}, {victim})"
+        return self._start(run, cache, moment, place, nth, rank, victim), words
 
     def _check(self, run: Path, newest: int, words: str) -> int:
         """Verify every checkpoint against its manifest; return the newest one's step, which must not be before `newest`."""
@@ -222,6 +266,8 @@ class Killed:
 
     def _compare(self, run: Path, words: str) -> None:
         whole, got = ([line for line in lines(one) if line["kind"] != "event"] for one in (self.whole, run))
+        # Ranks whose launcher is killed save the run as it is, so that there may be more checkpoints.
+        got = [line for line in got if line["kind"] != "checkpoint" or line in whole]
         assert whole == got, f"{words}: metrics {got} instead of {whole}"
         last = f"step-{STEPS:06d}"
         wanted, found = tensors(self.whole, last), tensors(run, last)
@@ -236,16 +282,24 @@ class Killed:
 
 
 def survive(
-    folder: Path, kills: int, seed: int, topologies: list[str], moments: list[str], say: Callable[[str], None]
-) -> Counter[str]:
+    folder: Path,
+    kills: int,
+    seed: int,
+    topologies: list[str],
+    moments: list[str],
+    say: Callable[[str], None],
+    launcher: str = "forked",
+) -> Survived:
     """Kill `kills` times, over as many runs as needed; return the kills per moment. Raises AssertionError at the first loss."""
-    chance, survived = random.Random(seed), Counter[str]()
-    jobs = {name: Killed(folder, name) for name in topologies}
+    chance, survived = random.Random(seed), Survived()
+    jobs = {name: Killed(folder, name, launcher) for name in topologies}
     number = 0
     while survived.total() < kills:
         topology = topologies[number % len(topologies)]
         # Rarely survived kinds of moment first, so that each has its turn.
-        rarest = sorted(moments, key=lambda moment: (survived[moment], chance.random()))[: max(4, len(moments) // 2)]
+        rarest = sorted(moments, key=lambda moment: (_of(survived, moment), chance.random()))[
+            : max(4, len(moments) // 2)
+        ]
         planned = min(chance.randint(2, 5), kills - survived.total())
         survived += jobs[topology].run(f"run-{number}", chance, planned, rarest)
         number += 1
@@ -258,19 +312,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--moment", choices=[*MOMENTS, ANY_TIME], help="only this one")
+    parser.add_argument("--moment", choices=[*MOMENTS, START, ANY_TIME], help="only this one")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="forked")
     chosen = parser.parse_args()
     started = time.monotonic()
+    moments = [START, ANY_TIME] if chosen.launcher != "forked" else [*MOMENTS, START, ANY_TIME]
+    moments = [chosen.moment] if chosen.moment else moments
     with tempfile.TemporaryDirectory() as folder:
-        moments = [chosen.moment] if chosen.moment else [*MOMENTS, ANY_TIME]
         survived = survive(
-            Path(folder), chosen.kills, chosen.seed, list(TOPOLOGIES), moments, lambda line: print(line, flush=True)
-        )
-    table = Table("moment", "kills survived", title=f"{survived.total()} kills, none lost anything; seed {chosen.seed}")
+            Path(folder), chosen.kills, chosen.seed, list(TOPOLOGIES), moments, lambda line: print(line, flush=True),
+            chosen.launcher,
+        )  # fmt: skip
+    title = f"{survived.total()} kills ({chosen.launcher}), none lost or left anything; seed {chosen.seed}"
+    table = Table("moment", *VICTIMS, "kills survived", title=title)
     for moment in moments:
-        table.add_row(moment, str(survived[moment]))
-    Console(width=100).print(table)
+        table.add_row(moment, *(str(survived[moment, victim]) for victim in VICTIMS), str(_of(survived, moment)))
+    table.add_row("", *(str(sum(survived[moment, victim] for moment in moments)) for victim in VICTIMS), "")
+    Console(width=120).print(table)
     print(f"{time.monotonic() - started:.0f} s")
+
+
+def _of(survived: Survived, moment: str) -> int:
+    return sum(survived[moment, victim] for victim in VICTIMS)
 
 
 if __name__ == "__main__":

@@ -321,3 +321,11 @@ def test_an_unresponsive_hub_fails_within_15_seconds(monkeypatch):
         with pytest.raises(UserError, match="the download from the hub failed"):
             find_model("megasft-tests/no-such-model")
         assert time.monotonic() - started < 15
+
+
+def test_ranks_refuse_a_store_where_another_jobs_ranks_meet(world, megasft):
+    ended = megasft("train", "--config", str(world / "job.toml"), ranks=2, met=True)
+    assert ended.codes == [2, 2]
+    assert_one_line(
+        ended.said, ["127.0.0.1:", "another job's ranks meet (launcher: host ", "process 1)", "--master-port"]
+    )

@@ -11,6 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 MAX_SECONDS = 120.0  # of a command that hangs
+LEFT_SECONDS = 10.0  # for all processes to end once the launcher or a rank has ended
+LAUNCHER = -1
 
 
 class Command:
@@ -40,12 +42,20 @@ class Command:
         self._started = time.monotonic()
 
     def kill(self, who: int | None = None) -> None:
-        """SIGKILL a rank, or launcher and ranks together."""
+        """SIGKILL a rank, the LAUNCHER, or all together."""
         with contextlib.suppress(ProcessLookupError, IndexError):
             if who is None:
-                os.killpg(self.pid, signal.SIGKILL)
+                self.kill_all()
             else:
-                os.kill(sorted(set(self.alive()) - {self.pid})[who], signal.SIGKILL)
+                os.kill(self.pid if who == LAUNCHER else self.ranks()[who], signal.SIGKILL)
+
+    def kill_all(self) -> None:
+        """SIGKILL launcher and ranks together."""
+        os.killpg(self.pid, signal.SIGKILL)
+
+    def ranks(self) -> list[int]:
+        """The processes of the ranks that have not ended."""
+        return sorted(set(self.alive()) - {self.pid})
 
     def alive(self) -> list[int]:
         """The processes of the command that have not ended."""
@@ -59,13 +69,22 @@ class Command:
 
     def wait(self) -> int | None:
         """The exit code, when launcher and ranks have ended."""
+        most, last = 0, time.monotonic()  # the processes that it had, and when it last had as many
         try:
-            while self.alive():
-                if time.monotonic() - self._started > MAX_SECONDS:
+            while alive := self.alive():
+                now = time.monotonic()
+                most, last = (len(alive), now) if len(alive) >= most else (most, last)
+                if now - self._started > MAX_SECONDS:
                     raise TimeoutError(f"still running after {MAX_SECONDS:.0f} s; it said: {self.said()}")
+                if now - last > LEFT_SECONDS:
+                    raise TimeoutError(f"{alive} of {self.pid} outlive the others; it said: {self.said()}")
                 time.sleep(0.02)
         finally:
             self.kill()
+        return self.exit_code()
+
+    def exit_code(self) -> int | None:
+        """Of the launcher, which has ended."""
         self._process.join()
         return self._process.exitcode
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# The parent writes the numbers of its children; each child runs what it is told to.
+# The child runs `body`, its parent `then`.
 PARENT = """
 import os, signal, sys, time
 from megasft.launch.forked_rank import ForkedRank
@@ -20,7 +20,6 @@ def main():
 
 signal.signal(signal.SIGTERM, lambda *_: print("the launcher's handler", flush=True))
 rank = ForkedRank(main, {{"RANK": "3"}})
-print(rank.pid, flush=True)
 {then}
 """
 
@@ -43,13 +42,12 @@ def parent(body: str, then: str = "print(rank.wait(), flush=True)") -> subproces
 )
 def test_a_forked_rank_has_the_exit_code_of_a_separate_process(body, code, printed):
     said, errors = parent(body).communicate(timeout=60)
-    _, *lines = said.splitlines()
-    assert lines == [*([printed] if printed else []), str(code)]
+    assert said.splitlines() == [*([printed] if printed else []), str(code)]
     assert ("RuntimeError: broken" in errors) == ("RuntimeError" in body)
 
 
 def test_a_rank_dies_with_a_launcher_that_is_killed():
-    launcher = parent("time.sleep(600)", "time.sleep(600)")
+    launcher = parent("time.sleep(600)", "print(rank.pid, flush=True); time.sleep(600)")
     rank = int(launcher.stdout.readline())
     assert Path(f"/proc/{rank}").exists()
     launcher.kill()
