@@ -116,10 +116,10 @@ def main() -> None:
     from rich.table import Table
 
     warnings.filterwarnings("ignore")
-    title = f"resumed at step {EVERY} of {STEPS} in another topology: largest relative difference from the run without a break, fp32"
+    title = f"resumed at step {EVERY} of {STEPS} in another topology: largest relative difference from the run without a break, fp32, dropout 0.1"
     table = Table("from / to", *map(str, CASES), title=title)
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(Path(folder), RankPool())
+        runs = Runs(Path(folder), RankPool(), dropout=0.1)
         whole = [runs.run(case, str(case)) for case in CASES]
         for before, run in zip(CASES, whole, strict=True):
             ended = [runs.resume_from(run, EVERY, after, f"{before} to {after}") for after in CASES]
