@@ -108,10 +108,28 @@ def _check_rope(rope: dict[str, Any]) -> None:
             raise UserError(f"rope_parameters: {key} = {value!r} is not supported; it must be a positive number")
 
 
-def check_fits(config: Qwen3MoeConfig, sizes: TopologySizes, quant: QuantSettings | None = None) -> None:
-    """Raise UserError, naming the size that does not divide, if the topology cannot shard the model; with `quant`, also
-    if a shard would cut a quantization block.
+def stage_layers(layers: int, stages: int) -> list[int]:
+    """The number of layers of each pipeline stage. Where they are not all alike, those between the first, which has the
+    embedding, and the last, which has the head and the loss, have more. megatron-core wants these alike.
     """
+    if stages == 1:
+        return [layers]
+    middle = -(-layers // stages)
+    if layers - middle * (stages - 2) < 2:
+        middle = layers // stages
+    outer = layers - middle * (stages - 2)
+    return [outer - outer // 2, *[middle] * (stages - 2), outer // 2]
+
+
+def check_fits(config: Qwen3MoeConfig, sizes: TopologySizes, quant: QuantSettings | None = None) -> None:
+    """Raise UserError, naming the size that does not fit, if the topology cannot shard the model; with `quant`, also if
+    a shard would cut a quantization block.
+    """
+    if sizes.pipeline > config.num_hidden_layers:
+        raise UserError(
+            f"[data.topology] pipeline_parallel = {sizes.pipeline} is more than the model's num_hidden_layers = "
+            f"{config.num_hidden_layers}; every stage needs a layer"
+        )
     dense = any(not sparse for sparse in sparse_layers(config))
     for key, n, name, by in (
         ("num_attention_heads", config.num_attention_heads, "tensor_parallel", sizes.tensor),
@@ -119,7 +137,6 @@ def check_fits(config: Qwen3MoeConfig, sizes: TopologySizes, quant: QuantSetting
         ("intermediate_size", config.intermediate_size if dense else 0, "tensor_parallel", sizes.tensor),
         ("num_experts", config.num_experts, "expert_parallel", sizes.expert),
         ("moe_intermediate_size", config.moe_intermediate_size, "expert_tensor_parallel", sizes.expert_tensor),
-        ("num_hidden_layers", config.num_hidden_layers, "pipeline_parallel", sizes.pipeline),
     ):
         if n % by:
             fitting = ", ".join(str(d) for d in range(1, by) if n % d == 0)

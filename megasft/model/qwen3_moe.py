@@ -23,7 +23,7 @@ from megasft.lora.dropout import Draw
 from megasft.lora.sharded import ShardedLinear
 from megasft.model.attention import SelfAttention
 from megasft.model.batch import MicroBatch, Segments
-from megasft.model.hf_config import check_fits, head_dim, sparse_layers
+from megasft.model.hf_config import check_fits, head_dim, sparse_layers, stage_layers
 from megasft.model.loss import supervised_loss
 from megasft.model.mlp import DenseMLP, Router, SparseMLP
 from megasft.model.norm import RMSNorm
@@ -63,6 +63,7 @@ def _megatron_config(
     dispatcher: str,
     capacity_factor: float | None,
 ) -> TransformerConfig:
+    stages = stage_layers(config.num_hidden_layers, sizes.pipeline)
     full_recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
@@ -98,6 +99,8 @@ def _megatron_config(
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
         pipeline_model_parallel_size=sizes.pipeline,
+        num_layers_in_first_pipeline_stage=stages[0] if sizes.pipeline > 1 else None,
+        num_layers_in_last_pipeline_stage=stages[-1] if sizes.pipeline > 1 else None,
         variable_seq_lengths=sizes.pipeline > 1,
         calculate_per_token_loss=True,
         perform_initialization=False,
@@ -122,11 +125,11 @@ class Qwen3Moe(GPTModel):
         self.hf_config, self.topology, self.lora = hf_config, topology, lora
         self.true_vocab_size = hf_config.vocab_size
         tp = topology.sizes.tensor
-        layers_here = config.num_layers // topology.sizes.pipeline
-        first = topology.groups.pp.rank() * layers_here
+        stages, stage = stage_layers(config.num_layers, topology.sizes.pipeline), topology.groups.pp.rank()
+        first = sum(stages[:stage])
         super().__init__(
             config,
-            _layer_specs(hf_config, lora, quant, range(first, first + layers_here)),
+            _layer_specs(hf_config, lora, quant, range(first, first + stages[stage])),
             vocab_size=-(-hf_config.vocab_size // tp) * tp,
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=topology.is_first_stage,

@@ -144,7 +144,7 @@ BEFORE_THE_LAUNCH = {
     "experts that expert parallel does not divide": (
         nothing, "{}/model --expert-parallel 3", ["expert_parallel = 3", "num_experts = 8", "1, 2"]
     ),
-    "stages that layers do not divide": (nothing, "{}/model --pipeline-parallel 2", ["num_hidden_layers = 3", "1"]),
+    "more stages than layers": (nothing, "{}/model --pipeline-parallel 4", ["num_hidden_layers = 3", "every stage needs a layer"]),
     "adapter of another model": (
         other_adapter(hidden_size=32), "{}/model --adapter {}/other -p x", ["adapter_model.safetensors", "another model"]
     ),

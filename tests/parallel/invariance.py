@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Qwen3MoeConfig
 
 from megasft.config.values import LINEAR_LAYERS
 from tests.parity.quantized import IN_BLOCKS
@@ -81,10 +82,13 @@ class Experiment:
         self.samples = on_ranks.random_samples(tiny_config().vocab_size, LENGTHS)
         self._alone: dict[int, dict[str, Any]] = {}
 
+    def _config(self, layers: int) -> Qwen3MoeConfig:
+        return tiny_config(**({"num_hidden_layers": layers} | self.changes))
+
     def alone(self, layers: int) -> dict[str, Any]:
         """What `run` gives on one rank; makes the model and the adapter first."""
         if layers not in self._alone:
-            config, folder = tiny_config(num_hidden_layers=layers, **self.changes), self.folder / str(layers)
+            config, folder = self._config(layers), self.folder / str(layers)
             random_model(config).save_pretrained(folder / "base")
             write_adapter(random_adapter(config, R, frozenset(LINEAR_LAYERS)), folder / "adapter", R, 12.0)
             self._alone[layers] = self.run(Case(1), layers)
@@ -110,7 +114,7 @@ class Experiment:
         }  # fmt: skip
         answers = self.pool(case.ranks, on_ranks.everything, settings, self.samples, STEPS)
         shapes = {}
-        for name, (n, k) in linear_shapes(tiny_config(num_hidden_layers=layers, **self.changes)).items():
+        for name, (n, k) in linear_shapes(self._config(layers)).items():
             shapes |= {f"{name}.lora_A.weight": (R, k), f"{name}.lora_B.weight": (n, R)}
         result = dict(answers[0])
         for kind in ("gradients", "adapter"):

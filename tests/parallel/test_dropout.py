@@ -75,6 +75,8 @@ def test_each_product_drops_its_share_and_makes_up_for_it(answers):
             # Binomial: 5 standard deviations, of thousands of elements.
             assert abs(kept - (1 - P) * total) <= 5 * (total * P * (1 - P)) ** 0.5, mode
             assert len({mask.numpy().tobytes() for mask in found}) == len(found), f"{mode}: layers drop alike"
+        for mask in masks(trained)["expert column"]:
+            assert len(mask.unique(dim=0)) == len(mask), "two experts of a token drop alike"
 
 
 def test_ranks_with_the_same_input_drop_the_same_of_it_and_others_do_not(answers):

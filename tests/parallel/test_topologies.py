@@ -55,6 +55,8 @@ def test_bf16_curves_agree_within_rounding(ranks, tmp_path, case):
         ({"moe_intermediate_size": 20}, Case(4, tensor=4, expert_tensor=4)),  # 5 columns a rank: no grouped kernel takes it
         ({"num_key_value_heads": 4, "num_attention_heads": 4}, Case(4, tensor=4)),  # one head of each kind a rank
         ({"decoder_sparse_step": 2, "mlp_only_layers": []}, Case(4, tensor=2, pipeline=2)),
+        ({"num_hidden_layers": 5}, Case(4, pipeline=4)),  # stages of 2, 1, 1 and 1 layers
+        ({"num_hidden_layers": 3}, Case(2, pipeline=2)),
     ],
     ids=str,
 )  # fmt: skip
