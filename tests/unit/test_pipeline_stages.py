@@ -30,5 +30,7 @@ def test_every_stage_has_a_layer_and_every_layer_a_stage():
             assert min(found) >= 1
             assert len(set(found[1:-1])) <= 1, "megatron-core wants the middle stages alike"
             share = -(-layers // stages)
-            room = layers - share * (stages - 2) >= 2  # middle stages with so many leave one for the first and last each
+            room = (
+                layers - share * (stages - 2) >= 2
+            )  # middle stages with so many leave one for the first and last each
             assert not room or max(found) == share, (layers, stages, found)
