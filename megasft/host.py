@@ -126,16 +126,20 @@ def dot_product_attention() -> type | None:
 
 
 def import_megatron() -> None:
-    """Import megatron-core; where there is no CUDA, without its `torch.compile` decorators.
+    """Import megatron-core; where there is no CUDA, without dynamo and inductor, which nothing here uses on CPUs.
 
-    They import dynamo and inductor, 40% of a rank's start, for functions that nothing here compiles on CPUs. For doors
-    that know that megatron-core comes next; whoever imports it first all the same only waits longer.
+    They cost 40% of a rank's start, and are imported by megatron-core's `torch.compile` decorators, and by the first
+    call of an optimizer's methods to mark these as not to be compiled. For doors that know that megatron-core comes
+    next; whoever imports it first all the same only waits longer.
     """
     if "megatron.core" in sys.modules:
         return
     compile_ = torch.compile
     if not CUDA:
         torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
+        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+            method = getattr(torch.optim.Optimizer, name).__wrapped__
+            method.__dynamo_disable = method  # where torch.compiler.disable(method) is kept by its first call
     try:
         import megatron.core.distributed
         import megatron.core.models.gpt

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -27,6 +28,7 @@ def fit(settings: dict[str, Any], samples: list[on_ranks.Sample], held_out: list
     """Train to the end."""
     config, topology, model = on_ranks.start(settings)
     Trainer(config, topology, model, on_ranks.as_samples(samples), on_ranks.as_samples(held_out)).fit()
+    assert "torch._dynamo" not in sys.modules, "importing it takes each rank a second, and nothing is compiled"
 
 
 class Runs:
