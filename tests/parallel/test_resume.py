@@ -75,7 +75,7 @@ def test_a_checkpoint_is_written_at_the_end_of_each_epoch_and_of_the_run(runs):
 
 
 def test_a_checkpoint_is_written_when_enough_time_has_passed(ranks, runs):
-    run = runs.run(Case(2, batch=2), "minutes", checkpoint={"every_steps": 100, "every_minutes": 1e-9})
+    run = runs.run(Case(2), "minutes", checkpoint={"every_steps": 100, "every_minutes": 1e-9})
     assert saved(run)[0] == list(range(1, STEPS + 1))
 
 
@@ -146,7 +146,7 @@ def test_a_resumed_run_trains_on_changed_data_for_the_remaining_epochs(runs):
     epochs = {"hyperparameters": {"max_steps": None, "n_epochs": 3}}
     whole = runs.run(CASES[0], "three epochs", **epochs)
     assert saved(whole)[0] == [3, 6, 9]
-    fewer, runs.samples = runs.samples, on_ranks.random_samples(runs.config.vocab_size, [7] * 44)
+    fewer, runs.samples = runs.samples, on_ranks.random_samples(runs.config.vocab_size, [7] * 22)
     try:  # six steps an epoch in place of three
         other = runs.resume_from(
             whole, 6, CASES[0], "longer epochs", checkpoint={"allow_changed": ["data"], "every_steps": 4}, **epochs
