@@ -88,3 +88,11 @@ def test_torchrun_trains_on_four_ranks_and_leaves_what_the_readme_lists(tmp_path
 def test_importing_megasft_is_quick_and_changes_nothing():
     code = "import sys, megasft; assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     assert run([sys.executable, "-c", code], ROOT).returncode == 0
+
+
+def test_a_rank_on_cpus_imports_neither_dynamo_nor_inductor():
+    code = (
+        "import sys; from megasft import host; host.import_megatron(); import megasft.train.trainer, torch; "
+        "torch.optim.AdamW([torch.zeros(1)]).zero_grad(); assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)"
+    )
+    assert run([sys.executable, "-c", code], ROOT).returncode == 0

@@ -200,7 +200,7 @@ def test_a_second_ctrl_c_ends_ranks_that_cannot_save_at_once(world, start):
     time.sleep(1)
     assert process.poll() is None, "it waits for them to save"
     process.send_signal(signal.SIGINT)
-    code, said = finish(process, world, 5)
+    code, said = finish(process, world, 20)  # of the minutes that it would wait for them to save
     assert (code, spoken(said)) == (130, [NOT_BEGUN.format(world)])
 
 
