@@ -15,7 +15,6 @@ from megasft.model.hf_config import weights
 from tests.parity.reference import tiny_config
 from tests.support.world import make_world
 
-
 # What torch 2.13 says, from the strings in libc10_cuda.so.
 TOO_OLD = (
     "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver by downloading"
