@@ -13,7 +13,7 @@ from tests.support import on_ranks
 R, ALPHA = 4, 12.0
 LENGTHS = [19, 7, 30, 4, 23, 16]
 # fp32 sums in another order. In bf16 each layer rounds to 8 bits, and close router scores choose other experts.
-BOUNDS = {"fp32": {"loss": 1e-5, "gradients": 1e-4}, "bf16": {"loss": 1e-2, "gradients": 0.2}}
+BOUNDS = {"fp32": {"loss": 1e-5, "gradients": 1e-4}, "bf16": {"loss": 5e-3, "gradients": 0.05}}
 
 
 def _against_transformers(place: Place, **changes: object) -> None:
