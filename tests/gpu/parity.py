@@ -12,8 +12,9 @@ from tests.support import on_ranks
 
 R, ALPHA = 4, 12.0
 LENGTHS = [19, 7, 30, 4, 23, 16]
-# fp32 sums in another order. In bf16 each layer rounds to 8 bits, and close router scores choose other experts.
-BOUNDS = {"fp32": {"loss": 1e-5, "gradients": 1e-4}, "bf16": {"loss": 5e-3, "gradients": 0.05}}
+# fp32 sums in another order: 9e-7 of the gradients' norm on CPUs. In bf16 each layer rounds to 8 bits, and tokens with close
+# router scores choose other experts: 0.049 on CPUs.
+BOUNDS = {"fp32": {"loss": 1e-5, "gradients": 1e-5}, "bf16": {"loss": 5e-3, "gradients": 0.1}}
 
 
 def _against_transformers(place: Place, **changes: object) -> None:
@@ -27,7 +28,7 @@ def _against_transformers(place: Place, **changes: object) -> None:
     want = dict(zip(reference.adapter, torch.autograd.grad(loss, list(reference.adapter.values())), strict=True))
     shapes = {f"{n}.lora_A.weight": (R, k) for n, (_, k) in linear_shapes(config).items()}
     shapes |= {f"{n}.lora_B.weight": (out, R) for n, (out, _) in linear_shapes(config).items()}
-    largest = max(float(g.abs().max()) for g in want.values())
+    norm = sum(float(g.square().sum()) for g in want.values()) ** 0.5
     for dtype, bounds in BOUNDS.items():
         settings = _settings(place) | {
             "hyperparameters": {"per_device_batch": 6, "parallelism": {"bf16": dtype == "bf16"}}
@@ -35,8 +36,8 @@ def _against_transformers(place: Place, **changes: object) -> None:
         ((got, _, parts),) = place.pool()(1, on_ranks.gradients, settings, samples)
         place.at_most(f"{dtype}: loss, relative", abs(got / float(loss) - 1), bounds["loss"])
         ours = on_ranks.assemble([parts], shapes)
-        worst = max(float((ours[name] - g).abs().max()) for name, g in want.items()) / largest
-        place.at_most(f"{dtype}: {len(want)} gradients, worst of the largest", worst, bounds["gradients"])
+        error = sum(float((ours[name] - g).square().sum()) for name, g in want.items()) ** 0.5
+        place.at_most(f"{dtype}: {len(want)} gradients, norm of the error of theirs", error / norm, bounds["gradients"])
 
 
 def _settings(place: Place) -> dict:

@@ -2,14 +2,14 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from megasft import gpus, host
-from megasft.config.schema import RunConfig, load_config
+from megasft import cli, gpus, host, job
+from megasft.config.schema import RunConfig
+from megasft.launch import launcher
 from megasft.messages import UserError
 from megasft.model.hf_config import weights
 from tests.parity.reference import tiny_config
@@ -151,27 +151,51 @@ def test_answers_of_a_large_model_on_cpus_are_announced(capsys, no_gpu):
     assert " billion weights answer on CPUs, slowly: there is no /dev/nvidia0: " in said
 
 
-def test_a_large_model_is_not_trained_on_cpus_unless_the_run_file_says_so(tmp_path):
-    """The command as a user gives it, with the architecture of the reference job and no weights."""
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """`train(*settings)`: what `megasft train` says as it refuses a tiny job, or "launched"."""
     run_file = make_world(tmp_path)
-    path = tmp_path / "model" / "config.json"
-    large = json.loads(path.read_text()) | {
-        "hidden_size": 2048,
-        "num_local_experts": 128,
-        "moe_intermediate_size": 768,
-        "num_hidden_layers": 48,
-    }
-    path.write_text(json.dumps(large))
-    command = [sys.executable, "-m", "megasft", "train", "--config", str(run_file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 2
-    assert " has 29." in done.stderr
-    assert " billion weights, but torch sees no GPU: CUDA_VISIBLE_DEVICES is empty, " in done.stderr
-    assert done.stderr.endswith("; --set compute.gpu_count=0 trains on CPUs\n")
-    said_so = load_config(run_file, ["compute.gpu_count=0"])
-    from transformers import Qwen3MoeConfig
 
-    gpus.check_size(said_so, Qwen3MoeConfig.from_dict(large))
+    def run(*settings):
+        sets = [word for setting in settings for word in ("--set", setting)]
+        monkeypatch.setattr(sys, "argv", ["megasft", "train", "--config", str(run_file), *sets])
+        monkeypatch.setattr(launcher, "launch", lambda *_: print("launched", file=sys.stderr))
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            cli.main()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return run
+
+
+def test_the_command_refuses_before_it_launches(train, no_gpu):
+    assert train() == "launched"
+    assert train("compute.gpu_count=1").startswith("megasft: [compute] gpu_count = 1, but torch sees no GPU: ")
+
+
+def test_a_run_file_that_asks_for_cpus_hides_the_gpus(train, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert train("compute.gpu_count=0") == "launched"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_rank_of_torchrun_refuses_before_it_joins_the_others(no_gpu, h200s):
+    h200s.setattr(host, "CUDA", False)
+    assert "but torch sees no GPU" in refusal(job.initialize, asking(gpu_count=4))
+    h200s.setattr(host, "CUDA", True)
+    h200s.setattr(host, "prepare", lambda: None)
+    assert "but this GPU is a NVIDIA H200" in refusal(job.initialize, asking(gpu_type="H100"))
+
+
+def test_a_large_model_is_not_trained_on_cpus_unless_the_run_file_says_so(train, tmp_path, no_gpu):
+    path = tmp_path / "model" / "config.json"
+    large = {"hidden_size": 2048, "num_local_experts": 128, "moe_intermediate_size": 768, "num_hidden_layers": 48}
+    path.write_text(json.dumps(json.loads(path.read_text()) | large))
+    said = train()
+    assert " has 29." in said
+    assert " billion weights, but torch sees no GPU: there is no /dev/nvidia0: " in said
+    assert said.endswith("; --set compute.gpu_count=0 trains on CPUs")
+    assert train("compute.gpu_count=0") == "launched"
 
 
 @pytest.mark.parametrize(
