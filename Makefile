@@ -7,7 +7,7 @@ TORCHRUN := .venv/bin/torchrun
 export OMP_NUM_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: install demo test test-slow test-serving lint clean
+.PHONY: install demo test test-slow test-serving test-te lint clean
 
 install: .venv/installed
 
@@ -48,5 +48,17 @@ test-serving: install .venv-serving/installed
 	@PATH="$$PATH:.venv/bin" uv pip install --quiet --python .venv-serving/bin/python --no-deps --requirement $<
 	@touch $@
 
+# Transformer Engine's real Python on the CPU, in an environment of its own (1 minute): names, shapes, checks of arguments.
+# TE_WHEEL is a wheel of transformer_engine_torch, which PyPI has as source only (docs/gpu-setup.md).
+test-te: install .venv-te/installed
+	OMP_NUM_THREADS=1 .venv-te/bin/python -m pytest -m te tests/te
+
+.venv-te/installed: tests/te/requirements.txt constraints.txt | install
+	@[ -f "$(TE_WHEEL)" ] || { echo "TE_WHEEL=FILE make test-te: FILE is a wheel of transformer_engine_torch 2.20.2, see docs/gpu-setup.md" >&2; exit 2; }
+	@PATH="$$PATH:.venv/bin" uv venv --quiet --allow-existing --python $(PYTHON) .venv-te
+	@PATH="$$PATH:.venv/bin" uv pip install --quiet --python .venv-te/bin/python --constraint constraints.txt \
+		--requirement $< --editable '.[test]' "$(TE_WHEEL)"
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-serving demo runs
+	rm -rf .venv .venv-serving .venv-te demo runs

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import glob
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +21,44 @@ CUDA = torch.cuda.is_available()
 def device() -> torch.device:
     """The device of this rank's model."""
     return torch.device("cuda", _own()) if CUDA else torch.device("cpu")
+
+
+def gpus() -> int:
+    """The number of GPUs that torch sees on this machine."""
+    return torch.cuda.device_count() if CUDA else 0
+
+
+def own_gpu() -> tuple[str, tuple[int, int]]:
+    """Name and compute capability of this rank's GPU, such as ("NVIDIA H200", (9, 0))."""
+    return torch.cuda.get_device_name(_own()), torch.cuda.get_device_capability(_own())
+
+
+def why_no_gpu() -> str:
+    """Why torch sees no GPU here, from what torch says, the device files and CUDA_VISIBLE_DEVICES."""
+    files = sorted(glob.glob("/dev/nvidia[0-9]*"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        said = " ".join(str(error).split())
+    else:
+        said = "it sees one now"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA; install PyPI's"
+    if old := re.search(r"driver on your system is too old \(found version (\d+)\)", said):
+        major, minor = divmod(int(old[1]) // 10, 100)
+        return (
+            f"the NVIDIA driver is too old: it is for CUDA {major}.{minor}, torch for {torch.version.cuda}; update it"
+        )
+    if visible == "":
+        return "CUDA_VISIBLE_DEVICES is empty, which hides all GPUs; unset it"
+    if not files:
+        return (
+            "there is no /dev/nvidia0: this machine has no GPU or no driver, or its container was started without GPUs"
+        )
+    if visible is not None and "No CUDA GPUs" in said:
+        return f"CUDA_VISIBLE_DEVICES={visible} names none of {', '.join(files)}; unset it"
+    return f"torch says: {said}"
 
 
 def backend() -> str:
@@ -107,9 +147,11 @@ def be_deterministic() -> None:
 
 @functools.cache
 def dot_product_attention() -> type | None:
-    """Transformer Engine's attention with variable lengths, where there is a GPU for it; None means PyTorch's SDPA.
+    """Transformer Engine's attention over variable lengths, on a GPU where it is installed; None means torch's own.
 
-    Says once where a GPU goes without it.
+    Not in deterministic runs, and says so: its backward over variable lengths (thd) on sm_90 then either takes
+    workspaces that grow with the square of a segment's length, some 34 GB for 4,096 tokens and 16 heads (Transformer
+    Engine 2.20, cuDNN 9.20), or a kernel that is not fused.
     """
     if not CUDA:
         return None
@@ -117,12 +159,53 @@ def dot_product_attention() -> type | None:
     from megatron.core.extensions import transformer_engine
 
     if not transformer_engine.HAVE_TE:
+        return None
+    if torch.are_deterministic_algorithms_enabled():
         say_once(
-            "Transformer Engine is not installed: attention calls PyTorch's SDPA once for each conversation of a micro "
-            "batch, which is slower; install it with: pip install -e '.[te]' (compiles, and needs nvcc)"
+            "[job] deterministic = true: attention is torch's, for Transformer Engine's deterministic backward takes "
+            "memory that grows with the square of a conversation's length"
         )
         return None
     return transformer_engine.TEDotProductAttention
+
+
+@functools.cache
+def packs_attention(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's flash attention over variable lengths (torch.nn.attention.varlen) takes these heads here.
+
+    Its kernels are for 16-bit numbers, compute capability 8.0 and later, and head dimensions that are multiples of 8 up
+    to 256 (torch 2.13, FlashAttention 2), in forward and backward; backward is deterministic where torch is told to be.
+    Says once where a GPU goes without them.
+    """
+    if not CUDA:
+        return False
+    name, capability = own_gpu()
+    for fits, why in (
+        (dtype in (torch.bfloat16, torch.float16), f"they compute in 16 bits, not in {str(dtype).partition('.')[2]}"),
+        (capability >= (8, 0), f"{name} is older than compute capability 8.0"),
+        (head_dim % 8 == 0 and head_dim <= 256, f"a head dimension of {head_dim} is no multiple of 8 up to 256"),
+    ):
+        if not fits:
+            say_once(
+                f"attention calls PyTorch's SDPA once for each conversation of a micro batch, which is slower than the "
+                f"kernels for all of them at once: {why}"
+            )
+            return False
+    return True
+
+
+def groups_products(dtype: torch.dtype) -> str | None:
+    """Why the experts' grouped products loop on this rank's GPU, or None where they are one kernel.
+
+    torch 2.13 has that kernel for bf16 on compute capability 9 (H100, H200) and 10 (B200, B300) only. Otherwise
+    `grouped_mm` copies the offsets to the host, which waits for the device, and multiplies one expert after the other.
+    """
+    if not CUDA:
+        return None
+    name, (major, minor) = own_gpu()
+    if dtype != torch.bfloat16:
+        return f"for {str(dtype).partition('.')[2]}"
+    return f"for {name} (compute capability {major}.{minor})" if major not in (9, 10) else None
 
 
 def import_megatron() -> None:
@@ -158,6 +241,9 @@ def prepare() -> None:
     for name in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
     if CUDA:
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            # Each micro batch has new sizes. Segments that grow do not fragment; read at torch's first allocation.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(_own())
         return
     from megasft.cpu_megatron import run_megatron_on_cpus

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasft import host, preflight
+from megasft import gpus, host, preflight
 from megasft.adapters.model_io import initialize_adapter, load_adapter
 from megasft.adapters.peft_layout import SERVED_ROUTER
 from megasft.config.parallelism import resolve_topology
@@ -61,11 +61,14 @@ def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None)
 def initialize(config: RunConfig) -> Topology:
     """Join the ranks that were launched (one, without torchrun) in the topology of `config`.
 
-    Raises UserError if it does not fit the number of ranks.
+    Raises UserError if it does not fit the number of ranks, or the GPUs are not those that `config` asks for.
     """
+    gpus.check_count(config, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     sizes = resolve_topology(config.data.topology, int(os.environ.get("WORLD_SIZE", 1)))
     if config.job.deterministic:
         host.be_deterministic()
+    host.prepare()
+    gpus.check_kind(config)
     # Longer than the watchdog's limit, which can name the rank that hangs.
     return join_world(sizes, config.job.seed, max(30.0, 2 * config.job.timeout_minutes))
 

@@ -42,6 +42,7 @@ def check(config: RunConfig, sizes: TopologySizes) -> None:
     """Raise UserError for any input of the job that is missing or does not fit; reads no weights."""
     _check_paths(config)
     # Imported after the paths were checked: torch and transformers take seconds, and a wrong path should not.
+    from megasft import gpus
     from megasft.data.tokenizer import load_tokenizer
     from megasft.model.hf_checkpoint import fingerprint
     from megasft.model.hf_config import check_fits, read_config
@@ -50,6 +51,7 @@ def check(config: RunConfig, sizes: TopologySizes) -> None:
     folder = find_model(config.job.model)
     hf_config = read_config(folder)
     check_fits(hf_config, sizes, config.quant if config.training.use_qlora else None)
+    gpus.check_size(config, hf_config)
     if config.training.use_qlora:
         from megasft.quant import kernels
 
@@ -63,6 +65,13 @@ def check(config: RunConfig, sizes: TopologySizes) -> None:
         adapter = AdapterFile(config.job.init_adapter)
         fitting_pairs(adapter, config.lora, hf_config)
         warn_of_other_base(adapter, config.job.model)
+
+
+def check_gpus(config: RunConfig, ranks: int) -> None:
+    """Raise UserError unless this machine has the GPUs that the run file and `ranks` ranks on it ask for."""
+    from megasft import gpus
+
+    gpus.check_count(config, ranks)
 
 
 def _check_paths(config: RunConfig) -> None:

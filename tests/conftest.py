@@ -1,6 +1,9 @@
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the ranks share the cores
+# Before torch is imported. The ranks share the cores, and all tests run on CPUs, on a machine with GPUs too: their expected
+# numbers are the CPU's, and gloo has no CUDA tensors. `tools/gpu_acceptance.sh` is for GPUs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

@@ -85,6 +85,8 @@ def train(
     """
     overrides = [*set_, f"checkpoint.resume={json.dumps(resume)}"] if resume else set_
     settings = load_config(config, overrides, dataset)
+    if settings.compute.gpu_count == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch, which asks for GPUs when megasft.host is imported
     if "RANK" in os.environ:
         import_rank()
         from megasft import rank
@@ -98,4 +100,5 @@ def train(
         ranks = ranks or settings.world_size() or 1
         use_cores(ranks)
         preflight.check(settings, preflight.topology_sizes(settings, ranks))
+        preflight.check_gpus(settings, ranks)
         launch(ranks, interrupted(settings), main, import_rank, max_restarts)

@@ -98,9 +98,9 @@ class JobSettings(Section):
 class ComputeSettings(Section):
     """`[compute]`: the machines the job is meant for."""
 
-    gpu_type: Text | None = None  # a note, such as `"H200"`; nothing reads it
-    # GPUs per node. `[data.topology]` must fit `gpu_count` x `nodes` ranks
-    gpu_count: Machines | None = None
+    gpu_type: Text | None = None  # such as `"H200"`: a run on another GPU, or on none, is refused
+    # GPUs per node; fewer are refused, and `[data.topology]` must fit `gpu_count` x `nodes` ranks. 0: train on CPUs
+    gpu_count: Annotated[int, Field(ge=0, lt=2**15)] | None = None
     nodes: Machines = 1  # number of nodes
 
 

@@ -72,6 +72,7 @@ class Request:
         if self.jsonl is not None:
             conversation_files(self.jsonl)
         # Imported after the paths were checked, as in `megasft.preflight`: torch and transformers take seconds.
+        from megasft import gpus
         from megasft.adapters.adapter_file import AdapterFile
         from megasft.adapters.fit import fitting_pairs, warn_of_other_base
         from megasft.data.tokenizer import load_tokenizer
@@ -81,6 +82,7 @@ class Request:
         folder = find_model(self.model)
         config = read_config(folder)
         check_fits(config, sizes, self.quant)
+        gpus.tell_if_slow(config)
         load_tokenizer(folder).check_vocabulary(config.vocab_size)
         Checkpoint(folder)
         if self.adapter is not None:

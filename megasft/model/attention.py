@@ -4,7 +4,7 @@ S: tokens of this rank's sequence shard; T = S * TP: tokens of the micro batch; 
 rank; d: head dimension.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,12 +45,7 @@ class SelfAttention(Sharded):
         self.linear_proj = LoraLinear(heads * d, {"o_proj": config.hidden_size}, "row", **common)
         self.q_layernorm = RMSNorm(config, d, config.layernorm_epsilon)
         self.k_layernorm = RMSNorm(config, d, config.layernorm_epsilon)
-        kernel = host.dot_product_attention()
-        self.core_attention: nn.Module = (
-            kernel(config, layer_number, AttnMaskType.padding_causal, "self", pg_collection=pg_collection)
-            if kernel
-            else SegmentedAttention()
-        )
+        self.core_attention = attention_kernel(config, layer_number, pg_collection)
 
     def forward(
         self, x: Tensor, attention_mask: None, rotary_pos_emb: Tensor, packed_seq_params: Segments, **_: Any
@@ -73,6 +68,45 @@ class SelfAttention(Sharded):
     def adapter_shards(self) -> Iterator[Shard]:
         yield from self.linear_qkv.adapter_shards()
         yield from self.linear_proj.adapter_shards()
+
+
+def attention_kernel(config: TransformerConfig, layer_number: int, groups: ProcessGroupCollection) -> nn.Module:
+    """What attends within segments: q [T, h, d], k and v [T, g, d] -> [T, h, d].
+
+    On GPUs Transformer Engine's kernel if it is installed, else torch's flash attention; both take all segments in one
+    call, in 16 bits. On CPUs, and for what those do not take, one call of torch's SDPA per segment.
+    """
+    sixteen_bits = config.params_dtype != torch.float32
+    if sixteen_bits and (engine := host.dot_product_attention()):
+        return engine(config, layer_number, AttnMaskType.padding_causal, "self", pg_collection=groups)
+    return PackedAttention() if host.packs_attention(config.params_dtype, config.kv_channels) else SegmentedAttention()
+
+
+class PackedAttention(nn.Module):
+    """torch's flash attention over variable lengths: one call for all segments, on GPUs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torch.nn.attention import varlen  # imports dynamo, seconds that runs on CPUs are spared
+
+        self._attend: Callable[..., Any] = varlen.varlen_attn
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, attn_mask_type: Any, packed_seq_params: Segments
+    ) -> Tensor:
+        """q [T, h, d], k and v [T, g, d] -> [T, h, d]."""
+        at = packed_seq_params
+        return self._attend(
+            q,
+            k,
+            v,
+            at.cu_seqlens_q,
+            at.cu_seqlens_kv,
+            at.max_seqlen_q,
+            at.max_seqlen_kv,
+            window_size=(-1, 0),  # causal
+            enable_gqa=q.shape[1] > k.shape[1],
+        )
 
 
 class SegmentedAttention(nn.Module):

@@ -178,6 +178,16 @@ def head_dim(config: Qwen3MoeConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def weights(config: Qwen3MoeConfig) -> int:
+    """The number of weights in the matrices of the model: embedding, head, attention and feed-forward layers."""
+    h, d = config.hidden_size, head_dim(config)
+    attention = 2 * h * d * (config.num_attention_heads + config.num_key_value_heads)
+    experts = h * config.num_experts * (3 * config.moe_intermediate_size + 1)
+    feed_forward = sum(experts if sparse else 3 * h * config.intermediate_size for sparse in sparse_layers(config))
+    vocabulary = config.vocab_size * h * (1 if config.tie_word_embeddings else 2)
+    return vocabulary + config.num_hidden_layers * attention + feed_forward
+
+
 def sparse_layers(config: Qwen3MoeConfig) -> list[bool]:
     """For each layer, whether it has experts; if not, it is dense."""
     return [

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megasft import host
 from megasft.config.parallelism import resolve_topology
 from megasft.config.schema import RunConfig
 from megasft.data.dataset import Samples
@@ -56,7 +57,7 @@ def logits(settings: dict[str, Any], samples: list[Sample]) -> Tensor:
     ids = torch.cat([ids for ids, _ in samples])
     padding = -len(ids) % topology.sizes.tensor
     lengths = [len(ids) for ids, _ in samples] + ([padding] if padding else [])
-    tokens = torch.cat([ids, ids.new_zeros(padding)])
+    tokens = torch.cat([ids, ids.new_zeros(padding)]).to(host.device())
     with torch.no_grad():
         out = model.logits(MicroBatch(tokens, torch.full_like(tokens, IGNORED), Segments.of(lengths, tokens.device)))
     return out[: len(ids)]

@@ -281,7 +281,7 @@ def test_the_demo_runs_in_fp32():
         ("job", "seed", "4294967296", "must be less than 4294967296"),
         ("job", "init_adapter", "1", "must be a valid string"),
         ("compute", "gpu_type", "200", "must be a valid string"),
-        ("compute", "gpu_count", "0", "must be greater than or equal to 1"),
+        ("compute", "gpu_count", "-1", "must be greater than or equal to 0"),
         ("compute", "nodes", "1.5", "must be a valid integer"),
         ("data", "validation_path", "true", "must be a valid string"),
         ("data", "validation_fraction", "0.6", "must be less than or equal to 0.5"),
