@@ -1,10 +1,6 @@
 """A complete step sends exactly what the formulas of `step_traffic` say, over the groups they name."""
 
-from collections import Counter
-
 import pytest
-import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megasft.config.parallelism import choose_dispatcher
 from megasft.train.trainer import Trainer
@@ -12,57 +8,10 @@ from tests.parallel.invariance import Case
 from tests.parallel.step_traffic import StepTraffic
 from tests.parity.reference import random_model, tiny_config
 from tests.support import on_ranks
+from tests.support.traffic import Traffic
 
 R = 4
 LENGTHS = [19, 7, 30, 11, 4, 23, 16, 9]
-GROUPS = {
-    "default_pg": "world",
-    "TENSOR_MODEL_PARALLEL_GROUP": "tp",
-    "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
-    "DATA_PARALLEL_GROUP_WITH_CP": "dp",
-    "EXPERT_MODEL_PARALLEL_GROUP": "ep",
-    "EXPERT_TENSOR_PARALLEL_GROUP": "expert tp",
-    "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "expert tp x ep",
-    "EXPERT_DATA_PARALLEL_GROUP": "expert dp",
-    "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "norm",
-}
-# An unknown collective or group is a KeyError: the test must learn of it.
-KINDS = {
-    "_allgather_base_": "all-gather",
-    "allgather_into_tensor_coalesced_": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
-    "allreduce_": "all-reduce",
-    "alltoall_base_": "all-to-all",
-    "broadcast_": "broadcast",
-    "send": "send",
-    "recv_": "receive",
-}
-
-
-class Traffic(TorchDispatchMode):
-    """Calls and bytes of collectives by (group, kind), counted as `StepTraffic` counts them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[tuple[str, str]] = Counter()
-        self.bytes: Counter[tuple[str, str]] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            kind = KINDS[func._schema.name.removeprefix("c10d::")]
-            sides, group = [], None
-            for value, spec in zip(args, func._schema.arguments, strict=False):
-                if "ProcessGroup" in str(spec.type):
-                    group = dist.ProcessGroup.unbox(value)
-                elif "Tensor" in str(spec.type) and value is not None:
-                    tensors = value if isinstance(value, list) else [value]
-                    sides.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-            if group.size() > 1:
-                key = GROUPS[group.group_desc], kind
-                self.calls[key] += 1
-                self.bytes[key] += sides[1] if kind == "all-to-all" else max(sides)
-        return func(*args, **(kwargs or {}))
 
 
 def measured_and_expected(settings, samples):
