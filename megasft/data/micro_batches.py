@@ -99,7 +99,12 @@ def collate(samples: Mix, chosen: Sequence[tuple[int, int]], multiple: int, devi
         labels.append(torch.full((padding,), IGNORED))
         places.append(torch.zeros(padding, dtype=torch.int64))  # whatever is dropped of them, nothing depends on it
         lengths.append(padding)
-    segments = Segments.of(lengths, device, padding)
+    targets = torch.cat(labels)
+    supervised = (targets != IGNORED).nonzero().squeeze(1)
     return MicroBatch(
-        torch.cat(tokens).to(device), torch.cat(labels).to(device), segments, torch.cat(places).to(device)
+        torch.cat(tokens).to(device),
+        targets.to(device),
+        Segments.of(lengths, device, padding),
+        torch.cat(places).to(device),
+        supervised.to(device),
     )

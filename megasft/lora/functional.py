@@ -165,13 +165,17 @@ def _dense(weight: Weight) -> Tensor:
 
 
 def _grouped(x: Tensor, weight: Weight, offsets: Tensor, transposed: bool = False) -> Tensor:
-    """x [T, .] times the weight [E, N, K] of each row's expert. For a quantized weight, only experts with rows are
-    dequantized, at most `experts_at_once` together.
+    """x [T, .] times the weight [E, N, K] of each row's expert. A quantized weight is dequantized at once where
+    `experts_at_once` allows it; elsewhere that many experts at a time, only those that have rows.
     """
+    experts, n, k = weight.shape
+    if isinstance(weight, QuantizedWeight) and x.shape[0] and weight.at_once >= experts:
+        weight = weight.dequantize(0, experts)
     if isinstance(weight, Tensor):
         return grouped_mm(x, weight.transpose(-2, -1) if transposed else weight, offsets)
-    _, n, k = weight.shape
     y = x.new_empty(x.shape[0], n if transposed else k)
+    if not x.shape[0]:
+        return y
     ends = offsets.tolist()
     for first, last in weight.runs(ends):
         start = ends[first - 1] if first else 0
@@ -194,8 +198,10 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """`torch.nn.functional.grouped_mm`, or a loop over the groups for strides that its kernels do not support.
 
     Either a [T, K] with groups of rows and b [E, K, N] -> [T, N]; or a [M, T] and b [T, N] with groups along T ->
-    [E, M, N].
+    [E, M, N]. Groups may be empty. Where all are, no kernel runs: those of CUDA describe a matrix by its rows.
     """
+    if not a.numel():
+        return a.new_zeros(a.shape[0], b.shape[-1]) if b.dim() == 3 else a.new_zeros(len(offsets), len(a), b.shape[1])
     if _aligned(a) and _aligned(b):
         return torch.nn.functional.grouped_mm(a, b, offs=offsets)
     ends = offsets.tolist()

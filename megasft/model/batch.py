@@ -47,10 +47,13 @@ class MicroBatch:
     """Concatenated conversations. T is a multiple of the tensor-parallel size.
 
     tokens, labels: int64 [T]; labels[i] is the token to predict at position i, or IGNORED. places: int64 [T], the place
-    of each token among all tokens of the global batch, however they are cut; needed for dropout only.
+    of each token among all tokens of the global batch, however they are cut; needed for dropout only. supervised: int64
+    [n], the positions whose labels are not IGNORED, found while they were on the host; without it the loss asks the
+    device for them.
     """
 
     tokens: Tensor
     labels: Tensor
     segments: Segments
     places: Tensor | None = None
+    supervised: Tensor | None = None

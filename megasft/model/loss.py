@@ -20,21 +20,27 @@ MIN_CHUNK, MAX_CHUNK = 64, 4096
 
 
 def supervised_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, first_row: int, group: dist.ProcessGroup, sequence_parallel: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    at: Tensor,
+    first_row: int,
+    group: dist.ProcessGroup,
+    sequence_parallel: bool,
 ) -> Tensor:
     """Sum of the cross entropy over supervised positions, fp32 [].
 
     Args:
         hidden: [S, 1, H] after the final norm; a sequence shard if `sequence_parallel`.
         weight: [V, H], this rank's rows of the head without padding.
-        labels: int64 [T], -100 at positions that are not supervised.
+        labels: int64 [T].
+        at: int64 [n], the supervised positions.
         first_row: vocabulary id of this rank's first row.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
-    at = (labels >= 0).nonzero().squeeze(1)
     # Each rank's gradient covers its part of the vocabulary only; the gather's backward sums the ranks' gradients.
-    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels[at], at, first_row, group)
+    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.index_select(0, at), at, first_row, group)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -76,10 +82,10 @@ def _cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup, nee
         dist.all_reduce(top, dist.ReduceOp.MAX, group)
     logits -= top[:, None]
     here = (target >= 0) & (target < logits.shape[1])
-    rows = here.nonzero().squeeze(1)
+    column = target.clamp(0, logits.shape[1] - 1)[:, None]  # of another rank's target any: it counts for nothing
     # [2, n]: the target's logit and the sum of exponentials, reduced in one call.
-    sums = logits.new_zeros(2, len(target))
-    sums[0, rows] = logits[rows, target[rows]]
+    sums = logits.new_empty(2, len(target))
+    sums[0] = torch.where(here, logits.gather(1, column).squeeze(1), 0.0)
     logits.exp_()
     torch.sum(logits, dim=-1, out=sums[1])
     if split:
@@ -87,5 +93,5 @@ def _cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup, nee
     loss = (sums[1].log() - sums[0]).sum()
     if needs_grad:
         logits /= sums[1][:, None]
-        logits[rows, target[rows]] -= 1
+        logits.scatter_(1, column, logits.gather(1, column) - here[:, None])
     return loss, logits

@@ -21,6 +21,7 @@ from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.dropout import JoinPlaces, SplitPlaces
 from megasft.lora.grouped import GroupedLoraLinear
 from megasft.lora.linear import LoraLinear
+from megasft.model.dispatch import DISPATCHERS
 from megasft.storage.shards import Shard, Sharded
 
 
@@ -75,6 +76,8 @@ class SparseMLP(MoELayer, Sharded):
 
         submodules = MoESubmodules(experts=experts, router=router)
         super().__init__(config, submodules, pg_collection=pg_collection, **kwargs)
+        dispatcher = DISPATCHERS[config.moe_token_dispatcher_type]
+        self.token_dispatcher = dispatcher(self.num_local_experts, self.local_expert_indices, config, pg_collection)
 
     router: "Router"
     experts: "Experts"
@@ -159,6 +162,9 @@ class Router(TopKRouter):
             probs = MoEAuxLossAutoScaler.apply(probs, (scores @ self.balance_weights).sum())
         return probs, chosen
 
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Nothing: Qwen3-MoE has no such bias, and megatron-core's compiled function would check that at each call."""
+
 
 class Experts(Sharded):
     """All experts of this rank: two grouped linear layers around SwiGLU."""
@@ -194,10 +200,10 @@ class Experts(Sharded):
         if self.drops:
             probs, places = SplitPlaces.apply(probs)
         rows = host.grouped_rows(x.dtype)
-        counts = tokens_per_expert.to(x.device)
         if rows == 1:
-            offsets = counts.cumsum(0, dtype=torch.int32)
+            offsets = tokens_per_expert.cumsum(0, dtype=torch.int32)
             return self._run(x, offsets, probs, places), None
+        counts = tokens_per_expert
         padded = (counts + rows - 1) // rows * rows
         offsets = padded.cumsum(0, dtype=torch.int32)
         shift = (offsets - padded) - (counts.cumsum(0) - counts)

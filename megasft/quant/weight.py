@@ -80,15 +80,19 @@ class QuantizedWeight(nn.Module):
         kernels.dequantize_nf4(self.packed[first:last], scales, out, self.settings.block_size)
         return out
 
+    @property
+    def at_once(self) -> int:
+        """How many matrices are dequantized together at most."""
+        most = self.settings.experts_at_once or host.experts_at_once()
+        # bitsandbytes counts weights in an int32 on CUDA (`cdequantize_blockwise_*`)
+        return min(most, max(1, (2**31 - 1) // (self.shape[1] * self.shape[2])))
+
     def runs(self, ends: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Split the experts that have rows into runs (first, last) of at most `experts_at_once` consecutive ones.
+        """Split the experts that have rows into runs (first, last) of at most `at_once` consecutive ones.
 
         `ends` [E] are the ends of each expert's rows.
         """
-        most = self.settings.experts_at_once or host.experts_at_once()
-        # bitsandbytes counts weights in an int32 on CUDA (`cdequantize_blockwise_*`)
-        most = min(most, max(1, (2**31 - 1) // (self.shape[1] * self.shape[2])))
-        first = None
+        most, first = self.at_once, None
         for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             if first is not None and (start == end or e - first == most):
                 yield first, e

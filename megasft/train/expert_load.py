@@ -67,8 +67,8 @@ class ExpertLoad:
         return torch.cat([counts.flatten(), sums])
 
     def settle(self, total: Tensor) -> None:
-        """Take the sum of `counted` over all ranks."""
-        counts, sums, dropped = total.cpu().split([self.tokens.numel(), self.experts, 1])
+        """Take the sum of `counted` over all ranks, on the host."""
+        counts, sums, dropped = total.split([self.tokens.numel(), self.experts, 1])
         self.dropped = int(dropped)
         self.tokens = counts.view_as(self.tokens).long()
         share, rows = counts.view_as(self.tokens).sum(0), counts.sum().item() / self.top_k

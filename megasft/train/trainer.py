@@ -391,6 +391,7 @@ class Trainer:
             total += torch.stack(outcomes).sum(0)
         total = torch.cat([total, self.load.counted()])
         dist.all_reduce(total)
+        total = total.cpu()
         self.load.settle(total[2:])
         loss_sum, tokens = total[:2].tolist()
         return loss_sum / max(1.0, tokens), int(tokens)

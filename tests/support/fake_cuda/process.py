@@ -49,7 +49,7 @@ def install(world: int, rank: int, synchronized: Callable[[str], None]) -> None:
 
     import megasft.data.loader
     import megasft.train.checkpoint.async_writer
-    import megasft.train.trainer  # noqa: F401
+    import megasft.train.trainer
     from megasft import host
 
     torch._C._ensureCUDADeviceGuardSet()
