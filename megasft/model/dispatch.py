@@ -104,7 +104,7 @@ class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
     routing_map: Any
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gathered tokens [T, H] and routing weights [T, experts] -> copies [n, H], how many each expert has, weights."""
+        """Gathered tokens [T, H] and routing weights [T, experts] -> copies [n, H], how many an expert has, weights."""
         mine = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
         chosen = self.routing_map[:, mine]
         known = self.ep_size == 1 and self.config.moe_expert_capacity_factor is None

@@ -93,5 +93,5 @@ def _cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup, nee
     loss = (sums[1].log() - sums[0]).sum()
     if needs_grad:
         logits /= sums[1][:, None]
-        logits.scatter_(1, column, logits.gather(1, column) - here[:, None])
+        logits.scatter_(1, column, logits.gather(1, column) - here[:, None].float())
     return loss, logits

@@ -1,6 +1,7 @@
 """Formulas for the traffic of one optimizer step: calls and bytes of one rank, per group and kind of collective.
 
-b: bytes of an activation or weight; gradients are reduced in fp32. T, n: tokens and supervised tokens of a micro batch;
+b: bytes of an activation or weight; gradients are reduced in fp32. w: bytes of a routing weight, fp32, or with dropout
+fp64, which holds the place of its token too. T, n: tokens and supervised tokens of a micro batch;
 E: experts, k: experts per token. Groups of one rank send nothing and are left out. Bytes are those of the larger side:
 the gathered tensor, or the tensor to scatter; for an all-to-all, the rank's input.
 """
@@ -33,6 +34,7 @@ class StepTraffic:
     forwards: int = 2
     counts_first: bool = False
     b: int = 4
+    w: int = 4
 
     def __post_init__(self) -> None:
         self.calls: Counter[tuple[str, str]] = Counter()
@@ -71,9 +73,12 @@ class StepTraffic:
         group = ("expert tp x ep", sharing)
         if self.dispatcher == "allgather":
             tokens = tokens * sharing // s.tensor
-            hidden, weights = tokens * config.hidden_size * self.b, tokens * config.num_experts * 4
-            self._add(*group, "all-gather", hidden, self.sparse * (forwards + 1))
-            self._add(*group, "reduce-scatter", hidden, self.sparse * (forwards + 1))
+            hidden, weights = tokens * config.hidden_size, tokens * config.num_experts * self.w
+            # to the experts in the dtype of activations; their outputs are summed in fp32
+            for kind, times in (("all-gather", forwards), ("reduce-scatter", 1)):
+                self._add(*group, kind, hidden * self.b, self.sparse * times)
+            for kind, times in (("reduce-scatter", forwards), ("all-gather", 1)):
+                self._add(*group, kind, hidden * 4, self.sparse * times)
             self._add(*group, "all-gather", weights, self.sparse * forwards)
             self._add(*group, "reduce-scatter", weights, self.sparse)
             self._add(*group, "all-gather", tokens * config.num_experts, self.sparse * forwards)  # the choices, bool
@@ -85,7 +90,7 @@ class StepTraffic:
             self._add(*group, "all-gather", s.expert * config.num_experts * 8, self.sparse * forwards)  # counts, int64
             there_and_back = 2 * self.sparse * (forwards + 1)
             self._add("ep", s.expert, "all-to-all", rows * config.hidden_size * self.b, there_and_back)
-            self._add("ep", s.expert, "all-to-all", rows * 4, self.sparse * (forwards + 1))  # routing weights
+            self._add("ep", s.expert, "all-to-all", rows * self.w, self.sparse * (forwards + 1))  # routing weights
 
     def _ends(self, tokens: int, supervised: int) -> None:
         """The embedding's sum over the vocabulary's shards; the head's gather and its two sums over supervised tokens."""

@@ -41,9 +41,9 @@ GiB = 2**30
 ALIGNED = 512  # bytes, of the caching allocator's blocks
 
 
-def install(world: int, rank: int, synchronized: Callable[[str], None]) -> None:
-    """Answer for CUDA from now on, as rank `rank` of `world`. `synchronized` is told of each wait for the device."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
+def install(synchronized: Callable[[str], None]) -> None:
+    """Answer for CUDA from now on. `synchronized` is told of each wait for the device."""
+    os.environ["LOCAL_RANK"] = "0"
     # All that dispatches on whether CUDA is there at import time is imported before CUDA is pretended.
     import megatron.core.tensor_parallel.random as megatron_random
 
@@ -63,7 +63,7 @@ def install(world: int, rank: int, synchronized: Callable[[str], None]) -> None:
     host.CUDA = True
     host.prepare()
     megasft.data.loader.ThreadPoolExecutor = megasft.train.checkpoint.async_writer.ThreadPoolExecutor = AtOnce
-    _join(world, rank)
+    dist.new_group, dist.all_gather_object = _fake_group, _everyone_says_so
 
 
 # --- torch.cuda -------------------------------------------------------------------------------------------------------
@@ -190,20 +190,28 @@ class Addresses:
 # --- ranks and threads ------------------------------------------------------------------------------------------------
 
 
-def _join(world: int, rank: int) -> None:
+def join(world: int, rank: int) -> None:
+    """Be this rank of a world from now on."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from megasft.distributed.topology import leave_world
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    if dist.is_initialized():
+        leave_world()
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    new_group = dist.new_group
 
-    def fake_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("pg_options", None)
-        return new_group(ranks, timeout, "fake", None, *args[1:], **kwargs)
 
-    def everyone_says_so(said: list[Any], own: Any, group: Any = None) -> None:
-        said[:] = [own] * len(said)
+_new_group = dist.new_group
 
-    dist.new_group, dist.all_gather_object = fake_group, everyone_says_so
+
+def _fake_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **kwargs: Any) -> Any:
+    kwargs.pop("pg_options", None)
+    return _new_group(ranks, timeout, "fake", None, *args[1:], **kwargs)
+
+
+def _everyone_says_so(said: list[Any], own: Any, group: Any = None) -> None:
+    said[:] = [own] * len(said)
 
 
 class AtOnce:

@@ -19,24 +19,35 @@ from tests.support.fake_cuda.watch import Counts, Watch
 
 
 class Walk:
-    """One rank of a world. Make one in a process; `job` begins a job."""
+    """Makes this process walk jobs; make one in a process."""
 
-    def __init__(self, world: int, rank: int = 0) -> None:
+    def __init__(self) -> None:
         self.watch = Watch()
-        self.world = world
-        process.install(world, rank, self.watch.sync)
+        process.install(self.watch.sync)
 
     @contextmanager
     def job(
-        self, hf_config: Qwen3MoeConfig, settings: dict[str, Any], lengths: list[int], transformer_engine: bool = True
+        self,
+        hf_config: Qwen3MoeConfig,
+        settings: dict[str, Any],
+        lengths: list[int],
+        world: int = 1,
+        rank: int = 0,
+        transformer_engine: bool = True,
     ) -> Iterator["Job"]:
-        """A job of these settings of a run file on conversations of these lengths, all tokens supervised."""
+        """The job of a rank, with these settings of a run file and conversations of these lengths, all supervised."""
+        process.join(world, rank)
         with process.transformer_engine(transformer_engine), self.watch.fake, self.watch:
-            yield Job(self.watch, self.world, hf_config, settings, lengths)
+            yield Job(self.watch, world, hf_config, settings, lengths)
 
 
 class Job:
-    """A job whose model and trainer are built. `phases` has the counts of each phase, under its name."""
+    """A job whose model and trainer are built. `phases` has the counts of each phase, under its name.
+
+    While `without_rows`, no token chooses an expert of this rank.
+    """
+
+    without_rows = False
 
     def __init__(
         self, watch: Watch, world: int, hf_config: Qwen3MoeConfig, settings: dict[str, Any], lengths: list[int]
@@ -106,13 +117,36 @@ class Job:
         with self.phase("generate"):
             return list(generate(self.model, prompt, tokens))
 
+    def made(self) -> list[tuple[int, int]]:
+        """(tokens, supervised tokens) of each micro batch of the last step."""
+        return [(len(batch.tokens), len(batch.supervised)) for batch in self.micro_batches]
+
+    def state(self) -> dict[str, int]:
+        """Bytes of what stays between steps, by kind."""
+        from megasft.quant.weight import QuantizedWeight, workspace_bytes
+        from megasft.train.optimizer import optimizer_state_bytes
+
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        buffers = self.trainer.ddp.buffers + self.trainer.ddp.expert_parallel_buffers
+        return {
+            "frozen": sum(p.nbytes for p in self.model.parameters() if not p.requires_grad),
+            "4-bit": sum(m.nbytes for m in self.model.modules() if isinstance(m, QuantizedWeight)),
+            "workspace": workspace_bytes(),
+            "adapters": sum(p.nbytes for p in trained),
+            "adapter buffers": sum(b.param_data.nbytes for b in buffers),
+            "gradient buffers": sum(b.grad_data.nbytes for b in buffers),
+            "optimizer": optimizer_state_bytes(self.trainer.optimizer),
+        }
+
     def _tell_sizes(self, longest: int) -> None:
         """Keep the answers of the device those of the micro batch that is computed."""
         config, sizes, answers = self.model.config, self.topology.sizes, self.watch.answers
 
         def entered(layer: Any, args: Any) -> None:
             rows = args[0].shape[0] * args[0].shape[1]
-            answers.copies = rows * (config.moe_router_topk or 1) * sizes.expert_tensor
+            sent = rows * (config.moe_router_topk or 1)
+            received = 0 if self.without_rows else sent
+            answers.splits, answers.copies = [sent, received, received * sizes.expert_tensor], received * sizes.expert_tensor
 
         for layer in self.model.decoder.layers:
             layer.mlp.register_forward_pre_hook(entered)
@@ -162,13 +196,13 @@ def main() -> None:
     parser.add_argument("--sdpa", action="store_true", help="without Transformer Engine")
     parser.add_argument("--kernels", action="store_true", help="also list them")
     given = parser.parse_args()
-    walk = Walk(given.world, given.rank)
+    walk = Walk()
     run_file = settings(
         given.tp, given.ep, given.etp, given.pp, given.tokens, given.micro_batches, given.dropout,
         not given.no_recompute, given.quant, given.dispatcher,
     )  # fmt: skip
     rows = given.world // given.tp // given.pp * given.micro_batches
-    with walk.job(qwen3_30b(given.layers), run_file, [given.tokens] * 3 * rows, not given.sdpa) as job:
+    with walk.job(qwen3_30b(given.layers), run_file, [given.tokens] * 3 * rows, given.world, given.rank, not given.sdpa) as job:
         for _ in range(2):
             job.train_step()
         job.copy_states()

@@ -4,6 +4,7 @@ A kernel here is an operator that runs on the device and is no view: one launch,
 are those of its tensors, each read or written once; FLOPs those of matrix products and attention.
 """
 
+import functools
 import os
 import sys
 import weakref
@@ -69,11 +70,13 @@ class Counts:
 class Answers:
     """What the device would say: `copies` rows of tokens on this rank's experts, all experts equally busy.
 
-    `message`: the shape that a pipeline stage receives.
+    `splits`: the rows of the next arrays of numbers that an all-to-all asks for. `message`: the shape that a pipeline
+    stage receives.
     """
 
     def __init__(self) -> None:
         self.copies = 1
+        self.splits: list[int] = []
         self.message = [1, 1, 1]
 
     def item(self, tensor: Tensor) -> Any:
@@ -82,18 +85,25 @@ class Answers:
         return True if tensor.dtype == torch.bool else self.copies
 
     def listed(self, tensor: Tensor) -> Any:
-        """A flat list, for `tolist` and `numpy`."""
+        """A flat list, for `tolist`."""
         n = tensor.numel()
         if tensor.dtype.is_floating_point:
             return [1.0] * n
         if tensor.shape == (3,):
             return list(self.message)
-        share = [self.copies // n + (i < self.copies % n) for i in range(n)]
-        return np.cumsum(share).tolist() if tensor.dtype == torch.int32 else share
+        return np.cumsum(_even(self.copies, n)).tolist() if tensor.dtype == torch.int32 else _even(self.copies, n)
+
+    def array(self, tensor: Tensor) -> np.ndarray:
+        """For `numpy`."""
+        return np.array(_even(self.splits.pop(0), tensor.numel())).reshape(tensor.shape)
 
     def found(self, tensor: Tensor) -> int:
         """How many elements of a mask are set: of one over tokens all, of one over experts those of the copies."""
         return len(tensor) if tensor.dim() == 1 else self.copies
+
+
+def _even(total: int, n: int) -> list[int]:
+    return [total // n + (i < total % n) for i in range(n)]
 
 
 class Watch(TorchDispatchMode):
@@ -151,7 +161,7 @@ class Watch(TorchDispatchMode):
         if name in ("aten::nonzero", "aten::masked_select"):
             out = self._data_dependent(name, args[0])
         elif name == "bitsandbytes::dequantize_4bit":
-            out = _check_dequantize(args, kwargs)
+            out = _check_dequantize(*args[:3], kwargs.get("out", args[-1]))
         elif name.startswith("c10d::") and name.endswith("_coalesced_"):
             out = FakeWork().boxed()  # torch 2.13 knows no shape function of these; they write their first argument
         else:
@@ -229,11 +239,12 @@ def _numpy(real: Any, watch: Watch) -> Any:
         if not isinstance(tensor, FakeTensor):
             return real(tensor, **kwargs)
         assert not tensor.is_cuda
-        return np.array(watch.answers.listed(tensor)).reshape(tensor.shape)
+        return watch.answers.array(tensor)
 
     return numpy
 
 
+@functools.cache
 def _is_view(func: Any) -> bool:
     return any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
 
@@ -245,10 +256,14 @@ def _bytes(func: Any, name: str, tensors: list[Tensor], outs: list[Tensor]) -> i
         (t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in (*tensors, *outs) if t.is_cuda
     }.values()
     total = sum(_size(tensor) for tensor in different)
-    writes = any(given.alias_info is not None and given.alias_info.is_write for given in func._schema.arguments)
-    if writes and outs and name.removeprefix("aten::") not in _WRITES_ONLY and not func._overloadname.startswith("out"):
+    if outs and _writes(func) and name.removeprefix("aten::") not in _WRITES_ONLY and not func._overloadname.startswith("out"):
         total += _size(outs[0])  # which it reads as well
     return total
+
+
+@functools.cache
+def _writes(func: Any) -> bool:
+    return any(given.alias_info is not None and given.alias_info.is_write for given in func._schema.arguments)
 
 
 def _size(tensor: Tensor) -> int:
@@ -303,14 +318,11 @@ def _check_grouped(a: Tensor, b: Tensor, offs: Tensor, bias: Any = None, out_dty
     return "sum over rows"
 
 
-def _check_dequantize(args: tuple, kwargs: Any) -> Tensor:
-    """bitsandbytes' operator on CUDA, whose own shape function cannot run; what its kernel demands."""
-    packed, scales, size = args[:3]
-    out = kwargs.get("out", args[-1])
+def _check_dequantize(packed: Tensor, scales: Tensor, size: int, out: Tensor) -> None:
+    """Assert what bitsandbytes' operator on CUDA demands, whose own shape function cannot run."""
     for tensor, dtype in ((packed, torch.uint8), (scales, torch.float32), (out, out.dtype)):
         assert tensor.is_cuda
         assert tensor.is_contiguous()
         assert tensor.dtype == dtype
     assert 2 * packed.numel() == out.numel() == scales.numel() * size
     assert out.numel() < 2**31, "bitsandbytes counts weights in an int32"
-    return out

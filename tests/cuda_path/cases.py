@@ -1,0 +1,122 @@
+"""The jobs that the tests walk, all in one process: `python -m tests.cuda_path.cases FILE` pickles what each counted."""
+
+import pickle
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Qwen3MoeConfig
+
+from tests.support.fake_cuda.walk import settings
+
+R, TOKENS = 8, 64
+PACKED = [13, 30, 7, 21, 9, 28, 5, 17]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rank of a job. `changes` are of `walk.settings`, `lengths` of its conversations, TOKENS each by default. The
+    counts are those of the last of its `steps`.
+    """
+
+    name: str
+    world: int = 4
+    rank: int = 0
+    changes: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] = (TOKENS,) * 16
+    model: dict[str, Any] = field(default_factory=dict)
+    hyper: dict[str, Any] = field(default_factory=dict)
+    transformer_engine: bool = True
+    without_rows: bool = False
+    steps: int = 1
+
+    def settings(self, folder: str) -> dict[str, Any]:
+        made = settings(**({"tokens": TOKENS, "r": R, "folder": folder, "accumulation": 1} | self.changes))
+        made["lora"]["target_modules"] = ["all-linear", "gate"]
+        made["hyperparameters"] |= self.hyper
+        return made
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def small(**changes: Any) -> Qwen3MoeConfig:
+    """Two layers, one of them dense where asked; sizes that 4-bit blocks and two expert-tensor ranks divide."""
+    sizes = {
+        "vocab_size": 1003, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 32, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128,
+        "norm_topk_prob": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return Qwen3MoeConfig(**(sizes | changes))
+
+
+TP2 = {"tp": 2}
+EP2 = {"tp": 2, "ep": 2}
+CASES = [
+    Case("tp2-dp2", changes=TP2 | {"accumulation": 2}, steps=2),
+    Case("tp2-dp2 rank 3", rank=3, changes=TP2),
+    Case("tp2-dp2, no recomputation, no dropout", changes=TP2 | {"recompute": False, "dropout": 0.0}),
+    Case("tp2-dp2, all-to-all", changes=TP2 | {"dispatcher": "alltoall"}),
+    Case("tp2-dp2, experts whole", changes=TP2 | {"etp": 1}),
+    Case("tp2-dp2, experts whole, all-to-all", changes=TP2 | {"etp": 1, "dispatcher": "alltoall"}),
+    Case("tp2-ep2", changes=EP2),
+    Case("tp2-ep2, all-gather", changes=EP2 | {"dispatcher": "allgather"}),
+    Case("tp2-ep2, no row", changes=EP2, without_rows=True),
+    Case("tp2-ep2, all-gather, no row", changes=EP2 | {"dispatcher": "allgather"}, without_rows=True),
+    Case("ep4", changes={"ep": 4}),
+    Case("dp4"),
+    Case("one GPU", world=1),
+    Case("tp2-pp2, first stage", changes=TP2 | {"pp": 2}),
+    Case("tp2-pp2, last stage", rank=3, changes=TP2 | {"pp": 2}),
+    Case("packed", changes=TP2, lengths=PACKED * 3, hyper={"per_device_batch": 3}),
+    Case("dense layer", changes=TP2, model={"mlp_only_layers": [1]}),
+    Case("balancing loss", changes=TP2, hyper={"router_aux_loss_coef": 0.1}),
+    Case("capacity", changes=TP2, hyper={"expert_capacity_factor": 1.0}),
+    Case("without Transformer Engine", changes=TP2, lengths=PACKED * 3, hyper={"per_device_batch": 3},
+         transformer_engine=False),
+    Case("4-bit tp2-dp2", changes=TP2 | {"quant": True}, steps=2),
+    Case("4-bit tp2-ep2", changes=EP2 | {"quant": True}),
+    Case("4-bit one GPU", world=1, changes={"quant": True, "dropout": 0.0}),
+]  # fmt: skip
+
+
+@dataclass
+class Walked:
+    """What one case counted. `phases`: of its last step; `state`: bytes of what stays, by kind; `made`: micro batches."""
+
+    phases: dict[str, Any]
+    state: dict[str, int]
+    live: int
+    made: list[tuple[int, int]]
+    error: str = ""
+
+
+def walk_all(path: str, names: list[str]) -> None:
+    import traceback
+
+    from tests.support.fake_cuda.walk import Walk
+
+    walk, found = Walk(), {}
+    for case in CASES:
+        if names and case.name not in names:
+            continue
+        with walk.job(small(**case.model), case.settings(path + ".run"), list(case.lengths), case.world, case.rank,
+                      case.transformer_engine) as job:  # fmt: skip
+            job.without_rows = case.without_rows
+            try:
+                for _ in range(case.steps):
+                    job.train_step()
+                job.copy_states()
+                if case.world == 1:
+                    job.generate(list(range(1, 20)), 3)
+            except Exception:
+                found[case.name] = Walked({}, {}, 0, [], traceback.format_exc())
+                continue
+            found[case.name] = Walked(job.phases, job.state(), walk.watch.live - job.before, job.made())
+        del job
+    with open(path, "wb") as file:
+        pickle.dump(found, file)
+
+
+if __name__ == "__main__":
+    walk_all(sys.argv[1], sys.argv[2:])
