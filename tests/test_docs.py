@@ -277,6 +277,14 @@ def test_the_map_names_every_module():
     assert missing == []
 
 
+def test_the_page_on_gpus_lists_every_file_that_asks_for_cuda():
+    asks = re.compile(r"host\.CUDA|^CUDA = |== \"cuda\"|, \"CUDA\"\)|import triton", re.MULTILINE)
+    files = [path for path in (ROOT / "megasft").rglob("*.py") if asks.search(path.read_text(encoding="utf-8"))]
+    assert len(files) >= 5
+    listed = TEXTS["docs/gpu.md"].partition("*Walked*")[0]
+    assert [name for path in files if (name := path.relative_to(ROOT).as_posix()) not in listed] == []
+
+
 def test_the_mistake_in_the_readme_is_refused_in_these_words(tmp_path, monkeypatch):
     said, line = re.search(r"^megasft: (configs/demo.toml:(\d+): .*)$", TEXTS["README.md"], re.MULTILINE).groups()
     lines = (ROOT / "configs" / "demo.toml").read_text().splitlines()

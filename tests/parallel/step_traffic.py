@@ -35,6 +35,7 @@ class StepTraffic:
     counts_first: bool = False
     b: int = 4
     w: int = 4
+    uneven: bool = False  # with an all-to-all and expert-tensor ranks: count calls of gathers of uneven length only
 
     def __post_init__(self) -> None:
         self.calls: Counter[tuple[str, str]] = Counter()
@@ -83,9 +84,12 @@ class StepTraffic:
             self._add(*group, "reduce-scatter", weights, self.sparse)
             self._add(*group, "all-gather", tokens * config.num_experts, self.sparse * forwards)  # the choices, bool
         else:
-            assert s.expert_tensor == 1, (
+            assert s.expert_tensor == 1 or self.uneven, (
                 "gathers of uneven length are made of even ones on gloo: their bytes say nothing"
             )
+            if self.uneven:
+                self._add("expert tp", s.expert_tensor, "all-gather", 0, self.sparse * (2 * forwards + 1))
+                self._add("expert tp", s.expert_tensor, "reduce-scatter", 0, self.sparse * (forwards + 2))
             rows = tokens // s.tensor * config.num_experts_per_tok
             self._add(*group, "all-gather", s.expert * config.num_experts * 8, self.sparse * forwards)  # counts, int64
             there_and_back = 2 * self.sparse * (forwards + 1)

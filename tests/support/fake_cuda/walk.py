@@ -146,7 +146,10 @@ class Job:
             rows = args[0].shape[0] * args[0].shape[1]
             sent = rows * (config.moe_router_topk or 1)
             received = 0 if self.without_rows else sent
-            answers.splits, answers.copies = [sent, received, received * sizes.expert_tensor], received * sizes.expert_tensor
+            answers.splits, answers.copies = (
+                [sent, received, received * sizes.expert_tensor],
+                received * sizes.expert_tensor,
+            )
 
         for layer in self.model.decoder.layers:
             layer.mlp.register_forward_pre_hook(entered)
@@ -202,7 +205,9 @@ def main() -> None:
         not given.no_recompute, given.quant, given.dispatcher,
     )  # fmt: skip
     rows = given.world // given.tp // given.pp * given.micro_batches
-    with walk.job(qwen3_30b(given.layers), run_file, [given.tokens] * 3 * rows, given.world, given.rank, not given.sdpa) as job:
+    with walk.job(
+        qwen3_30b(given.layers), run_file, [given.tokens] * 3 * rows, given.world, given.rank, not given.sdpa
+    ) as job:
         for _ in range(2):
             job.train_step()
         job.copy_states()

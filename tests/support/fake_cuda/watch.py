@@ -256,7 +256,12 @@ def _bytes(func: Any, name: str, tensors: list[Tensor], outs: list[Tensor]) -> i
         (t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in (*tensors, *outs) if t.is_cuda
     }.values()
     total = sum(_size(tensor) for tensor in different)
-    if outs and _writes(func) and name.removeprefix("aten::") not in _WRITES_ONLY and not func._overloadname.startswith("out"):
+    if (
+        outs
+        and _writes(func)
+        and name.removeprefix("aten::") not in _WRITES_ONLY
+        and not func._overloadname.startswith("out")
+    ):
         total += _size(outs[0])  # which it reads as well
     return total
 
