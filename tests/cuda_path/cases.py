@@ -1,13 +1,16 @@
 """The jobs that the tests walk, all in one process: `python -m tests.cuda_path.cases FILE` pickles what each counted."""
 
+import os
 import pickle
+import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import Qwen3MoeConfig
 
-from tests.support.fake_cuda.walk import settings
+from tests.support.fake_cuda.walk import qwen3_30b, settings
 
 R, TOKENS = 8, 64
 PACKED = [13, 30, 7, 21, 9, 28, 5, 17]
@@ -29,6 +32,10 @@ class Case:
     transformer_engine: bool = True
     without_rows: bool = False
     steps: int = 1
+    full: bool = False  # all layers of the 30B instead of a small model
+
+    def config(self) -> Qwen3MoeConfig:
+        return qwen3_30b() if self.full else small(**self.model)
 
     def settings(self, folder: str) -> dict[str, Any]:
         made = settings(**({"tokens": TOKENS, "r": R, "folder": folder, "accumulation": 1} | self.changes))
@@ -80,6 +87,9 @@ CASES = [
 ]  # fmt: skip
 
 
+FULL = Case("reference job", changes=TP2 | {"tokens": 4096, "r": 16}, lengths=(4096,) * 8, steps=2, full=True)
+
+
 @dataclass
 class Walked:
     """What one case counted. `phases`: of its last step; `state`: bytes of what stays, by kind; `made`: micro batches."""
@@ -91,23 +101,37 @@ class Walked:
     error: str = ""
 
 
+def in_a_process(path: Path, *names: str) -> dict[str, Walked]:
+    """What the cases of these names counted, by default all small ones, in a process of their own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.cuda_path.cases", str(path), *names],
+        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return pickle.loads(path.read_bytes())
+
+
 def walk_all(path: str, names: list[str]) -> None:
     import traceback
 
     from tests.support.fake_cuda.walk import Walk
 
     walk, found = Walk(), {}
-    for case in CASES:
+    for case in [FULL, *CASES] if names else CASES:
         if names and case.name not in names:
             continue
-        with walk.job(small(**case.model), case.settings(path + ".run"), list(case.lengths), case.world, case.rank,
+        with walk.job(case.config(), case.settings(path + ".run"), list(case.lengths), case.world, case.rank,
                       case.transformer_engine) as job:  # fmt: skip
             job.without_rows = case.without_rows
             try:
+                if case.steps > 1 and not case.full:
+                    job.initialize()
                 for _ in range(case.steps):
                     job.train_step()
                 job.copy_states()
                 if case.world == 1:
+                    job.evaluate()
                     job.generate(list(range(1, 20)), 3)
             except Exception:
                 found[case.name] = Walked({}, {}, 0, [], traceback.format_exc())

@@ -5,7 +5,7 @@ from transformers import Qwen3MoeConfig
 from megasft.config.parallelism import TopologySizes
 from megasft.config.schema import QuantSettings
 from megasft.model.hf_config import sparse_layers
-from megasft.quant.nf4 import bytes_per_weight
+from megasft.quant.kernels import GROUP
 
 
 def frozen_bytes(config: Qwen3MoeConfig, sizes: TopologySizes, stage: int, quantized: bool) -> tuple[int, int]:
@@ -13,19 +13,22 @@ def frozen_bytes(config: Qwen3MoeConfig, sizes: TopologySizes, stage: int, quant
     t, h, d = sizes.tensor, config.hidden_size, config.head_dim
     everywhere = sparse_layers(config)
     here = len(everywhere) // sizes.pipeline
-    layers = everywhere[stage * here : (stage + 1) * here]
     vocabulary = -(-config.vocab_size // t) * h
     kept = vocabulary * (stage == 0) + (vocabulary + h) * (stage == sizes.pipeline - 1)
-    linear = 0
-    for sparse in layers:
-        kept += 2 * h + 2 * d  # norms of the layer, of q and of k
-        linear += h * d * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) // t
-        if sparse:
-            kept += config.num_experts * h
-            experts = config.num_experts // sizes.expert
-            linear += experts * 3 * h * config.moe_intermediate_size // sizes.expert_tensor
-        else:
-            linear += 3 * h * config.intermediate_size // t
+    linear: list[tuple[int, int, int, int]] = []  # how often, rows here, inputs of the full matrix, inputs here
+    for sparse in everywhere[stage * here : (stage + 1) * here]:
+        kept += 2 * h + 2 * d + sparse * config.num_experts * h  # norms of the layer, of q and of k; the router
+        q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+        linear += [(1, q // t, h, h), (2, kv // t, h, h), (1, h, q, q // t)]
+        f, split = (config.moe_intermediate_size, sizes.expert_tensor) if sparse else (config.intermediate_size, t)
+        times = config.num_experts // sizes.expert if sparse else 1
+        linear += [(2 * times, f // split, h, h), (times, h, f, f // split)]
     if not quantized:
-        return 2 * (kept + linear), 0
-    return 2 * kept, round(linear * bytes_per_weight(QuantSettings()))
+        return 2 * (kept + sum(times * rows * inputs for times, rows, _, inputs in linear)), 0
+    return 2 * kept, sum(times * _four_bits(*matrix) for times, *matrix in linear)
+
+
+def _four_bits(rows: int, inputs: int, here: int) -> int:
+    """Codes, 8-bit scales, and in fp32 the groups of the scales of full rows and their mean."""
+    size = QuantSettings().block_size
+    return rows * here // 2 + rows * here // size + 4 * -(-rows * (inputs // size) // GROUP) + 4

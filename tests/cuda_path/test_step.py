@@ -1,10 +1,6 @@
 """What a GPU would run is run on fake CUDA tensors: every line, with the checks that CUDA's kernels make."""
 
 import inspect
-import os
-import pickle
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,11 +8,10 @@ import pytest
 
 from megasft.config.parallelism import choose_dispatcher, resolve_topology
 from megasft.config.schema import RunConfig
-from tests.cuda_path.cases import CASES, R, small
+from tests.cuda_path.cases import CASES, R, in_a_process
 from tests.cuda_path.formulas import frozen_bytes
 from tests.parallel.step_traffic import StepTraffic, _buffer
 
-ROOT = Path(__file__).parents[2]
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 BY_NAME = {case.name: case for case in CASES}
 
@@ -24,13 +19,7 @@ BY_NAME = {case.name: case for case in CASES}
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
     """What each case counted. They share a process of their own, which pretends to have a GPU."""
-    path = tmp_path_factory.mktemp("walk") / "counts"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.cuda_path.cases", str(path)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return pickle.loads(path.read_bytes())
+    return in_a_process(tmp_path_factory.mktemp("walk") / "counts")
 
 
 @by_case
@@ -79,7 +68,7 @@ def test_its_collectives_are_those_of_the_formulas_that_hold_on_cpus(walked, cas
     """`StepTraffic`, which `tests/parallel/test_step_collectives.py` compares with ranks that send."""
     found, (sizes, dispatcher) = walked[case.name], topology_of(case)
     expected = StepTraffic(
-        small(**case.model), sizes, case.rank * sizes.pipeline // case.world, R, dispatcher,
+        case.config(), sizes, case.rank * sizes.pipeline // case.world, R, dispatcher,
         forwards=1 if case.changes.get("recompute") is False else 2,
         counts_first="router_aux_loss_coef" in case.hyper, b=2, w=4 if case.changes.get("dropout") == 0 else 8,
         uneven=dispatcher == "alltoall" and sizes.expert_tensor > 1,
@@ -129,7 +118,7 @@ def test_what_stays_in_memory_is_what_the_formulas_say(walked, case):
     """Frozen weights, adapters, their gradients in fp32, and for each element of a rank's share master and two moments."""
     state, (sizes, dispatcher) = walked[case.name].state, topology_of(case)
     stage = case.rank * sizes.pipeline // case.world
-    traffic = StepTraffic(small(**case.model), sizes, stage, R, dispatcher)
+    traffic = StepTraffic(case.config(), sizes, stage, R, dispatcher)
     dense, _, experts, _ = traffic.adapters()
     expert_data = case.world // (sizes.expert * sizes.expert_tensor * sizes.pipeline)
     padded = _buffer(dense, sizes.data) + _buffer(experts, expert_data)
@@ -139,7 +128,7 @@ def test_what_stays_in_memory_is_what_the_formulas_say(walked, case):
     share = sum(dense) / sizes.data + sum(experts) / expert_data
     # A rank owns its part of the padded buffer; padding is nobody's.
     assert abs(state["optimizer"] - 12 * share) <= 12 * (padded - sum(dense + experts))
-    frozen, four_bits = frozen_bytes(small(**case.model), sizes, stage, bool(case.changes.get("quant")))
+    frozen, four_bits = frozen_bytes(case.config(), sizes, stage, bool(case.changes.get("quant")))
     assert state["frozen"] == frozen
     assert state["4-bit"] == four_bits
 

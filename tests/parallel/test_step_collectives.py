@@ -37,6 +37,8 @@ def measured_and_expected(settings, samples):
         choose_dispatcher(parallelism.token_dispatcher, topology.sizes),
         forwards=1 + parallelism.activation_checkpointing,
         counts_first=bool(config.hyperparameters.router_aux_loss_coef),
+        b=2 if parallelism.bf16 else 4,
+        w=8 if config.lora.dropout else 4,
     ).of(seen)
     return (traffic.calls, traffic.bytes), (formulas.calls, formulas.bytes)
 
@@ -68,9 +70,18 @@ def base(tmp_path_factory):
 def test_a_step_sends_the_bytes_of_the_formulas_over_the_right_groups(
     ranks, base, tmp_path, case, recompute, coefficient
 ):
+    check(ranks, base, tmp_path, case, recompute, coefficient)
+
+
+@pytest.mark.parametrize("case", [Case(2, tensor=2, expert_tensor=2), Case(2, tensor=2, expert=2)], ids=str)
+def test_so_it_does_in_bf16_with_dropout(ranks, base, tmp_path, case):
+    check(ranks, base, tmp_path, case, bf16=True, dropout=0.1)
+
+
+def check(ranks, base, tmp_path, case, recompute=True, coefficient=0.0, bf16=False, dropout=0.0):
     settings = {
         "job": {"model": base, "output_dir": str(tmp_path)},
-        "lora": {"r": R, "dropout": 0.0, "target_modules": ["all-linear", "gate"]},
+        "lora": {"r": R, "dropout": dropout, "target_modules": ["all-linear", "gate"]},
         "data": {"topology": {
             "tensor_parallel": case.tensor, "expert_parallel": case.expert, "expert_tensor_parallel": case.expert_tensor,
             "pipeline_parallel": case.pipeline,
@@ -78,7 +89,7 @@ def test_a_step_sends_the_bytes_of_the_formulas_over_the_right_groups(
         "hyperparameters": {
             "per_device_batch": case.batch, "gradient_accumulation_steps": 4 // (case.data * case.batch),
             "router_aux_loss_coef": coefficient, "max_steps": 5,
-            "parallelism": {"bf16": False, "activation_checkpointing": recompute, "token_dispatcher": case.dispatcher},
+            "parallelism": {"bf16": bf16, "activation_checkpointing": recompute, "token_dispatcher": case.dispatcher},
         },
     }  # fmt: skip
     answers = ranks(case.ranks, measured_and_expected, settings, on_ranks.random_samples(203, LENGTHS))

@@ -6,6 +6,7 @@ prints what each phase of a step of Qwen3-Coder-30B-A3B's shape counts. A proces
 """
 
 import argparse
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,8 +62,9 @@ class Job:
         from megasft.quant import weight
         from megasft.train.trainer import Trainer
 
-        self.watch, self.phases, self.before = watch, dict[str, Counts](), watch.live
         weight._workspaces.clear()  # of the job before
+        gc.collect()
+        self.watch, self.phases, self.before = watch, dict[str, Counts](), watch.live
         self.config = config = RunConfig.from_dict(settings)
         hyper, parallel = config.hyperparameters, config.hyperparameters.parallelism
         with self.phase("model"):
@@ -104,6 +106,18 @@ class Job:
         self.phases["update"].live = self.watch.live
         self.trainer._compute = compute  # type: ignore[method-assign]
         return record
+
+    def initialize(self) -> None:
+        """Draw the adapters on the host: phase "adapters"."""
+        from megasft.adapters.model_io import initialize_adapter
+
+        with self.phase("adapters"):
+            initialize_adapter(self.model, 0)
+
+    def evaluate(self) -> None:
+        """The loss of the conversations, without gradients: phase "evaluation"."""
+        with self.phase("evaluation"):
+            self.trainer.evaluate(self.trainer.train)
 
     def copy_states(self) -> None:
         """The part of a checkpoint that training waits for: phase "checkpoint"."""
