@@ -102,6 +102,7 @@ def _cuda(synchronized: Callable[[str], None]) -> dict[str, Any]:
         "set_device": lambda _: None,
         "device_count": lambda: 1,
         "device": lambda _: contextlib.nullcontext(),
+        "get_device_name": lambda *_: properties.name,
         "get_device_properties": lambda *_: properties,
         "get_device_capability": lambda *_: (9, 0),
         "Stream": Stream,
