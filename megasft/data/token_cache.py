@@ -227,7 +227,8 @@ def _report(
     first = [Problem(str(files[number]), line, *why) for number, line, *why in manifest.first_problems]
     total = manifest.problems
     if total and on_error == "stop":
-        more = f" (and {total - 1} more problems; `megasft validate` lists them)" if total > 1 else ""
+        others = "1 more problem" if total == 2 else f"{total - 1} more problems"
+        more = f" (and {others}; `megasft validate` lists them)" if total > 1 else ""
         raise UserError(f"{first[0]}{more}")
     if not manifest.samples:
         raise UserError(f"{path}: {recipe.nothing_left(manifest.counts.get('dropped', 0), manifest.longest)}")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from megasft.data import token_cache, tokenize
+from megasft.data import records, token_cache, tokenize
 from megasft.data.conversations import read_conversations
 from megasft.data.dataset import Samples
 from megasft.data.overlong import fit
@@ -209,11 +210,13 @@ BAD = ["{broken", json.dumps({"messages": [{"role": "user", "content": "a"}]})]
 
 
 def test_a_conversation_that_cannot_be_used_ends_the_run_with_its_place(load, tmp_path):
-    file = write(tmp_path / "data.jsonl", 3, *BAD)
-    message = r"data\.jsonl:4: not JSON .* \(and 1 more problems; `megasft validate` lists them\)$"
-    for _ in range(2):  # from the cache as well
-        with pytest.raises(UserError, match=message):
-            load(file)
+    for bad, more in ((BAD[:1], ""), (BAD, "1 more problem"), (BAD * 2, "3 more problems")):
+        file = write(tmp_path / "data.jsonl", 3, *bad)
+        for _ in range(2):  # from the cache as well
+            with pytest.raises(UserError, match=r"data\.jsonl:4: not JSON") as refused:
+                load(file)
+            said = str(refused.value).partition(" (and ")[2]
+            assert said == (f"{more}; `megasft validate` lists them)" if more else "")
 
 
 def test_what_is_skipped_is_counted_and_named(load, built, tmp_path, capsys):
@@ -243,6 +246,8 @@ def test_the_skipped_of_a_moved_file_have_its_new_name(load, tmp_path, capsys):
 def test_what_is_cut_is_counted(load, tmp_path, capsys):
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join(json.dumps(chat(i, "long " * 40 * (i % 2))) for i in range(6)))
+    load(write(tmp_path / "short.jsonl", 3))
+    assert "over-length" not in capsys.readouterr().err
     load(file, Recipe(64, overlong="truncate_right"))
     assert "over-length: 3 truncated (truncate_right)" in capsys.readouterr().err
     assert len(load(file, Recipe(64, overlong="drop"))) == 3
@@ -256,6 +261,15 @@ def test_a_file_without_anything_to_learn_from_is_refused(load, tmp_path, conten
         load(tmp_path / "data.jsonl")
     with pytest.raises(UserError, match="no conversation with something to learn from"):
         load(tmp_path / "data.jsonl", on_error="skip")
+
+
+def test_a_long_file_is_reported_on_the_way(load, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(token_cache, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(records, "BLOCK_RECORDS", 4)
+    load(write(tmp_path / "data.jsonl", 12))
+    said = re.findall(r"data\.jsonl: (\d+) samples tokenized \(([\d,]+) a second\)", capsys.readouterr().err)
+    assert [int(count) for count, _ in said] == [4, 8, 12]
+    assert all(int(rate.replace(",", "")) > 0 for _, rate in said)
 
 
 def test_an_unwritable_cache_is_named(tokenizer, tmp_path):
