@@ -45,11 +45,9 @@ def world(pristine, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Keep bytecode, because otherwise every process would compile megatron-core again."""
+    """One thread a rank, a cache of their own, and bytecode kept: that of the packages is what `make install` compiled."""
     changed = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-    if sys.dont_write_bytecode:
-        changed |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("bytecode"))}
-    return os.environ | changed
+    return os.environ | changed | {"PYTHONDONTWRITEBYTECODE": ""}
 
 
 @pytest.fixture
