@@ -39,7 +39,8 @@ class Case:
 
     def settings(self, folder: str) -> dict[str, Any]:
         made = settings(**({"tokens": TOKENS, "r": R, "folder": folder, "accumulation": 1} | self.changes))
-        made["lora"]["target_modules"] = ["all-linear", "gate"]
+        if not self.full:
+            made["lora"]["target_modules"] = ["all-linear", "gate"]
         made["hyperparameters"] |= self.hyper
         return made
 
