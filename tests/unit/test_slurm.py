@@ -17,8 +17,7 @@ for _ in $(seq 300); do sleep 0.02; [[ -e end ]] && exit 0; done
 """
 COMMANDS = {
     "srun": '#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=0 exec "$@"\n',
-    # It returns when the agents have ended, so that a step may end before the script waits for it again.
-    "scancel": '#!/usr/bin/env bash\necho "$*" > scancel\nkill -TERM "$(cat agent)"\nsleep 0.3\n',
+    "scancel": '#!/usr/bin/env bash\necho "$*" > scancel\nkill -TERM "$(cat agent)"\n',
     "scontrol": '#!/usr/bin/env bash\n[[ $1 == show ]] && echo "node7" || echo "$*" > requeued\n',
 }
 
