@@ -96,19 +96,26 @@ def prove(find: Find, messages: list[Message], text: str, spans: list[Span], clo
         for said in _said(message):
             if not _holds(bodies.get(i, text), said):
                 raise RefusedError("the chat template leaves out or changes a part of {}", i)
-    seen = set(everywhere)
-    return [
-        i
-        for i in turns
-        if (thought := thought_of(messages[i]))
-        and (planted.reasoning.get(i, set()) - seen or not _holds(bodies[i], thought))
-    ]
+    seen, lost = set(everywhere), []
+    for i in turns:
+        thought, marks = thought_of(messages[i]), planted.reasoning.get(i)
+        # Without a mark, an answer that holds the same characters must not be taken for it.
+        body = bodies[i] if marks else _before_answer(bodies[i], messages[i])
+        if thought and not (_holds(body, thought) and seen.issuperset(marks or ())):
+            lost.append(i)
+    return lost
 
 
 def thought_of(message: Message) -> str:
     """The reasoning of an assistant message, whether it stands beside its text or in it."""
     parts = _parts(message["content"])
     return message.get("reasoning_content", "").strip() or (parts[1].strip() if parts else "")
+
+
+def _before_answer(body: str, message: Message) -> str:
+    parts = _parts(message["content"])
+    answer = (parts[2] if parts else message["content"]).strip()
+    return body[: body.rfind(answer)] if answer and answer in body else body
 
 
 def strings(value: Any) -> Iterator[str]:

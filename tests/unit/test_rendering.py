@@ -37,6 +37,7 @@ def supervised(tokenizer, one):
     "answer",
     [
         {**ANSWER, "reasoning_content": "four"},  # what the answer says too is lost all the same
+        {**ANSWER, "content": "<b>", "reasoning_content": "<b>"},  # no word to plant a mark in
         {**ANSWER, "reasoning": "I add them up."},
         {**ANSWER, "thinking": "- one\n- two"},
     ],
@@ -49,7 +50,7 @@ def test_reasoning_that_the_rendering_does_not_hold_is_refused_or_counted(with_t
         assert "the reasoning of 1 message to learn from (messages[1] (assistant))" in problem.reason
         assert "train_on" not in problem.reason  # it would not help
         one = encoded(tokenizer, USER, answer, settings={"lost_reasoning": "accept"})
-        assert supervised(tokenizer, one).startswith(("four<", " four<"))
+        assert supervised(tokenizer, one).strip().startswith(answer["content"] + "<")
         assert one.notes == {"assistant messages whose reasoning the chat template leaves out": 1}
     one = encoded(with_template("thinking"), USER, answer)
     assert supervised(with_template("thinking"), one).startswith("<think>\n" + str(list(answer.values())[2]))
