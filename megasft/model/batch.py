@@ -48,8 +48,7 @@ class MicroBatch:
 
     tokens, labels: int64 [T]; labels[i] is the token to predict at position i, or IGNORED. places: int64 [T], the place
     of each token among all tokens of the global batch, however they are cut; needed for dropout only. supervised: int64
-    [n], the positions whose labels are not IGNORED, found while they were on the host; without it the loss asks the
-    device for them.
+    [n], the positions whose labels are not IGNORED, found while they were on the host; needed for the loss only.
     """
 
     tokens: Tensor

@@ -7,6 +7,7 @@ numbers that the host knows or does not need. Collectives are megatron-core's.
 T: tokens; E: experts on this rank; n: copies of tokens, one for each choice of one of these experts; H: hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,56 +45,45 @@ class Copies:
 
     def make(self, x: Tensor) -> Tensor:
         """The copies of tokens: x [T, H] -> [n, H]."""
-        return _Make.apply(x, self)
+        return _Linear.apply(x, self._gathered, self._summed)
 
     def add_up(self, y: Tensor) -> Tensor:
         """The sum of each token's copies, rounded once: y [n, H] -> [T, H]."""
-        return _AddUp.apply(y, self)
+        return _Linear.apply(y, self._summed, self._gathered)
 
     def pick(self, weights: Tensor) -> Tensor:
         """The routing weights of the copies: [T, E] -> [n]."""
-        return _Pick.apply(weights, self)
+        return _Linear.apply(weights, self._picked, self._spread)
 
     def _gathered(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.tokens)
 
     def _summed(self, y: Tensor) -> Tensor:
         # One kernel that reads each copy once and adds in fp32, in the order of the experts.
-        return torch.nn.functional.embedding_bag(self.order, y.detach(), self.starts, mode="sum")
+        return torch.nn.functional.embedding_bag(self.order, y.detach().contiguous(), self.starts, mode="sum")
+
+    def _picked(self, weights: Tensor) -> Tensor:
+        return weights.t().reshape(-1).index_select(0, self.places)
+
+    def _spread(self, grad: Tensor) -> Tensor:
+        tokens = len(self.starts)
+        spread = grad.new_zeros(self.experts * tokens).index_copy_(0, self.places, grad)
+        return spread.view(self.experts, tokens).t()
 
 
-class _Make(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, copies: Copies) -> Tensor:
-        ctx.copies = copies
-        return copies._gathered(x)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.copies._summed(gy.contiguous()), None
-
-
-class _AddUp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, copies: Copies) -> Tensor:
-        ctx.copies = copies
-        return copies._summed(y)
+class _Linear(torch.autograd.Function):
+    """A linear function with its transpose for backward, neither of which needs a tensor of the other."""
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.copies._gathered(gy), None
-
-
-class _Pick(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, copies: Copies) -> Tensor:
-        ctx.copies, ctx.rows = copies, len(weights)
-        return weights.t().reshape(-1).index_select(0, copies.places)
+    def forward(
+        ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.transpose = transpose
+        return function(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        spread = grad.new_zeros(ctx.copies.experts * ctx.rows).index_copy_(0, ctx.copies.places, grad)
-        return spread.view(ctx.copies.experts, ctx.rows).t(), None
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.transpose(gy), None, None
 
 
 class AllGatherDispatcher(MoEAllGatherTokenDispatcher):

@@ -147,6 +147,7 @@ class Qwen3Moe(GPTModel):
 
     def forward(self, batch: MicroBatch) -> Tensor:  # type: ignore[override]
         """The summed loss over the batch's supervised positions, fp32 []; hidden states on stages before the last."""
+        assert batch.supervised is not None
         return self._run(batch, partial(self._loss, supervised=batch.supervised))
 
     def route(self, batch: MicroBatch) -> Tensor:
@@ -202,11 +203,10 @@ class Qwen3Moe(GPTModel):
         first = self.topology.groups.tp.rank() * weight.shape[0]
         return weight[: max(0, self.true_vocab_size - first)], first
 
-    def _loss(self, hidden_states: Tensor, labels: Tensor, supervised: Tensor | None, **_: Any) -> Tensor:
+    def _loss(self, hidden_states: Tensor, labels: Tensor, supervised: Tensor, **_: Any) -> Tensor:
         weight, first = self._head_weight()
-        at = (labels >= 0).nonzero().squeeze(1) if supervised is None else supervised
         return supervised_loss(
-            hidden_states, weight, labels, at, first, self.topology.groups.tp, self.config.sequence_parallel
+            hidden_states, weight, labels, supervised, first, self.topology.groups.tp, self.config.sequence_parallel
         )
 
     def _logits(self, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:

@@ -10,7 +10,7 @@ from megasft.config.parallelism import choose_dispatcher, resolve_topology
 from megasft.config.schema import RunConfig
 from tests.cuda_path.cases import CASES, R, in_a_process
 from tests.cuda_path.formulas import frozen_bytes
-from tests.parallel.step_traffic import StepTraffic, _buffer
+from tests.parallel.step_traffic import StepTraffic, buffer_elements
 
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 BY_NAME = {case.name: case for case in CASES}
@@ -121,7 +121,7 @@ def test_what_stays_in_memory_is_what_the_formulas_say(walked, case):
     traffic = StepTraffic(case.config(), sizes, stage, R, dispatcher)
     dense, _, experts, _ = traffic.adapters()
     expert_data = case.world // (sizes.expert * sizes.expert_tensor * sizes.pipeline)
-    padded = _buffer(dense, sizes.data) + _buffer(experts, expert_data)
+    padded = buffer_elements(dense, sizes.data) + buffer_elements(experts, expert_data)
     assert state["adapters"] == 2 * sum(dense + experts)
     assert state["adapter buffers"] == 2 * padded
     assert state["gradient buffers"] == 4 * padded

@@ -99,7 +99,7 @@ def resume(place: Place) -> None:
 def hang(place: Place) -> None:
     """A rank that stops, one that hangs in a collective, and SIGTERM while the others wait in it: named and ended."""
     place.need(2)
-    for fault, named in (("be stopped", r"no answer|no progress|does not respond|rank 1"), ("hang", r"rank 1")):
+    for fault, named in (("be stopped", r": rank 1 \(.* has not reported"), ("hang", r"rank 1 in recv")):
         job = Job(place, fault.replace(" ", "-"))
         code, said = job.train(f"tags.fault={fault!r}", "job.timeout_minutes=0.1", command=[MISBEHAVE])
         line = next((line for line in said.splitlines() if line.startswith("megasft: ")), said[-300:])

@@ -5,7 +5,7 @@ import torch
 from megasft.config.values import LINEAR_LAYERS
 from tests.gpu.place import Place
 from tests.parallel.invariance import Case, Experiment
-from tests.parallel.test_step_collectives import measured_and_expected
+from tests.parallel.step_traffic import measured_and_expected
 from tests.parity import quantized
 from tests.parity.reference import Reference, linear_shapes, random_adapter, random_model, tiny_config, write_adapter
 from tests.support import on_ranks

@@ -9,11 +9,15 @@ the gathered tensor, or the tensor to scatter; for an all-to-all, the rank's inp
 from collections import Counter
 from dataclasses import dataclass
 from math import lcm
+from typing import Any
 
 from transformers import Qwen3MoeConfig
 
-from megasft.config.parallelism import TopologySizes
+from megasft.config.parallelism import TopologySizes, choose_dispatcher
 from megasft.model.hf_config import sparse_layers
+from megasft.train.trainer import Trainer
+from tests.support import on_ranks
+from tests.support.traffic import Traffic
 
 SHAPE_MESSAGE = 3 * 8  # a pipeline stage tells the next the shape of what it sends, int64
 
@@ -145,7 +149,7 @@ class StepTraffic:
         world = s.tensor * s.pipeline * s.data
         expert_data = world // (s.expert * s.expert_tensor * s.pipeline)
         for group, ranks, matrices in (("dp", s.data, dense), ("expert dp", expert_data, experts)):
-            elements = _buffer(matrices, ranks)
+            elements = buffer_elements(matrices, ranks)
             self._add(group, ranks, "reduce-scatter", 4 * elements, bool(matrices))
             self._add(group, ranks, "all-gather", self.b * elements, bool(matrices))
 
@@ -161,10 +165,41 @@ class StepTraffic:
             self._add("world", world, "all-reduce", 8 * (2 + (self.sparse_everywhere + 1) * experts))
 
 
-def _buffer(matrices: list[int], ranks: int) -> int:
+def buffer_elements(matrices: list[int], ranks: int) -> int:
     """Elements of megatron-core's buffer: each matrix starts at a multiple of 64, the total at a multiple of lcm(ranks, 128)."""
     end = 0
     for elements in matrices:
         end = -(-end // 64) * 64 + elements
     multiple = lcm(ranks, 128)
     return -(-end // multiple) * multiple
+
+
+def measured_and_expected(
+    settings: dict[str, Any], samples: list[on_ranks.Sample]
+) -> tuple[tuple[Counter, Counter], tuple[Counter, Counter]]:
+    """On a rank: ((calls, bytes) of its second step, the same by formula)."""
+    config, topology, model = on_ranks.start(settings)
+    trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
+    trainer.train_step()
+    compute, seen = trainer._compute, []
+
+    def spied(batches, training):
+        seen.extend((len(batch.tokens), len(batch.supervised)) for batch in batches)
+        return compute(batches, training)
+
+    trainer._compute = spied
+    with Traffic() as traffic:
+        trainer.train_step()
+    parallelism = config.hyperparameters.parallelism
+    formulas = StepTraffic(
+        model.hf_config,
+        topology.sizes,
+        topology.groups.pp.rank(),
+        config.lora.r,
+        choose_dispatcher(parallelism.token_dispatcher, topology.sizes),
+        forwards=1 + parallelism.activation_checkpointing,
+        counts_first=bool(config.hyperparameters.router_aux_loss_coef),
+        b=2 if parallelism.bf16 else 4,
+        w=8 if config.lora.dropout else 4,
+    ).of(seen)
+    return (traffic.calls, traffic.bytes), (formulas.calls, formulas.bytes)

@@ -2,45 +2,13 @@
 
 import pytest
 
-from megasft.config.parallelism import choose_dispatcher
-from megasft.train.trainer import Trainer
 from tests.parallel.invariance import Case
-from tests.parallel.step_traffic import StepTraffic
+from tests.parallel.step_traffic import measured_and_expected
 from tests.parity.reference import random_model, tiny_config
 from tests.support import on_ranks
-from tests.support.traffic import Traffic
 
 R = 4
 LENGTHS = [19, 7, 30, 11, 4, 23, 16, 9]
-
-
-def measured_and_expected(settings, samples):
-    """((calls, bytes) of this rank's second step, the same by formula)."""
-    config, topology, model = on_ranks.start(settings)
-    trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
-    trainer.train_step()
-    compute, seen = trainer._compute, []
-
-    def spied(batches, training):
-        seen.extend((len(batch.tokens), int((batch.labels >= 0).sum())) for batch in batches)
-        return compute(batches, training)
-
-    trainer._compute = spied
-    with Traffic() as traffic:
-        trainer.train_step()
-    parallelism = config.hyperparameters.parallelism
-    formulas = StepTraffic(
-        model.hf_config,
-        topology.sizes,
-        topology.groups.pp.rank(),
-        R,
-        choose_dispatcher(parallelism.token_dispatcher, topology.sizes),
-        forwards=1 + parallelism.activation_checkpointing,
-        counts_first=bool(config.hyperparameters.router_aux_loss_coef),
-        b=2 if parallelism.bf16 else 4,
-        w=8 if config.lora.dropout else 4,
-    ).of(seen)
-    return (traffic.calls, traffic.bytes), (formulas.calls, formulas.bytes)
 
 
 @pytest.fixture(scope="module")
