@@ -48,6 +48,7 @@ CHECKS = {
     "topologies": Check("parity.topologies", 1800),
     "traffic": Check("parity.traffic", 600),
     "qlora": Check("parity.qlora", 600),
+    "counts": Check("jobs.counts", 1200),
     "across": Check("jobs.across", 2400),
     "resume": Check("jobs.resume", 2400),
     "hang": Check("jobs.hang", 1800),

@@ -19,6 +19,10 @@ from tests.support.world import make_world
 ROOT = Path(__file__).parents[2]
 LIMIT = 400.0  # seconds of one command
 MISBEHAVE = str(ROOT / "tests" / "support" / "misbehave.py")
+COUNTED = str(ROOT / "tests" / "gpu" / "counted.py")
+# Where the host waits for the device in a step: sums of the loss, the gradient's norm, and copies to the device of the
+# micro batches after it (tests/cuda_path holds the step to these).
+WAITS = {"megasft/train/trainer.py", "megasft/data/micro_batches.py", "megatron/core/optimizer/clip_grads.py"}
 
 
 class Job:
@@ -94,6 +98,26 @@ def resume(place: Place) -> None:
         place.equal(f"{name}: exit code", job.end(process)[0], code)
         place.equal(f"{name}: exit code of the resumed job", job.train()[0], 0)
         _same_end(place, name, job, whole)
+
+
+def counts(place: Place) -> None:
+    """A step launches kernels and waits for them where it may."""
+    job = Job(place, "counts")
+    place.equal("exit code", job.train(command=[COUNTED])[0], 0)
+    note_counts(place, job.folder / "run", None)
+
+
+def note_counts(place: Place, run: Path, launches: int | None) -> None:
+    """Compare what `counted.py` has left in a run's folder; `launches`: of a micro batch, as counted without a GPU."""
+    found = json.loads((run / "counts.json").read_text())
+    batches, waits = found["micro_batches"], found["waits"]
+    place.note("micro batches of the step", batches, "1 or more", batches > 0)
+    other = {where: times for where, times in waits.items() if not where.rpartition(":")[0].endswith(tuple(WAITS))}
+    place.note("the host waits for the GPU elsewhere than it may", other or waits, "nowhere", not other)
+    if place.device == "cuda":
+        each = found["launches"] / batches
+        expected = "recorded" if launches is None else f"at most 1.25 x {launches}"
+        place.note("kernels for each micro batch", round(each), expected, 0 < each <= 1.25 * (launches or each))
 
 
 def hang(place: Place) -> None:

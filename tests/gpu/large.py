@@ -6,19 +6,22 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from tests.gpu.jobs import COUNTED, note_counts
 from tests.gpu.place import Place
 from tests.gpu.report import NeedsMore
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "qwen3_coder_30b.toml"
 LIMIT = 1500.0
-# Peak GiB a GPU at 4,096 tokens with recomputation, counted in one rank's step on fake CUDA tensors, never measured: at
-# TP=2 with expert-TP=2, and at TP=1.
-PEAK, PEAK_ALONE = 39.7, 66.4
+# Counted in one rank's step of 4,096 tokens with recomputation on fake CUDA tensors (tests.support.fake_cuda.walk), never
+# measured: peak GiB and kernels of a micro batch, at TP=2 with expert-TP=2, and at TP=1.
+PEAK, PEAK_ALONE = 38.89, 65.54
+KERNELS, KERNELS_ALONE = 15572, 14338
 
 
 def _data(folder: Path) -> Path:
@@ -44,7 +47,14 @@ class Run:
     peak: float | None
 
 
-def _train(place: Place, name: str, steps: int, *settings: str, ranks: int | None = None) -> Run:
+def _train(
+    place: Place,
+    name: str,
+    steps: int,
+    *settings: str,
+    ranks: int | None = None,
+    command: Sequence[str] = ("-m", "megasft"),
+) -> Run:
     """The reference run file with changes, on packed rows of this repository."""
     ranks, out = ranks or place.ranks, place.folder / name
     common = [
@@ -53,7 +63,7 @@ def _train(place: Place, name: str, steps: int, *settings: str, ranks: int | Non
     ]  # fmt: skip
     if (gpu := os.environ.get("MEGASFT_GPU_TYPE")) is not None:
         common.append(f"compute.gpu_type={gpu!r}")
-    words = [sys.executable, "-m", "megasft", "train", "--config", str(CONFIG), "--dataset", str(_data(place.folder))]
+    words = [sys.executable, *command, "train", "--config", str(CONFIG), "--dataset", str(_data(place.folder))]
     words += [word for setting in (*common, *settings) for word in ("--set", setting)]
     begun = time.monotonic()
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
@@ -77,11 +87,11 @@ def _fitting(ranks: int) -> str:
 
 
 def large(place: Place) -> None:
-    """10 packed steps: losses that fall, time, memory against the plan."""
+    """10 packed steps: losses that fall, time, memory, kernels and waits against what was counted without a GPU."""
     place.need(gpu=True, model=True)
     run = _train(
         place, "large", 10, _fitting(place.ranks), "hyperparameters.gradient_accumulation_steps=4",
-        "hyperparameters.learning_rate=1e-4", "hyperparameters.warmup_ratio=0",
+        "hyperparameters.learning_rate=1e-4", "hyperparameters.warmup_ratio=0", command=[COUNTED],
     )  # fmt: skip
     losses = [record["loss"] for record in run.records]
     place.note(
@@ -89,6 +99,7 @@ def large(place: Place) -> None:
     )
     place.note("seconds", _times(run), "recorded", True)
     _memory(place, run, PEAK if place.ranks > 1 else PEAK_ALONE)
+    note_counts(place, place.folder / "large", KERNELS if place.ranks > 1 else KERNELS_ALONE)
 
 
 def _times(run: Run) -> str:
