@@ -18,7 +18,17 @@ from megasft import job
 from megasft.config.schema import RunConfig
 from megasft.distributed.topology import leave_world
 from megasft.launch import rendezvous
-from megasft.launch.exit import FAILED, INTERRUPTED, REFUSED, ask_to_stop, first_to_report, interrupted, was_reported
+from megasft.launch.exit import (
+    FAILED,
+    INTERRUPTED,
+    REFUSED,
+    ask_to_stop,
+    first_to_report,
+    interrupted,
+    is_done,
+    tell_done,
+    was_reported,
+)
 from megasft.launch.parent import on_parent_death
 from megasft.launch.watchdog import Watchdog
 from megasft.messages import UserError, say
@@ -71,6 +81,7 @@ class _Ending:
         self._lock = threading.Lock()
         self._trainer: Trainer | None = None
         self._stopping = False  # a signal came
+        self._done = False
         self._saving = threading.Event()
         self._store = rendezvous.store()
         self._watch = Watchdog(int(self.rank), int(os.environ["WORLD_SIZE"]), 60 * timeout_minutes)
@@ -86,8 +97,12 @@ class _Ending:
         self._watch.attach(trainer.progress.report)
 
     def succeed(self) -> None:
-        """This rank is done."""
+        """This rank is done; a signal from now on is too late."""
+        self._done = True
+        while self._saving.is_set():  # for one that came before: the thread that saves exits, or gives up
+            time.sleep(0.05)
         self._watch.detach()
+        tell_done(self._store)
 
     def interrupt(self) -> NoReturn:
         """End as interrupted."""
@@ -133,7 +148,7 @@ class _Ending:
 
     def _on_interrupt(self, *_: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if not self._lock.locked() and self._trainer is None:
+        if not self._lock.locked() and self._trainer is None and not self._done:
             raise KeyboardInterrupt
 
     def _listen(self, heard: int) -> None:
@@ -145,8 +160,10 @@ class _Ending:
             elif verdict := self._watch.verdict():
                 self.end(FAILED, verdict)
         self._stopping = True
-        if self._trainer is not None and not was_reported(self._store):
-            self._save(self._trainer)
+        if self._done:
+            return
+        if self._trainer is not None and not was_reported(self._store) and not self._save(self._trainer):
+            return
         if number != signal.SIGINT:
             # Launchers also send SIGTERM when another rank has ended; the error that causes here says more.
             time.sleep(2)
@@ -154,15 +171,24 @@ class _Ending:
         time.sleep(5)
         self.interrupt()
 
-    def _save(self, trainer: Trainer) -> NoReturn:
-        """Save the run and exit. Every rank does: this one asked the others, or was asked."""
+    def _save(self, trainer: Trainer) -> bool:
+        """Save the run and exit. Every rank does: this one asked the others, or was asked.
+
+        Returns False where the job is done already, so that nothing is left to interrupt.
+        """
         self._saving.set()
+        if self._done:
+            self._saving.clear()
+            return False
         ask_to_stop(self._store)
         if self.rank == "0" and sys.stderr.isatty():
             say("interrupted: saving the run as of the last step; press Ctrl-C again to end it without")
         try:
             folder = trainer.stop()
         except (UserError, RuntimeError) as error:
+            if is_done(self._store):  # a rank that has left
+                self._saving.clear()
+                return False
             if LOST_PEER.search(str(error)):
                 self.lose_peer()
             self.end(INTERRUPTED, f"{self._interrupted}; the run could not be saved ({error})")

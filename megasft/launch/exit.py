@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from megasft.config.schema import RunConfig
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
-_REPORTED, _STOP = "megasft/reported", "megasft/stop"
+_REPORTED, _STOP, _DONE = "megasft/reported", "megasft/stop", "megasft/done"
 _ANSWER_SECONDS = 5.0
 
 
@@ -44,6 +44,17 @@ def ask_to_stop(store: "Store | None") -> None:
 def stop_asked(store: "Store") -> bool:
     """Whether some rank has asked all to stop. Raises RuntimeError if the store does not answer."""
     return store.check([_STOP])
+
+
+def tell_done(store: "Store | None") -> None:
+    """Tell the other ranks that this one is done, and so that nothing is left of the job but to exit."""
+    if store is not None:
+        _within(_ANSWER_SECONDS, lambda: store.set(_DONE, "1"), None)
+
+
+def is_done(store: "Store | None") -> bool:
+    """Whether some rank has told so."""
+    return store is not None and _within(_ANSWER_SECONDS, lambda: store.check([_DONE]), False)
 
 
 def _within[T](seconds: float, call: Callable[[], T], otherwise: T) -> T:

@@ -69,7 +69,7 @@ class Metrics:
 
     def sync(self) -> None:
         """Flush what was written to the disk."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: another thread has just closed it
             os.fsync(self._file.fileno())
 
     def _write(self, line: str) -> None:
@@ -92,6 +92,7 @@ class Metrics:
         self.display.close()
         with contextlib.suppress(OSError):
             self._board.close()
+        self.sync()
         self._file.close()
 
 

@@ -10,11 +10,12 @@ from megasft.train.metrics import Metrics
 
 
 class RunLog:
-    """The records of a run and the failures that do not end it. Every rank makes one."""
+    """The records of a run and the failures that do not end it; none once it is closed. Every rank makes one."""
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         self._config, self._topology = config, topology
         self._metrics: Metrics | None = None
+        self._length = 0  # of metrics.jsonl when it was closed
 
     def open(self, total_steps: int, step: int, length: int) -> None:
         """Write `config.toml` and open the metrics of a run at `step`; every rank calls it. Raises UserError.
@@ -59,7 +60,7 @@ class RunLog:
     @property
     def length(self) -> int:
         """Bytes of metrics.jsonl."""
-        return self._metrics.length if self._metrics else 0
+        return self._metrics.length if self._metrics else self._length
 
     def sync(self) -> None:
         """Flush metrics.jsonl to the disk."""
@@ -72,6 +73,8 @@ class RunLog:
             self._metrics.display.close()
 
     def close(self) -> None:
-        """Close everything."""
+        """Close everything; a signal may still come, and save the run once more."""
         if self._metrics:
             self._metrics.close()
+            self._length = self._metrics.length
+            self._metrics = None
