@@ -152,6 +152,37 @@ def test_answers_of_a_large_model_on_cpus_are_announced(capsys, no_gpu):
 
 
 @pytest.fixture
+def answer(tmp_path, monkeypatch, capsys):
+    """`answer(*arguments)`: what `megasft generate` of a tiny model says before ranks are launched, and as they are."""
+    make_world(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["megasft", "generate", str(tmp_path / "model"), "-p", "hi", *arguments])
+        monkeypatch.setattr(launcher, "launch", lambda *_, **__: print("launched", file=sys.stderr))
+        monkeypatch.setattr(launcher, "use_cores", lambda _: None)
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            cli.main()
+        return capsys.readouterr().err.splitlines()
+
+    return run
+
+
+def test_more_ranks_than_gpus_do_not_answer(answer, h200s):
+    h200s.setattr(torch.cuda, "device_count", lambda: 1)
+    assert answer() == ["launched"]
+    assert answer("--tensor-parallel", "2")[-1].startswith("megasft: 2 ranks on this machine, but torch sees 1 GPU; ")
+
+
+def test_the_command_that_answers_says_if_it_will_be_slow(answer, no_gpu, monkeypatch):
+    assert answer() == ["launched"]
+    monkeypatch.setattr(gpus, "CPU_WEIGHTS", 1e3)
+    slow, launched = answer()
+    assert slow.endswith(" billion weights answer on CPUs, slowly: " + host.why_no_gpu())
+    assert launched == "launched"
+
+
+@pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
     """`train(*settings)`: what `megasft train` says as it refuses a tiny job, or "launched"."""
     run_file = make_world(tmp_path)
