@@ -1,4 +1,8 @@
-"""However a job ends, all its processes end within 30 seconds, and one line says why."""
+"""However a job ends, all its processes end within 30 seconds, and one line says why.
+
+Launchers are started as a user starts them where that is what is tried; elsewhere `megasft train` is forked from a
+process that has imported everything.
+"""
 
 import json
 import os
@@ -15,6 +19,7 @@ from safetensors.torch import load_file
 
 from megasft.train.checkpoint.folder import damage
 from tests.parallel.resume import lines
+from tests.support.forked import Command
 from tests.support.speech import spoken, without_progress
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +27,7 @@ BIN = Path(sys.executable).parent
 MISBEHAVE = [str(ROOT / "tests" / "support" / "misbehave.py"), "train"]
 TORCHRUN = [str(BIN / "torchrun"), "--nproc-per-node", "2"]
 BY_ITSELF = {"megasft train": [sys.executable], "torchrun": TORCHRUN}
+ENDLESS = "hyperparameters.max_steps=100000"
 
 
 @pytest.fixture
@@ -41,6 +47,26 @@ def start(world, environment) -> Callable[..., subprocess.Popen]:
         process.kill()
     for pid in processes_of(world):
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def fork(world) -> Callable[..., Command]:
+    """`fork(*settings, options=())`: start the job of `world` as a forked `megasft train` that can misbehave."""
+    started = []
+
+    def begin(*settings: str, options: tuple[str, ...] = ()) -> Command:
+        overrides = [argument for setting in settings for argument in ("--set", setting)]
+        words = ["train", "--config", str(world / "job.toml"), *overrides, *options]
+        started.append(Command(words, world / f"errors-{len(started)}", in_rank=misbehave))
+        return started[-1]
+
+    yield begin
+    for command in started:
+        command.kill()
+
+
+def misbehave() -> None:
+    import tests.support.misbehave  # noqa: F401
 
 
 def processes_of(world: Path) -> list[int]:
@@ -126,30 +152,31 @@ def test_under_torchrun_the_error_is_printed_once_and_every_rank_exits_with_2(wo
 # --- crashes ---
 
 
-@pytest.mark.parametrize("launcher", BY_ITSELF)
-def test_a_crash_of_one_rank_ends_all_with_one_traceback(world, start, launcher):
-    process = start([*BY_ITSELF[launcher], *MISBEHAVE], "tags.fault=fail", "hyperparameters.max_steps=100000")
+def test_a_crash_of_one_rank_ends_all_with_one_traceback(world, fork):
+    command = fork("tags.fault=fail", ENDLESS)
+    assert command.wait() == 1
+    assert command.said().count("RuntimeError: the fault of rank 1\n") == command.said().count("Traceback") == 1
+    assert spoken(command.said()) == ["megasft: rank 1 failed, as traced above"]
+
+
+def test_a_killed_rank_ends_all_and_is_reported_in_one_line(world, fork):
+    command = fork("tags.fault='be killed'", ENDLESS)
+    assert command.wait() == 1
+    assert without_progress(command.said()) == "megasft: lost rank 1 to signal 9 (Killed); out of memory?\n"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said_by_a_rank"),
+    [("fail", "megasft: rank 1 failed, as traced above"), ("be killed", "megasft: rank 0 lost another rank, ")],
+)
+def test_under_torchrun_too(world, start, fault, said_by_a_rank):
+    process = start([*TORCHRUN, *MISBEHAVE], f"tags.fault={fault!r}", ENDLESS)
     wait_until(lambda: steps(world) or process.poll() is not None)
     code, said = finish(process, world, 30)
     assert code == 1
-    assert said.count("RuntimeError: the fault of rank 1\n") == 1
-    assert spoken(said) == ["megasft: rank 1 failed, as traced above"]
-    if launcher == "megasft train":
-        assert said.count("Traceback") == 1
-        assert "elastic" not in said
-
-
-@pytest.mark.parametrize("launcher", BY_ITSELF)
-def test_a_killed_rank_ends_all_and_is_reported_in_one_line(world, start, launcher):
-    process = start([*BY_ITSELF[launcher], *MISBEHAVE], "tags.fault='be killed'", "hyperparameters.max_steps=100000")
-    wait_until(lambda: steps(world) or process.poll() is not None)
-    code, said = finish(process, world, 30)
-    assert code == 1
-    if launcher == "megasft train":
-        assert without_progress(said) == "megasft: lost rank 1 to signal 9 (Killed); out of memory?\n"
-    else:
-        assert len(spoken(said)) == 1
-        assert "rank 0 lost another rank" in spoken(said)[0]
+    assert said.count("RuntimeError: the fault of rank 1\n") == (fault == "fail")
+    (line,) = spoken(said)
+    assert line.startswith(said_by_a_rank)
 
 
 # --- interruptions ---
@@ -157,7 +184,7 @@ def test_a_killed_rank_ends_all_and_is_reported_in_one_line(world, start, launch
 
 @pytest.mark.parametrize("launcher", BY_ITSELF)
 def test_ctrl_c_ends_all_ranks_and_leaves_complete_adapters(world, start, launcher):
-    process = start([*BY_ITSELF[launcher], *MISBEHAVE], "hyperparameters.max_steps=100000")
+    process = start([*BY_ITSELF[launcher], *MISBEHAVE], ENDLESS)
     wait_until(lambda: steps(world) > 3)
     os.killpg(process.pid, signal.SIGINT)
     code, said = finish(process, world, 30)
@@ -179,54 +206,52 @@ def test_ctrl_c_while_the_ranks_start_is_quiet_too(world, start):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["is told to stop", "is killed"])
-def test_ranks_that_wait_for_each_other_end_when_the_launcher(world, start, number):
-    process = start([sys.executable, *MISBEHAVE], "tags.fault=hang", "hyperparameters.max_steps=100000")
+def test_ranks_that_wait_for_each_other_end_when_the_launcher(world, fork, number):
+    command = fork("tags.fault=hang", ENDLESS)
     wait_until(lambda: steps(world))
     time.sleep(1)  # now each waits for the other
-    process.send_signal(number)
-    code, said = finish(process, world, 30)
-    assert len(spoken(said)) == 1
-    assert_saved(world, spoken(said)[0])
-    assert "Traceback" not in said
-    assert code == (130 if number == signal.SIGTERM else -number)
+    os.kill(command.pid, number)
+    assert command.wait() == (130 if number == signal.SIGTERM else -number)
+    (line,) = spoken(command.said())
+    assert_saved(world, line)
+    assert "Traceback" not in command.said()
 
 
-def test_a_second_ctrl_c_ends_ranks_that_cannot_save_at_once(world, start):
-    process = start([sys.executable, *MISBEHAVE], "hyperparameters.max_steps=100000")
+def test_a_second_ctrl_c_ends_ranks_that_cannot_save_at_once(world, fork):
+    command = fork(ENDLESS)
     wait_until(lambda: steps(world) > 1)
-    for rank in set(processes_of(world)) - {process.pid}:
+    for rank in command.ranks():
         os.kill(rank, signal.SIGSTOP)
-    process.send_signal(signal.SIGINT)
+    os.kill(command.pid, signal.SIGINT)
     time.sleep(1)
-    assert process.poll() is None, "it waits for them to save"
-    process.send_signal(signal.SIGINT)
-    code, said = finish(process, world, 20)  # of the minutes that it would wait for them to save
-    assert (code, spoken(said)) == (130, [NOT_BEGUN.format(world)])
+    assert command.pid in command.alive(), "it waits for them to save"
+    os.kill(command.pid, signal.SIGINT)
+    begun = time.monotonic()
+    assert command.wait() == 130
+    assert time.monotonic() - begun < 20, "of the minutes that it would wait for them to save"
+    assert spoken(command.said()) == [NOT_BEGUN.format(world)]
 
 
 # --- and go on ---
 
 
-def test_a_run_that_was_stopped_and_then_crashed_ends_like_an_uninterrupted_one(world, start):
+def test_a_run_that_was_stopped_and_then_crashed_ends_like_an_uninterrupted_one(world, fork):
     settings = ("lora.dropout=0.2", "hyperparameters.max_steps=12", "checkpoint.keep=9")
-    code, said = finish(start([sys.executable, *MISBEHAVE], *settings, f"job.output_dir='{world}/whole'"), world, 120)
-    assert code == 0, said
+    whole = fork(*settings, f"job.output_dir='{world}/whole'")
+    assert whole.wait() == 0, whole.said()
 
-    process = start([sys.executable, *MISBEHAVE], *settings)
+    command = fork(*settings)
     wait_until(lambda: steps(world) > 2)
-    rank = next(pid for pid in processes_of(world) if pid != process.pid)
-    os.kill(rank, signal.SIGUSR1)  # one rank alone: it tells the others
-    code, said = finish(process, world, 60)
-    assert code == 130
-    assert_saved(world, *spoken(said))
+    os.kill(command.ranks()[0], signal.SIGUSR1)  # one rank alone: it tells the others
+    assert command.wait() == 130
+    assert_saved(world, *spoken(command.said()))
     stopped = steps(world)
     assert stopped < 12
 
     crash = f"tags={{fault='be killed', fault_after={stopped + 2}}}"
-    process = start([sys.executable, *MISBEHAVE, "--max-restarts", "1"], *settings, crash)
-    code, said = finish(process, world, 120)
-    assert code == 0, said
-    told = spoken(said)
+    command = fork(*settings, crash, options=("--max-restarts", "1"))
+    assert command.wait() == 0, command.said()
+    told = spoken(command.said())
     assert told[0].startswith(f"megasft: resuming from {world}/run/checkpoints/step-{stopped:06d}: {stopped} of 12")
     assert told[1:3] == [
         "megasft: lost rank 1 to signal 9 (Killed); out of memory?",
