@@ -153,7 +153,7 @@ class Watch(TorchDispatchMode):
         if sent := collective(func, args):
             self.counts.calls[sent[0]] += 1
             self.counts.sent[sent[0]] += sent[1]
-        on_device = any(tensor.is_cuda for tensor in tensors)
+        on_device = any(is_cuda(tensor) for tensor in tensors)
         if name in ("aten::_local_scalar_dense", "aten::equal"):
             if on_device:
                 self.sync(name.removeprefix("aten::_").removeprefix("aten::"))
@@ -172,7 +172,7 @@ class Watch(TorchDispatchMode):
         return out
 
     def _data_dependent(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.is_cuda:
+        if is_cuda(tensor):
             self.sync(name.removeprefix("aten::"))
         n = self.answers.found(tensor)
         with self.fake:
@@ -189,10 +189,10 @@ class Watch(TorchDispatchMode):
             waits = not (kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
             if waits and source.device.type != outs[0].device.type:
                 self.sync(f"copy {source.device.type} to {outs[0].device.type}")
-        elif any(tensor.is_cuda for tensor in tensors + outs):
-            hosts = [tensor for tensor in tensors if not tensor.is_cuda and tensor.dim()]
+        elif any(is_cuda(tensor) for tensor in tensors + outs):
+            hosts = [tensor for tensor in tensors if not is_cuda(tensor) and tensor.dim()]
             assert not hosts, f"{func} mixes tensors of the device with {[tuple(t.shape) for t in hosts]} on the host"
-        if not any(tensor.is_cuda for tensor in tensors + outs) or name in _NOTHING or _is_view(func):
+        if not any(is_cuda(tensor) for tensor in tensors + outs) or name in _NOTHING or _is_view(func):
             return
         counts = self.counts
         counts.kernels[name] += 1
@@ -203,7 +203,7 @@ class Watch(TorchDispatchMode):
 
     def _hold(self, tensor: Tensor) -> None:
         """Add the tensor's memory to what is live, until its storage goes."""
-        if not tensor.is_cuda:
+        if not is_cuda(tensor):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -218,6 +218,11 @@ class Watch(TorchDispatchMode):
         self.live -= self._storages.pop(key)
 
 
+def is_cuda(tensor: Tensor) -> bool:
+    """Whether a tensor is on the device. A fake one is dispatched again each time it is asked itself."""
+    return tensor.fake_device.type == "cuda" if isinstance(tensor, FakeTensor) else tensor.is_cuda
+
+
 def _inside(path: str) -> bool:
     return "site-packages/torch/" in path or "support/fake_cuda/" in path or path.startswith("<")
 
@@ -226,7 +231,7 @@ def _tolist(real: Any, watch: Watch) -> Any:
     def tolist(tensor: Tensor) -> Any:
         if not isinstance(tensor, FakeTensor):
             return real(tensor)
-        if tensor.is_cuda:
+        if is_cuda(tensor):
             watch.sync("tolist")
         listed = watch.answers.listed(tensor)
         return listed if tensor.dim() else listed[0]
@@ -238,7 +243,7 @@ def _numpy(real: Any, watch: Watch) -> Any:
     def numpy(tensor: Tensor, **kwargs: Any) -> Any:
         if not isinstance(tensor, FakeTensor):
             return real(tensor, **kwargs)
-        assert not tensor.is_cuda
+        assert not is_cuda(tensor)
         return watch.answers.array(tensor)
 
     return numpy
@@ -253,7 +258,7 @@ def _bytes(func: Any, name: str, tensors: list[Tensor], outs: list[Tensor]) -> i
     if name in _GATHERS:
         return 2 * outs[0].nbytes
     different = {
-        (t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in (*tensors, *outs) if t.is_cuda
+        (t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in (*tensors, *outs) if is_cuda(t)
     }.values()
     total = sum(_size(tensor) for tensor in different)
     if (
@@ -301,7 +306,7 @@ def _check_grouped(a: Tensor, b: Tensor, offs: Tensor, bias: Any = None, out_dty
     """
     assert a.dtype == b.dtype == torch.bfloat16, f"grouped product of {a.dtype} and {b.dtype}"
     assert offs.dtype == torch.int32
-    assert offs.is_cuda
+    assert is_cuda(offs)
     assert offs.is_contiguous()
     assert bias is None
     assert a.dim() == 2
@@ -326,7 +331,7 @@ def _check_grouped(a: Tensor, b: Tensor, offs: Tensor, bias: Any = None, out_dty
 def _check_dequantize(packed: Tensor, scales: Tensor, size: int, out: Tensor) -> None:
     """Assert what bitsandbytes' operator on CUDA demands, whose own shape function cannot run."""
     for tensor, dtype in ((packed, torch.uint8), (scales, torch.float32), (out, out.dtype)):
-        assert tensor.is_cuda
+        assert is_cuda(tensor)
         assert tensor.is_contiguous()
         assert tensor.dtype == dtype
     assert 2 * packed.numel() == out.numel() == scales.numel() * size
