@@ -1,5 +1,6 @@
 """A folder that appears complete or not at all."""
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -52,10 +53,8 @@ class NewFolder:
                 os.close(descriptor)
             self.path.chmod(0o755)
             if self.folder.exists():
-                retired = self.path.with_name(self.path.name + ".old")
-                self.folder.rename(retired)
-                self.path.rename(self.folder)
-                shutil.rmtree(retired, ignore_errors=True)
+                _exchange(self.path, self.folder)
+                shutil.rmtree(self.path, ignore_errors=True)
             else:
                 self.path.rename(self.folder)
         except OSError as error:
@@ -74,3 +73,13 @@ def refuse_full(folder: str | Path) -> None:
         raise UserError(f"{folder}: exists and is not a folder")
     if path.exists() and any(path.iterdir()):
         raise UserError(f"{folder}: already holds files; name a folder that does not exist yet, or empty this one")
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Give two folders each other's name, in one step where the file system can (renameat2(2)). Raises OSError."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if ctypes.CDLL(None).renameat2(here, os.fsencode(a.absolute()), here, os.fsencode(b.absolute()), exchange):
+        aside = a.with_name(a.name + ".old")
+        b.rename(aside)
+        a.rename(b)
+        aside.rename(a)

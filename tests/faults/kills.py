@@ -11,6 +11,7 @@ metrics must be bitwise those of the uninterrupted run.
 import argparse
 import functools
 import importlib
+import json
 import os
 import random
 import signal
@@ -27,6 +28,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 from megasft.train.checkpoint.folder import Checkpoints, damage
 from tests.parallel.resume import lines, tensors
@@ -91,6 +93,7 @@ MOMENTS: dict[str, list[Point]] = {
     "validation": [
         *_around(TRAINER + "Trainer", "validate", False), *_around(TRAINER + "Trainer", "evaluate", False),
         *_around(PATH, "rename", True, lambda path, target: "best" in path.name + Path(target).name),
+        *_around("megasft.storage.new_folder:", "_exchange", True, lambda new, _: "best" in new.name),
     ],
     "copying and writing states": [
         *_around("megasft.train.checkpoint.optimizer_shards:OptimizerShards", "copy", False), *_around("megasft.train.checkpoint.optimizer_shards:OptimizerShards", "write", False),
@@ -260,6 +263,9 @@ class Killed:
         for folder in checkpoints.all():
             assert damage(folder) is None, f"{words}: {folder}: {damage(folder)}"
         assert max(steps, default=0) >= newest, f"{words}: step {newest} was there, now {steps}"
+        for adapter in filter(Path.exists, (run / "adapter", run / "best")):
+            assert load_file(adapter / "adapter_model.safetensors"), words
+            assert json.loads((adapter / "adapter_config.json").read_text()), words
         latest = checkpoints.folder / "latest"
         assert not latest.is_symlink() or latest.exists(), f"{words}: {latest} leads nowhere"
         return max(steps, default=0)
