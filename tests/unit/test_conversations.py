@@ -120,6 +120,25 @@ def test_a_wrong_message_is_reported(tmp_path, messages, reason):
     assert problem.line == 1
 
 
+@pytest.mark.parametrize("messages", [{"role": "user", "content": "hi"}, 3, True])
+def test_messages_that_are_no_list_are_reported(tmp_path, messages):
+    (problem,) = read(tmp_path, {"messages": messages})
+    assert problem.reason == "`messages` is not a list"
+
+
+def test_the_excerpt_is_of_what_is_wrong(tmp_path):
+    problem = read_messages(tmp_path, USER, {**ANSWER, "content": "a\0b"})
+    assert problem.excerpt == "a\\x00b"
+
+
+def test_a_tool_reply_may_come_after_other_messages_than_its_call(tmp_path):
+    late = read_messages(tmp_path, USER, CALL, USER, REPLY, ANSWER)
+    assert not late.notes
+    assert read_messages(tmp_path, USER, CALL, REPLY, USER, REPLY, ANSWER).notes == {
+        "tool replies that answer no tool call (kept)": 1
+    }
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

@@ -138,6 +138,11 @@ def test_marks_alone_are_proven_too(with_template):
         assert reason in problem.reason
     problem = encoded(tokenizer, USER, CALL, USER, ANSWER)
     assert "leaves out a part of messages[1] (assistant)" in problem.reason
+    last_only = UNEVEN.replace("{% generation %}", "{% if loop.last %}{% generation %}").replace(
+        "BODY{% endgeneration %}", CLOSED + "{% endgeneration %}{% else %}{{ m.content }}" + CLOSED + "{% endif %}"
+    )
+    problem = encoded(with_template(last_only), USER, ANSWER, USER, ANSWER)
+    assert "not one for each assistant message" in problem.reason
 
 
 # --- tools and roles -------------------------------------------------------------------------------------------------

@@ -113,6 +113,13 @@ SWAPPED_ANSWERS = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NEVER_CLOSED = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+REPEATED = CALLS_LOST + "{{ messages[0].content }}"
+NOT_CLOSED_AT_CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+    "{% if not m.tool_calls %}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 ALWAYS_REVERSED = "{% for m in messages|reverse %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 SIX = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"), ("user", "five")]
 SIX += [("assistant", "six")]
@@ -128,6 +135,9 @@ WITH_CALL = [("user", "go"), ("assistant", "ok", calls("f", x="y")), ("tool", "r
         (CALLS_LOST, WITH_CALL, "leaves out a part of messages"),
         (NEVER_CLOSED, SIX, "does not close"),
         (ALWAYS_REVERSED, SIX, "moves, repeats or drops"),
+        (REPEATED, SIX, "moves, repeats or drops"),
+        (NOT_CLOSED_AT_CALLS, WITH_CALL[:2], "leaves an assistant turn without <|im_end|>"),
+        (NOT_CLOSED_AT_CALLS, WITH_CALL, "one message into another"),
         ("instruction", WITH_CALL, "only user and assistant messages, please"),
         ("chatml", [("user", "x"), ("assistant", "y \U0010f000 <|im_end|>")], "private characters"),
         ("thinking", [("user", "x"), ("assistant", "<think>y</think>"), ("user", "z")], "the reasoning of 1 message"),
