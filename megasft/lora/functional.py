@@ -134,7 +134,7 @@ class _GroupedLoraLinear(torch.autograd.Function):
         h = grouped_mm(x if drop is None else drop(x), A.transpose(-2, -1), offsets).mul_(scaling)
         y = _grouped(x, weight, offsets, transposed=True)
         for n, (at, b) in enumerate(zip(columns, B, strict=True)):
-            y[:, at] += grouped_mm(h[:, _block(n, b)], b.transpose(-2, -1), offsets)
+            y[:, at].add_(grouped_mm(h[:, _block(n, b)], b.transpose(-2, -1), offsets))
         ctx.save_for_backward(x, A, h, offsets, *B)
         ctx.weight, ctx.scaling, ctx.drop, ctx.columns = weight, scaling, drop, columns
         return y

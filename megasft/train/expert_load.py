@@ -62,8 +62,8 @@ class ExpertLoad:
         sums = torch.zeros(self.experts + 1, dtype=torch.float64, device=host.device())
         for row, router in self._rows.items():
             counts[row] = router.tokens_per_expert
-            sums[:-1] += router.probability_sums
-            sums[-1] += router.dropped
+            sums[:-1].add_(router.probability_sums)
+            sums[-1].add_(router.dropped)
         return torch.cat([counts.flatten(), sums])
 
     def settle(self, total: Tensor) -> None:

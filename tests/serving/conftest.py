@@ -1,6 +1,7 @@
 """A tiny model, megasft's adapters for it, what peft makes of them, and servers in an environment of their own."""
 
 import json
+import math
 import os
 import subprocess
 from dataclasses import dataclass
@@ -107,10 +108,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def scale_by_root_of_rank(source: Path, out: Path) -> None:
-    """The adapter `source` as one that was trained with peft's `use_rslora`: other numbers from the same matrices."""
+    """The adapter `source` as one of peft's `use_rslora`: the same numbers, for alpha / sqrt(r) is its alpha / r."""
     export_adapter(source, out)
     path = out / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True, "lora_alpha": 10}))
+    stabilized = {"use_rslora": True, "lora_alpha": ALPHA / math.sqrt(R)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | stabilized))
 
 
 def ask(script: str, model: Path, adapters: dict[str, Path | None], folder: Path, **options: bool) -> dict[str, Any]:

@@ -272,9 +272,9 @@ def test_ten_thousand_damaged_lines_are_each_reported_or_accepted(tmp_path):
             lines.append(bytes(rng.choices(range(11, 256), k=rng.randint(1, 200))))
     lines[77] = json.dumps({"messages": [{**USER, "content": "x" * 10_000_000}, ANSWER]}).encode()
     must_report.discard(78)
-    started = time.monotonic()
+    started = time.process_time()
     found = read(tmp_path, *lines)
-    assert time.monotonic() - started < 30
+    assert time.process_time() - started < 30
     blank = {number for number, line in enumerate(lines, 1) if not line.strip()}
     assert [one.line for one in found] == [number for number in range(1, 10_001) if number not in blank]
     accepted = [one for one in found if isinstance(one, Conversation)]

@@ -141,6 +141,24 @@ def test_what_truncation_takes_is_counted_and_what_is_shown_is_what_a_run_gets(d
     assert "never seen" not in text
 
 
+def test_a_dataset_of_which_nothing_is_left_to_learn_from_fails_and_says_why(dataset, with_template):
+    file = dataset(chat("q " * 40, "never seen"), chat("q " * 50, "nor this"))
+    report = validate_dataset(file, with_template("chatml"), Recipe(16))
+    text, code = printed(lambda console: print_report(report, console))
+    assert code == 1
+    assert "all 2 conversations are longer than [hyperparameters] sequence_length = 16" in text
+    assert f"the longest has {max(report.lengths)} tokens" in text
+
+
+def test_a_title_says_how_much_of_a_conversation_is_shown(dataset, with_template):
+    file = dataset(chat("q", "one two three four five six seven"))
+    whole, _ = printed(lambda console: show(file, with_template("chatml"), 1, Recipe(100), console))
+    cut, _ = printed(lambda console: show(file, with_template("chatml"), 1, Recipe(16), console))
+    tokens = re.search(r"data\.jsonl:1 \((\d+) tokens, (\d+) supervised\)", whole)
+    assert tokens
+    assert re.search(rf"data\.jsonl:1 \(16 tokens, \d+ supervised, cut from {tokens[1]} by truncate_right\)", cut)
+
+
 def test_what_the_model_will_not_see_is_listed_with_count_and_line(dataset, with_template):
     first = chat("a", "b") | {"id": 7, "source": "x"}
     second = chat("c", "d") | {"source": "y"}
