@@ -1,11 +1,9 @@
-"""The benchmark's machine: its description, its GEMM rate, and the memory that a step takes."""
+"""The benchmark's machine: its description, the products that measure it, and the memory that a step takes."""
 
 import contextlib
 import ctypes
 import os
 import platform
-import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -40,38 +38,6 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-class GemmProbe:
-    """This rank's rate of plain matrix products. Sampled between steps, it sees the same disturbances as they do."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        device = host.device()
-        self.operands = [
-            (torch.randn(m, k, dtype=dtype, device=device), torch.randn(n, k, dtype=dtype, device=device))
-            for m, k, n in PROBES
-        ]
-        self.seconds: list[list[float]] = [[] for _ in PROBES]
-        for x, weight in self.operands:
-            x @ weight.t()  # warm up: kernels are initialized on first use
-
-    def sample(self) -> None:
-        """Multiply each of PROBES for PROBE_SECONDS, at least once."""
-        for (x, weight), seconds in zip(self.operands, self.seconds, strict=True):
-            deadline = time.perf_counter() + PROBE_SECONDS
-            while True:
-                host.synchronize()
-                started = time.perf_counter()
-                x @ weight.t()
-                host.synchronize()
-                ended = time.perf_counter()
-                seconds.append(ended - started)
-                if ended > deadline:
-                    break
-
-    def rates(self) -> list[float]:
-        """Median FLOP/s for each of PROBES."""
-        return [2 * m * k * n / statistics.median(s) for (m, k, n), s in zip(PROBES, self.seconds, strict=True)]
 
 
 @dataclass

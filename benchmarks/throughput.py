@@ -26,7 +26,7 @@ if not sys.warnoptions:  # `python -W default` shows the warnings of other libra
 import torch
 import torch.distributed as dist
 import typer
-from machine import PROBES, GemmProbe, describe, peak_of_body
+from machine import PROBE_SECONDS, PROBES, describe, peak_of_body
 from rich.console import Console
 from rich.table import Table
 from sides import Ours, Peer
@@ -42,6 +42,7 @@ from megasft.job import build_model, initialize
 from megasft.messages import UserError
 from megasft.model.hf_config import DTYPES
 from megasft.model.qwen3_moe import Qwen3Moe
+from megasft.train.peak import GemmProbe
 from megasft.train.trainer import Trainer
 
 
@@ -123,7 +124,7 @@ def measure(workload: Workload, topology: Topology, against: bool, profile: bool
             sides.append(Peer(folder / "model", folder / "adapter", trainer))
         dist.barrier()
 
-    probe = GemmProbe(DTYPES[workload.dtype])
+    probe = GemmProbe(DTYPES[workload.dtype], PROBES, PROBE_SECONDS)
     taken: list[list[Step]] = [[] for _ in sides]
     for i in range(total):
         probe.sample()

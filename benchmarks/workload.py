@@ -1,4 +1,4 @@
-"""The timed workload: model shapes, random weights, random conversations, and the FLOPs of a training step."""
+"""The timed workload: model shapes, random weights, random conversations, and its FLOPs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from megasft.config.values import ALL_LINEAR
 from megasft.data.dataset import Samples
+from megasft.model.flops import Flops, step_flops
 
 RANK = 16  # LoRA r; alpha is twice it
 
@@ -55,28 +57,6 @@ PRESETS = {
     # for tests
     "tiny": Shape(64, 2, 4, 2, 16, 8, 2, 32, 256, conversations=2, length=32),
 }
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations of one step; a multiplication plus an addition counts as two.
-
-    Frozen weights: 2 per active weight and token in forward, 2 in backward for the gradient of the input. LoRA: 2 in
-    forward, 4 in backward. Attention: two products of half a square (causal) in forward, four in backward. Head: as
-    frozen weights, for supervised positions only. Not counted: norms, softmax, activations and the optimizer, and the
-    saving that the first layer's input, an embedding, needs no gradient.
-    """
-
-    frozen: float
-    lora: float
-    attention: float
-    head: float
-    recomputed: float  # the second forward of the layers; not part of `model`
-
-    @property
-    def model(self) -> float:
-        """FLOPs that the model needs, without recomputation."""
-        return self.frozen + self.lora + self.attention + self.head
 
 
 @dataclass(frozen=True)
@@ -145,19 +125,13 @@ class Workload:
 
     def flops(self, replicas: int) -> Flops:
         """FLOPs per step over all ranks."""
-        shape, r = self.shape, RANK
-        h, f, q = shape.hidden, shape.expert_intermediate, shape.heads * shape.head_dim
-        kv = shape.key_value_heads * shape.head_dim
-        experts = [(h, f), (h, f), (f, h)] * shape.experts_per_token
-        adapted, router = [(h, q), (h, kv), (h, kv), (q, h), *experts], (h, shape.experts)
-        active = shape.layers * sum(inputs * outputs for inputs, outputs in [*adapted, router])
-        active_lora = shape.layers * sum(r * (inputs + outputs) for inputs, outputs in adapted)
-        tokens, conversations = self.tokens(replicas), replicas * shape.conversations
-        scores = conversations * shape.layers * q * shape.length**2 / 2  # multiplications of one product
-        return Flops(
-            frozen=4.0 * tokens * active,
-            lora=6.0 * tokens * active_lora,
-            attention=6 * 2 * scores,
-            head=4.0 * conversations * self.supervised_targets * h * shape.vocabulary,
-            recomputed=2 * tokens * (active + active_lora) + 2 * 2 * scores if self.recompute else 0.0,
+        shape, conversations = self.shape, replicas * self.shape.conversations
+        return step_flops(
+            shape.hf_config(),
+            frozenset(ALL_LINEAR),
+            RANK,
+            self.tokens(replicas),
+            conversations * self.supervised_targets,
+            conversations * shape.length**2,
+            self.recompute,
         )

@@ -5,9 +5,11 @@ import functools
 import glob
 import json
 import logging
+import math
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,6 +99,33 @@ def synchronize() -> None:
     """Wait for the device, so that a time taken next includes its work."""
     if CUDA:
         torch.cuda.synchronize()
+
+
+Mark = Any  # a point in this rank's work: a CUDA event, elsewhere a time
+
+
+def mark() -> Mark:
+    """A point in the work given to the device so far; does not wait for it."""
+    if not CUDA:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Seconds from one mark to another; the device must have come to both."""
+    return start.elapsed_time(end) / 1000 if CUDA else end - start
+
+
+def memory_in_use() -> tuple[float, float]:
+    """(bytes allocated, bytes reserved) by torch on this rank's GPU; NaN on CPUs, whose allocator does not count."""
+    return (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if CUDA else (math.nan, math.nan)
+
+
+def own_uuid() -> str | None:
+    """NVML's name of this rank's GPU, or None without one."""
+    return f"GPU-{torch.cuda.get_device_properties(_own()).uuid}" if CUDA else None
 
 
 def collectives() -> list[list[dict[str, Any]]]:

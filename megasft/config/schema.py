@@ -267,6 +267,7 @@ class LoggingSettings(Section):
 
     every_steps: Count = 1  # optimizer steps between lines of kind `train`
     experts_every_steps: Count = 100  # optimizer steps between lines of kind `experts` (tokens per layer and expert)
+    norms_every_steps: Count = 10  # optimizer steps between lines of kind `norms` (of the adapters and their updates)
 
 
 class RunConfig(Section):

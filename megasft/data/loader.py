@@ -22,11 +22,14 @@ Place = tuple[int, int]  # (epoch, row) of the first row of a global batch
 
 @dataclass(frozen=True)
 class Batch:
-    """A step: this rank's micro batches, the samples of all ranks and their tokens, seconds that the step waited."""
+    """A step: this rank's micro batches, the samples of all ranks, their tokens and the sum of their squared lengths,
+    seconds that the step waited.
+    """
 
     micro_batches: list[MicroBatch]
     samples: np.ndarray
     tokens: int
+    squares: int
     waited: float
 
 
@@ -66,7 +69,9 @@ class Loader:
         last = first + len(rows) == len(self._batches.epoch(epoch))
         self._ahead = (epoch + 1, 0) if last else (epoch, first + len(rows))
         samples = np.concatenate(rows)
-        return Batch(self._make(rows), samples, int(self._samples.lengths[samples].sum()), 0.0), self._ahead
+        lengths = self._samples.lengths[samples].astype(np.int64)
+        batch = Batch(self._make(rows), samples, int(lengths.sum()), int(lengths @ lengths), 0.0)
+        return batch, self._ahead
 
     def state_dict(self) -> dict[str, Any]:
         """From which a loader of the same data goes on with the next batch, on any topology. JSON can hold it."""

@@ -27,8 +27,8 @@ def supervised_loss(
     first_row: int,
     group: dist.ProcessGroup,
     sequence_parallel: bool,
-) -> Tensor:
-    """Sum of the cross entropy over supervised positions, fp32 [].
+) -> tuple[Tensor, Tensor]:
+    """Over supervised positions: the sum of the cross entropy, fp32 [], and how many targets no logit exceeds, int64 [].
 
     Args:
         hidden: [S, 1, H] after the final norm; a sequence shard if `sequence_parallel`.
@@ -47,34 +47,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, at: Tensor, first_row: int, group: dist.ProcessGroup
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         needs_grad = hidden.requires_grad
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         chunk = min(MAX_CHUNK, max(MIN_CHUNK, CHUNK_BYTES // (4 * weight.shape[0])))
         grads = []
         for where, target in zip(at.split(chunk), targets.split(chunk), strict=True):
             x = hidden.index_select(0, where)
             logits = (x @ weight.t()).float()
-            part_loss, g_logits = _cross_entropy(logits, target - first_row, group, needs_grad)
+            part_loss, part_correct, g_logits = _cross_entropy(logits, target - first_row, group, needs_grad)
             loss += part_loss
+            correct += part_correct
             if needs_grad:
                 grads.append(g_logits.to(weight.dtype) @ weight)
         ctx.shape, ctx.needs_grad = hidden.shape, needs_grad
         if needs_grad:
             ctx.save_for_backward(at, torch.cat(grads) if grads else hidden.new_zeros(0, hidden.shape[1]))
-        return loss
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
 
     @staticmethod
-    def backward(ctx: Any, g_loss: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g_loss: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
         at, grads = ctx.saved_tensors
         g_hidden = grads.new_zeros(ctx.shape)
         g_hidden.index_copy_(0, at, grads * g_loss.to(grads.dtype))
         return g_hidden, None, None, None, None, None
 
 
-def _cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup, needs_grad: bool) -> tuple[Tensor, Tensor]:
-    """Summed loss, and its gradient, written in place of the logits, fp32 [n, V]. Targets are relative to this rank's
-    first row.
+def _cross_entropy(
+    logits: Tensor, target: Tensor, group: dist.ProcessGroup, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss, the number of targets with the highest logit, and the loss's gradient, written in place of the
+    logits, fp32 [n, V]. Targets are relative to this rank's first row.
     """
     split = group.size() > 1
     top = logits.amax(dim=-1)
@@ -91,7 +96,8 @@ def _cross_entropy(logits: Tensor, target: Tensor, group: dist.ProcessGroup, nee
     if split:
         dist.all_reduce(sums, dist.ReduceOp.SUM, group)
     loss = (sums[1].log() - sums[0]).sum()
+    correct = (sums[0] == 0).sum()  # the highest logit of the vocabulary is subtracted from all
     if needs_grad:
         logits /= sums[1][:, None]
         logits.scatter_(1, column, logits.gather(1, column) - here[:, None].float())
-    return loss, logits
+    return loss, correct, logits

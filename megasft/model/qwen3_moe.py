@@ -145,8 +145,10 @@ class Qwen3Moe(GPTModel):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("lora_" in name)
 
-    def forward(self, batch: MicroBatch) -> Tensor:  # type: ignore[override]
-        """The summed loss over the batch's supervised positions, fp32 []; hidden states on stages before the last."""
+    def forward(self, batch: MicroBatch) -> Any:
+        """The summed loss over the batch's supervised positions, fp32 [], and how many of them are predicted right,
+        int64 []; hidden states on stages before the last.
+        """
         assert batch.supervised is not None
         return self._run(batch, partial(self._loss, supervised=batch.supervised))
 
@@ -162,7 +164,7 @@ class Qwen3Moe(GPTModel):
         """Logits of the last position, fp32 [vocabulary]; hidden states on stages before the last."""
         return self._run(batch, self._next_logits)
 
-    def _run(self, batch: MicroBatch, head: Any) -> Tensor:
+    def _run(self, batch: MicroBatch, head: Any) -> Any:
         segments = batch.segments
         if self.training and batch.places is not None:
             segments = replace(segments, draw=Draw(self.dropout_seed, batch.places))
@@ -203,7 +205,7 @@ class Qwen3Moe(GPTModel):
         first = self.topology.groups.tp.rank() * weight.shape[0]
         return weight[: max(0, self.true_vocab_size - first)], first
 
-    def _loss(self, hidden_states: Tensor, labels: Tensor, supervised: Tensor, **_: Any) -> Tensor:
+    def _loss(self, hidden_states: Tensor, labels: Tensor, supervised: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         weight, first = self._head_weight()
         return supervised_loss(
             hidden_states, weight, labels, supervised, first, self.topology.groups.tp, self.config.sequence_parallel

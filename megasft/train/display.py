@@ -1,13 +1,20 @@
-"""A run on the terminal: a progress bar below the lines of its history, or plain lines for logs."""
+"""A run on the terminal: a live view below the lines of its history, or plain lines for logs."""
 
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from megasft.messages import size
 
 LINE_SECONDS = 5.0  # at least, from one training line to the next
+SPARKS, LEVELS = 32, "▁▂▃▄▅▆▇█"  # losses in the sparkline, each a mean over an equal share of the last LOSSES
+LOSSES, EVENTS = 1024, 2
 
 
 class Display(Protocol):
@@ -22,7 +29,7 @@ class Display(Protocol):
 
 def open_display(total_steps: int, step: int) -> Display:
     """The display that suits standard error, for a run that has taken `step` of `total_steps` steps."""
-    return Bar(total_steps, step, Console(stderr=True)) if sys.stderr.isatty() else Lines(total_steps)
+    return Live(total_steps, step, Console(stderr=True)) if sys.stderr.isatty() else Lines(total_steps)
 
 
 def describe(kind: str, values: dict[str, Any]) -> str:
@@ -36,9 +43,12 @@ def describe(kind: str, values: dict[str, Any]) -> str:
         )
     if kind == "validation":
         loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
-        return f"validation loss {loss} over {values['tokens']:,} tokens"
+        accuracy = f", {values['token_accuracy']:.1%} predicted right" if "token_accuracy" in values else ""
+        return f"validation loss {loss} over {values['tokens']:,} tokens{accuracy}"
     if kind == "checkpoint":
         return f"checkpoint written to {values['path']}"
+    if kind == "event":
+        return f"{values['event'].replace('_', ' ')}: {values['reason']}"
     return f"{kind}: " + "  ".join(f"{name} {value}" for name, value in values.items())
 
 
@@ -57,34 +67,93 @@ class _History:
         return f"step {step}/{self._total}: {describe(kind, values)}"
 
 
-class Bar:
-    """A progress bar; the history scrolls by above it."""
+class Live:
+    """A view of the run as it stands; the history scrolls by above it."""
 
     def __init__(self, total_steps: int, step: int, console: Console) -> None:
-        columns = (
-            "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            "{task.fields[said]}",
-        )
-        self._progress = Progress(
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._view = View()
+        self._progress = _Progress(
             *(TextColumn(c) if isinstance(c, str) else c for c in columns), console=console, transient=True
         )
+        self._progress.view = self._view
         self._history = _History(total_steps)
-        self._task = self._progress.add_task("training", total=total_steps, completed=step, said="")
+        self._task = self._progress.add_task("training", total=total_steps, completed=step)
         self._progress.start()
 
     def show(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Move the bar; print the line."""
+        """Change the view; print the line."""
+        self._view.see(kind, step, values)
         if kind == "train":
-            self._progress.update(self._task, completed=step, said=describe(kind, values))
+            self._progress.update(self._task, completed=step)
         if line := self._history.line(kind, step, values):
             self._progress.console.print(line, markup=False, highlight=False)
 
     def close(self) -> None:
-        """Take the bar away and show the cursor again."""
+        """Take the view away and show the cursor again."""
         self._progress.stop()
+
+
+class _Progress(Progress):
+    """A progress bar with the view's lines below it."""
+
+    view: "View | None" = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.view:
+            yield from (Text(line, no_wrap=True, overflow="ellipsis") for line in self.view.lines())
+
+
+class View:
+    """What the lines below the progress bar say."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=LOSSES)
+        self._train: dict[str, Any] = {}
+        self._validation = ""
+        self._events: deque[str] = deque(maxlen=EVENTS)
+
+    def see(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One record."""
+        if kind == "train":
+            self._train = values
+            if values["loss"] is not None:
+                self._losses.append(values["loss"])
+        elif kind == "validation":
+            loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+            self._validation = f"  validation {loss} (step {step})"
+        elif kind == "event":
+            self._events.append(f"step {step}: {describe(kind, values)}")
+
+    def lines(self) -> list[str]:
+        """Loss, speed, and the last events."""
+        train = self._train
+        if not train:
+            return list(self._events)
+        loss = "skipped" if train["loss"] is None else f"loss {train['loss']:.4f}"
+        speed = [f"{train['tokens_per_second']:,.0f} tokens/s"]
+        if "mfu" in train:
+            speed.append(f"MFU {train['mfu']:.1%}")
+        memory = train.get("memory_allocated", train.get("rss"))
+        if memory is not None:
+            speed.append(f"memory {size(memory)}, at most {size(train['memory_peak'])}")
+        if train.get("data_wait", 0.0) > 0.05 * train.get("seconds", 0.0) > 0:
+            speed.append(f"waits {train['data_wait'] / train['seconds']:.0%} for data")
+        described = describe("train", train).partition("lr ")[2].rpartition("  ")[0]
+        rate = f"  lr {described}" if described else ""
+        return [f"{loss} {sparkline(list(self._losses))}{self._validation}{rate}", "  ".join(speed), *self._events]
+
+
+def sparkline(values: list[float]) -> str:
+    """Bars of the values, from the lowest of them to the highest, each the mean of an equal share."""
+    if len(values) < 2:
+        return ""
+    parts = min(SPARKS, len(values))
+    cuts = [i * len(values) // parts for i in range(parts + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    low, span = min(means), max(means) - min(means)
+    return "".join(LEVELS[round((mean - low) / span * (len(LEVELS) - 1)) if span else 0] for mean in means)
 
 
 class Lines:

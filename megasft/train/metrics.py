@@ -43,24 +43,23 @@ class Metrics:
         self.display = open_display(total_steps, step)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """`write`, and a line on the terminal, except of the tokens of each expert."""
+        """`write`, and a line on the terminal, except of what would fill it."""
         self.write(kind, step, **values)
-        if kind != "experts":
+        if kind not in ("experts", "norms", "devices"):
             self.display.show(kind, step, values)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line `{"kind": kind, "step": step, "time": seconds since 1970, ...}`.
 
-        Numbers go to TensorBoard as kind/name, a table of numbers as a histogram.
+        Numbers go to TensorBoard as kind/name (`flat`), a table of numbers as a histogram.
         """
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         self._write(json.dumps(line, allow_nan=False) + "\n")
         with contextlib.suppress(OSError):
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
-                elif isinstance(value, list):
-                    self._board.add_histogram(f"{kind}/{name}", np.array(value), step)
+            for name, value in flat(kind, values).items():
+                self._board.add_scalar(name, value, step)
+            if kind == "experts":
+                self._board.add_histogram("experts/tokens", np.array(values["tokens"]), step)
 
     @property
     def length(self) -> int:
@@ -94,6 +93,19 @@ class Metrics:
             self._board.close()
         self.sync()
         self._file.close()
+
+
+def flat(name: str, value: Any) -> dict[str, float]:
+    """The numbers in a value under names such as norms/updates/lora_A/q_proj and devices/power/0 (of rank 0); tables and
+    text have none.
+    """
+    if isinstance(value, int | float):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    parts = [
+        flat(f"{name}/{key}", one) for key, one in items if not (isinstance(value, list) and isinstance(one, list))
+    ]
+    return {key: number for part in parts for key, number in part.items()}
 
 
 def _checkpoint_lines(path: Path, start: int, step: int) -> list[tuple[int, str]]:

@@ -6,7 +6,7 @@ data parallel; each rank keeps the fp32 master weights and moments of its share 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,13 @@ from megasft.distributed.topology import Topology
 from megasft.model.qwen3_moe import Qwen3Moe
 
 
-def wrap(model: Qwen3Moe, hyper: HyperparameterSettings) -> tuple[DistributedDataParallel, MegatronOptimizer]:
-    """The model in DDP, and AdamW with its states sharded over data parallel."""
+def wrap(
+    model: Qwen3Moe, hyper: HyperparameterSettings, on_reduce: Callable[[], None] = lambda: None
+) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+    """The model in DDP, and AdamW with its states sharded over data parallel.
+
+    `on_reduce` is called after the last backward of a step, before gradients are reduced.
+    """
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     ddp = DistributedDataParallel(model.config, ddp_config, model)
     dtype = model.config.params_dtype
@@ -47,7 +52,7 @@ def wrap(model: Qwen3Moe, hyper: HyperparameterSettings) -> tuple[DistributedDat
     for part in _parts(optimizer)[:-1]:
         part._defer_param_sync = True
     model.config.no_sync_func = ddp.no_sync
-    model.config.finalize_model_grads_func = _finalizer(model.topology)
+    model.config.finalize_model_grads_func = _finalizer(model.topology, on_reduce)
     return ddp, optimizer
 
 
@@ -117,9 +122,10 @@ def _parts(optimizer: MegatronOptimizer) -> list:
     ]
 
 
-def _finalizer(topology: Topology):
+def _finalizer(topology: Topology, on_reduce: Callable[[], None]):
     def finalize(chunks: list[nn.Module], num_tokens: Tensor | None = None, **kwargs: object) -> None:
         """Reduce over data parallel, add up partial gradients over TP and expert TP, divide by the batch's tokens."""
+        on_reduce()
         finalize_model_grads(chunks, num_tokens, **kwargs)  # type: ignore[arg-type]
         if topology.sizes.expert_tensor > 1:
             add_partial_expert_gradients(chunks[0].parameters(), topology.groups.expt_tp)

@@ -32,9 +32,9 @@ from megasft.train.checkpoint.folder import RunState
 from megasft.train.checkpoint.gate import Gate
 from megasft.train.checkpoint.restore import Restored, restore
 from megasft.train.expert_load import ExpertLoad
+from megasft.train.observer import Observer, Outcome, Totals
 from megasft.train.optimizer import step, wrap
 from megasft.train.progress import Progress
-from megasft.train.run_log import RunLog
 from megasft.train.schedule import Schedule
 from megasft.train.summary import Summary
 
@@ -66,10 +66,11 @@ class Trainer:
         self.device = host.device()  # asked here: the loader's thread has a current device of its own
         self.batches = global_batches(config, topology, self.train)
         self.loader = Loader(self.train, self.batches, lambda rows: list(self._cut(self.train, rows)))
-        self.ddp, self.optimizer = wrap(model, hyper)
+        self.ddp, self.optimizer = wrap(model, hyper, lambda: self.observer.clock.part("reduce"))
         self.load = ExpertLoad(model, hyper.router_aux_loss_coef)
+        self.observer = Observer(config, topology, model, self.optimizer, self.load)
+        self.log = self.observer.log
         self.writer = CheckpointWriter(config, model, self.optimizer, self.base_model, self.output_dir / "checkpoints")
-        self.log = RunLog(config, topology)
         self.progress = Progress(lambda: self.writer.parts_written)
         identity = resume.identity(config, _fingerprint(config), topology.sizes.data)
         self.state = RunState(loader=self.loader.state_dict(), identity=identity)
@@ -91,6 +92,7 @@ class Trainer:
         """
         started = time.monotonic()
         self._start()
+        self.observer.start()
         first_step, first_token, losses = self.step, self.state.tokens, []
         on_start()
         try:
@@ -106,7 +108,7 @@ class Trainer:
             self.writer.wait()  # every rank comes here, so a half-written checkpoint can still be completed
             raise
         finally:
-            self.log.close()
+            self.observer.stop()
         run_lock.release(self.output_dir)
         finite = [loss for loss in losses if loss is not None][-10:]
         return Summary(
@@ -126,21 +128,21 @@ class Trainer:
         Where the loss or the gradient is not finite, the step changes nothing but the count of steps, on every rank
         alike; its `loss` is None then.
         """
-        host.synchronize()
-        started = time.monotonic()
+        clock = self.observer.clock
+        clock.begin()
         self.progress.begin(f"step {self.step + 1}")
         self.model.dropout_seed = derived_seed(self.config.job.seed, "dropout", self.step)
         batch = next(self.loader)
         rate = self.schedule.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        clock.part("compute")
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, supervised = self._compute(batch.micro_batches, training=True)
+        totals = self._compute(batch.micro_batches, training=True)
         with self.gate.change(self.step + 1):
-            grad_norm, updated = step(self.optimizer) if math.isfinite(loss) else (math.nan, False)
-            host.synchronize()
-            seconds = time.monotonic() - started
+            clock.part("optimizer")
+            grad_norm, updated = step(self.optimizer) if math.isfinite(totals.loss) else (math.nan, False)
             state = self.state = replace(
                 self.state,
                 step=self.state.step + 1,
@@ -148,25 +150,10 @@ class Trainer:
                 skipped=0 if updated else self.state.skipped + 1,
                 tokens=self.state.tokens + batch.tokens,
             )
-            record = {
-                "loss": loss if updated else None,
-                "lr": rate,
-                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-                "epoch": self._epoch(),
-                "tokens": batch.tokens,
-                "supervised_tokens": supervised,
-                "seconds": seconds,
-                "data_wait": batch.waited,
-                "tokens_per_second": batch.tokens / seconds,
-                **self.load.report(),
-            }
-            if not updated:
-                reason = f"loss {loss}, gradient norm {grad_norm}"
-                self.log.record("event", self.step, event="skipped", reason=reason, samples=batch.samples.tolist())
-            if state.step % self.config.logging.every_steps == 0 or state.step == self.total_steps:
-                self.log.record("train", self.step, **record)
-            if state.step % self.config.logging.experts_every_steps == 0:
-                self.log.record("experts", self.step, tokens=self.load.tokens.tolist())
+            last, epoch = state.step == self.total_steps, self._epoch()
+            record = self.observer.stepped(
+                Outcome(state.step, batch, totals, rate, grad_norm, updated, state.updates, epoch, last)
+            )
         if state.skipped >= self.config.training.max_nonfinite_steps:
             raise UserError(
                 f"stopped: loss or gradient was not finite in {state.skipped} steps in a row, the last of them step "
@@ -178,12 +165,16 @@ class Trainer:
     def validate(self) -> float:
         """Measure the validation loss, record it, and keep the adapter in `best/` if it is the lowest so far."""
         assert self.validation is not None
-        loss, tokens = self.evaluate(self.validation)
+        loss, tokens, accuracy = self.evaluate(self.validation)
         best = math.isfinite(loss) and (self.state.best is None or loss < self.state.best)
         if best and self.config.training.validation.save_best_model_at_end:
-            best = self._save_best(self.validation)
+            with self.observer.clock.saving():
+                best = self._save_best(self.validation)
         with self.gate.change(self.step):
-            self.log.record("validation", self.step, loss=loss if math.isfinite(loss) else None, tokens=tokens)
+            measured = (
+                {"loss": loss, "perplexity": math.exp(min(loss, 700.0))} if math.isfinite(loss) else {"loss": None}
+            )
+            self.log.record("validation", self.step, **measured, token_accuracy=accuracy, tokens=tokens)
             self.state = replace(self.state, validated=self.step)
             if best:
                 self.state = replace(self.state, best=loss, best_step=self.step)
@@ -215,8 +206,10 @@ class Trainer:
             raise UserError(f"{folder}: cannot be written ({failure})")
         return folder
 
-    def evaluate(self, samples: Samples | Mix) -> tuple[float, int]:
-        """(mean loss, supervised tokens) over all of `samples`, without dropout. Packed, whatever training does."""
+    def evaluate(self, samples: Samples | Mix) -> Totals:
+        """Mean loss, supervised tokens and accuracy over all of `samples`, without dropout. Packed, whatever training
+        does.
+        """
         self.progress.begin(f"the validation after step {self.step}")
         mix = Mix.of(samples)
         length = self.config.hyperparameters.sequence_length
@@ -285,9 +278,10 @@ class Trainer:
     def _validate_and_save(self) -> None:
         if self._validation_due():
             self.validate()
-        if self._checkpoint_due():
-            self.checkpoint()
-        self._report_saves()
+        with self.observer.clock.saving():
+            if self._checkpoint_due():
+                self.checkpoint()
+            self._report_saves()
 
     def _validation_due(self) -> bool:
         """Every eval_steps or at each epoch's end, at the end of the run, and before the first step if asked."""
@@ -368,12 +362,12 @@ class Trainer:
     def _cut(self, samples: Mix, rows: Sequence[Row]) -> MicroBatches:
         return MicroBatches(samples, rows, self.config.hyperparameters.per_device_batch, self.topology, self.device)
 
-    def _run(self, samples: Mix, rows: Sequence[Row], training: bool) -> tuple[float, int]:
+    def _run(self, samples: Mix, rows: Sequence[Row], training: bool) -> Totals:
         """`_compute` on a global batch of these rows."""
         return self._compute(self._cut(samples, rows), training)
 
-    def _compute(self, batches: MicroBatches | list[MicroBatch], training: bool) -> tuple[float, int]:
-        """Forward, and backward if training, of a global batch: the mean loss and the number of supervised tokens."""
+    def _compute(self, batches: MicroBatches | list[MicroBatch], training: bool) -> Totals:
+        """Forward, and backward if training, of a global batch."""
         self.ddp.train(training)
         self.load.start(batches, training)
         outcomes = get_forward_backward_func()(
@@ -385,21 +379,22 @@ class Trainer:
             micro_batch_size=1,
             forward_only=not training,
         )
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(3, dtype=torch.float64, device=self.device)
         # Every rank of a tensor-parallel group of the last stage holds the same sums; count the first rank's.
         if outcomes and self.topology.groups.tp.rank() == 0:
             total += torch.stack(outcomes).sum(0)
         total = torch.cat([total, self.load.counted()])
         dist.all_reduce(total)
         total = total.cpu()
-        self.load.settle(total[2:])
-        loss_sum, tokens = total[:2].tolist()
-        return loss_sum / max(1.0, tokens), int(tokens)
+        self.load.settle(total[3:])
+        loss_sum, tokens, correct = total[:3].tolist()
+        return Totals(loss_sum / max(1.0, tokens), int(tokens), correct / max(1.0, tokens))
 
     def _forward(self, batches: Any, ddp: Any) -> tuple[Tensor, Any]:
         """megatron-core's forward step: the output, and what makes of it the loss, its tokens and the report."""
         batch: MicroBatch = next(batches)
         self.progress.count_micro_batch()
+        self.observer.fed += len(batch.tokens)
         return ddp(batch), partial(_loss, batch)
 
 
@@ -418,6 +413,7 @@ def _fingerprint(config: RunConfig) -> str | None:
         return None
 
 
-def _loss(batch: MicroBatch, loss_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(batch: MicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    loss_sum, correct = output
     tokens = (batch.labels >= 0).sum()
-    return loss_sum, tokens.int(), torch.stack([loss_sum.detach().double(), tokens.double()])
+    return loss_sum, tokens.int(), torch.stack([loss_sum.detach().double(), tokens.double(), correct.double()])

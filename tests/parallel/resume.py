@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from megasft.train.observer import LARGEST
 from megasft.train.trainer import Trainer
 from tests.parallel.invariance import Case
 from tests.parity.reference import random_model, tiny_config
@@ -77,14 +78,19 @@ class Runs:
         return self.run(case, name, **settings)
 
 
+SPEED = ("seconds", "tokens_per_second", "tokens_per_second_per_device", "model_flops_per_second", "mfu")
+MEASURED = ("time", "path", *SPEED, *LARGEST)
+
+
 def lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times and paths, sorted by step, because a checkpoint's line is written when it is on disk."""
+    """metrics.jsonl without what is measured and paths, sorted by step, because a checkpoint's line is written when it is on disk."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = [record["step"] for record in records if record["kind"] == "train"]
     assert trained == sorted(set(trained)), "a step is in metrics.jsonl twice, or out of order"
     for record in records:
-        for key in ("time", "seconds", "data_wait", "tokens_per_second", "path"):
+        for key in MEASURED:
             record.pop(key, None)
+    records = [record for record in records if record["kind"] != "devices" and record.get("event") != "resumed"]
     return sorted(records, key=lambda record: (record["step"], record["kind"] == "checkpoint"))
 
 
@@ -100,7 +106,8 @@ def tensors(run: Path, checkpoint: str) -> dict[str, torch.Tensor]:
 def difference(one: Path, other: Path) -> float:
     """The largest relative difference of two runs' losses and final adapters."""
     curves = [
-        torch.tensor([line["loss"] for line in lines(run) if line["kind"] != "checkpoint"]) for run in (one, other)
+        torch.tensor([line["loss"] for line in lines(run) if line["kind"] in ("train", "validation")])
+        for run in (one, other)
     ]
     worst = float((curves[0] / curves[1] - 1).abs().max())
     adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other)]

@@ -15,6 +15,7 @@ from transformers import Qwen3MoeConfig
 
 from megasft.config.parallelism import TopologySizes, choose_dispatcher
 from megasft.model.hf_config import sparse_layers
+from megasft.train.observer import OWN
 from megasft.train.trainer import Trainer
 from tests.support import on_ranks
 from tests.support.traffic import Traffic
@@ -39,6 +40,7 @@ class StepTraffic:
     counts_first: bool = False
     b: int = 4
     w: int = 4
+    recorded: bool = True  # whether the step gets a line in metrics.jsonl, and the exchange for it is counted
     uneven: bool = False  # with an all-to-all and expert-tensor ranks: count calls of gathers of uneven length only
 
     def __post_init__(self) -> None:
@@ -154,13 +156,15 @@ class StepTraffic:
             self._add(group, ranks, "all-gather", self.b * elements, bool(matrices))
 
     def _sums(self) -> None:
-        """A few numbers: the supervised tokens, the gradient norm, the loss, the experts' counts and dropped choices."""
+        """A few numbers: the supervised tokens, the gradient norm, the loss and right predictions, the experts' counts and dropped choices."""
         s, experts = self.sizes, self.config.num_experts
         world = s.tensor * s.pipeline * s.data
         self._add("dp", s.data, "all-reduce", 4)
         self._add("pp", s.pipeline, "broadcast", 4)
         self._add("norm", world, "all-reduce", 4)
-        self._add("world", world, "all-reduce", 8 * (3 + (self.sparse_everywhere + 1) * experts))
+        self._add("world", world, "all-reduce", 8 * (4 + (self.sparse_everywhere + 1) * experts))
+        if self.recorded:  # the ranks' own numbers, between the hosts
+            self._add("world", world, "all-gather", 8 * world * len(OWN))
         if self.counts_first:
             self._add("world", world, "all-reduce", 8 * (2 + (self.sparse_everywhere + 1) * experts))
 

@@ -34,7 +34,7 @@ def uses(settings, samples):
     trainer.train_step()
     trained = list(found)
     found.clear()
-    loss, _ = trainer.evaluate(trainer.train)
+    loss, *_ = trainer.evaluate(trainer.train)
     return trained, list(found), loss
 
 

@@ -82,7 +82,7 @@ def test_lines_curves_and_summary_of_a_run_are_those_of_its_steps(ranks, setting
     held_out = on_ranks.random_samples(203, [12, 7, 30], seed=5)
     summary, records, seconds, (began, ended) = ranks(1, fitted, settings(max_steps=STEPS), samples, held_out)[0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {line["kind"] for line in lines} == {"train", "validation", "experts", "checkpoint"}
+    assert {line["kind"] for line in lines} == {"train", "validation", "experts", "norms", "devices", "checkpoint"}
     of = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "validation", "experts")}
     assert [line["step"] for line in of["train"]] == list(range(1, STEPS + 1))
     for line, record in zip(of["train"], records, strict=True):

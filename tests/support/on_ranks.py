@@ -75,7 +75,7 @@ def gradients(settings: dict[str, Any], samples: list[Sample]) -> tuple[float, f
 def measure_gradients(trainer: Trainer, samples: int) -> tuple[float, float, Parts]:
     """The same for a trainer at hand."""
     trainer.ddp.zero_grad_buffer()
-    loss, _ = trainer._run(trainer.train, range(samples), training=True)
+    loss, *_ = trainer._run(trainer.train, range(samples), training=True)
     for buffer in trainer.ddp.buffers + trainer.ddp.expert_parallel_buffers:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:  # each rank has reduced its share only

@@ -1,0 +1,103 @@
+"""Norms of A and B and of their updates by kind of layer, from the optimizer's fp32 states.
+
+Every element has one owner among the ranks of a data-parallel group, so each counts once; of a factor that tensor
+parallel ranks replicate, the first of them counts. An update is taken from Adam's moments after it: lr * m / (1 - b1^t)
+/ (sqrt(v / (1 - b2^t)) + eps), and decoupled weight decay; nothing of the weights before is kept.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from megasft import host
+from megasft.config.schema import HyperparameterSettings
+from megasft.config.values import LINEAR_LAYERS
+from megasft.lora.sharded import ShardedLinear
+from megasft.model.qwen3_moe import Qwen3Moe
+from megasft.storage.shards import leaf
+from megasft.train.optimizer import Owned, owned
+
+FACTORS = ("lora_A", "lora_B")
+KEYS = [(what, factor, kind) for what in ("parameters", "updates") for factor in FACTORS for kind in LINEAR_LAYERS]
+
+Period = list[tuple[str, str, int]]  # (factor, kind, elements) that repeat along a flattened parameter
+
+
+class AdapterNorms:
+    """Finds the sums of squares on this rank; their sums over all ranks make the norms."""
+
+    def __init__(self, model: Qwen3Moe, optimizer: MegatronOptimizer, hyper: HyperparameterSettings) -> None:
+        self._optimizer, self._hyper = optimizer, hyper
+        self._periods: dict[Any, Period] = {}
+        for module in model.modules():
+            if isinstance(module, ShardedLinear) and module.adapted:
+                self._periods |= _periods(module)
+        self.kinds = [kind for kind in LINEAR_LAYERS if kind in model.lora.targets]
+
+    def squares(self, rate: float, updates: int) -> list[float]:
+        """Of each of KEYS, after the `updates`-th step of Adam, whose learning rate was `rate`. Waits for the device."""
+        found: dict[tuple[str, str, str], list[Tensor]] = defaultdict(list)
+        for part in owned(self._optimizer):
+            if period := self._periods.get(part.parameter):
+                values = {"parameters": part.states["master"], "updates": self._update(part, rate, updates)}
+                for what, value in values.items():
+                    for factor, kind, square in _squares(value, part.start, period):
+                        found[what, factor, kind].append(square)
+        zero = torch.zeros((), dtype=torch.float64, device=host.device())
+        return torch.stack([torch.stack(found[key]).sum() if key in found else zero for key in KEYS]).tolist()
+
+    def of(self, totals: list[float]) -> dict[str, Any]:
+        """The norms, for a line of metrics, from the sums of `squares` over all ranks."""
+        norms = {key: total**0.5 for key, total in zip(KEYS, totals, strict=True)}
+        return {
+            what: {factor: {kind: norms[what, factor, kind] for kind in self.kinds} for factor in FACTORS}
+            for what in ("parameters", "updates")
+        }
+
+    def _update(self, part: Owned, rate: float, updates: int) -> Tensor:
+        """What the last step added to the master weights, times -1: fp32, flat."""
+        hyper, master = self._hyper, part.states["master"]
+        bias, bias_root = 1 - hyper.adam_beta1**updates, (1 - hyper.adam_beta2**updates) ** 0.5
+        root = part.states["exp_avg_sq"].sqrt().add_(hyper.adam_eps * bias_root)
+        update = torch.div(part.states["exp_avg"], root, out=root).mul_(rate * bias_root / bias)
+        if decay := rate * hyper.weight_decay:
+            update.add_((master + update).mul_(decay / (1 - decay)))  # of the weights before
+        return update
+
+
+def _periods(module: ShardedLinear) -> dict[Any, Period]:
+    """What the parameters of a layer consist of, left out where another rank counts them."""
+    here: Any = module  # LoraLinear and GroupedLoraLinear name their factors alike
+    kinds, found = [leaf(name) for name in module.adapted], {}
+    each = here.lora_A.shape[-2] * here.lora_A.shape[-1] // len(kinds)
+    if module.mode == "row" or module.rank == 0:
+        found[here.lora_A] = [("lora_A", kind, each) for kind in kinds]
+    if module.mode == "column" or module.rank == 0:
+        found |= {here.lora_B[kind]: [("lora_B", kind, here.lora_B[kind].numel())] for kind in kinds}
+    return found
+
+
+def _squares(values: Tensor, start: int, period: Period) -> list[tuple[str, str, Tensor]]:
+    """Sums of squares, fp64, of each (factor, kind) in `values`, which begin at element `start` of the parameter."""
+    if len(period) == 1:
+        ((factor, kind, _),) = period
+        return [(factor, kind, _square(values))]
+    each, n = period[0][2], len(period)
+    head = min(-start % each, len(values))
+    whole = (len(values) - head) // each
+    pieces = [(start // each, _square(values[:head]))] if head else []
+    first = (start + head) // each
+    if whole:
+        rows = values[head : head + whole * each].view(whole, each)
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_()
+        pieces += [(first + i, norms[i::n].sum()) for i in range(min(n, whole))]
+    if (tail := head + whole * each) < len(values):
+        pieces.append((first + whole, _square(values[tail:])))
+    return [(*period[number % n][:2], square) for number, square in pieces]
+
+
+def _square(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values, dtype=torch.float64).square_()

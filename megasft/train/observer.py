@@ -1,0 +1,181 @@
+"""What a step says of itself: its `train` line, and those of kinds `norms`, `devices` and `experts`."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+
+from megasft import host
+from megasft.config.schema import RunConfig
+from megasft.data.loader import Batch
+from megasft.distributed.topology import Topology
+from megasft.model.flops import step_flops
+from megasft.model.qwen3_moe import Qwen3Moe
+from megasft.train.adapter_norms import AdapterNorms
+from megasft.train.clock import StepClock
+from megasft.train.device_monitor import NAMES, DeviceMonitor
+from megasft.train.expert_load import ExpertLoad
+from megasft.train.peak import measured_peak
+from megasft.train.run_log import RunLog
+
+# Numbers of a rank of which the largest over all ranks is recorded.
+LARGEST = (
+    "data_wait",
+    "compute_seconds",
+    "reduce_seconds",
+    "optimizer_seconds",
+    "checkpoint_seconds",
+    "memory_allocated",
+    "memory_reserved",
+    "memory_peak",
+    "rss",
+)
+OWN = (*LARGEST, "fed", *NAMES)
+
+
+class Totals(NamedTuple):
+    """Of a global batch: mean loss, supervised tokens, and the share of them that is predicted right."""
+
+    loss: float
+    tokens: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A step that has been taken. `rate`: its learning rate; `updates`: of Adam, so far; `last`: of the run."""
+
+    step: int
+    batch: Batch
+    totals: Totals
+    rate: float
+    grad_norm: float
+    updated: bool
+    updates: int
+    epoch: float
+    last: bool
+
+
+class Observer:
+    """Makes the lines of each step. Every rank makes one and calls its methods at the same steps.
+
+    Where a step is recorded the ranks exchange their own numbers once, from host to host: the device is not waited for,
+    but for norms, whose sums it computes after the step.
+
+    Attributes:
+        clock: of the steps.
+        fed: tokens that entered this rank's model since the last step, padding included.
+    """
+
+    def __init__(
+        self, config: RunConfig, topology: Topology, model: Qwen3Moe, optimizer: MegatronOptimizer, load: ExpertLoad
+    ) -> None:
+        self._config, self._topology, self._model, self._load = config, topology, model, load
+        self.log = RunLog(config, topology)
+        self.clock, self.fed = StepClock(), 0
+        self._monitor, self._sampled = DeviceMonitor(), 0
+        self._norms = AdapterNorms(model, optimizer, config.hyperparameters)
+        self._peak: float | None = None
+
+    def start(self) -> None:
+        """Measure what a run is compared with, and begin to sample the device."""
+        peak = measured_peak(self._model.config.params_dtype)
+        known = _gather([math.nan if peak is None else peak])
+        self._peak = None if known.isnan().any() else float(known.mean())
+        self._monitor.start()
+
+    def stop(self) -> None:
+        """Sample and record no more."""
+        self._monitor.stop()
+        self.log.close()
+
+    def stepped(self, taken: Outcome) -> dict[str, Any]:
+        """Record a step whose clock runs; returns its `train` line, with the numbers of all ranks where it is recorded."""
+        seconds, parts = self.clock.end()
+        settings, step = self._config.logging, taken.step
+        line = self._line(taken, seconds)
+        if not taken.updated:
+            reason = f"loss {taken.totals.loss}, gradient norm {taken.grad_norm}"
+            self.log.record("event", step, event="skipped", reason=reason, samples=taken.batch.samples.tolist())
+        recorded = step % settings.every_steps == 0 or taken.last
+        normed = taken.updated and step % settings.norms_every_steps == 0
+        if taken.last and not self._monitor.samples:
+            self._monitor.sample()
+        if recorded or normed:
+            squares = self._norms.squares(taken.rate, taken.updates) if normed else []
+            own = self._own(parts, taken.batch.waited) if recorded else []
+            table = _gather([*own, *squares])
+            if recorded:
+                self._record(step, line, table[:, : len(OWN)])
+            if normed:
+                totals = table[:, len(own) :].sum(0).tolist()
+                self.log.record("norms", step, **self._norms.of(totals))
+        self.fed = 0
+        if step % settings.experts_every_steps == 0:
+            self.log.record("experts", step, tokens=self._load.tokens.tolist())
+        return line
+
+    def _line(self, taken: Outcome, seconds: float) -> dict[str, Any]:
+        """What every rank knows of the step."""
+        totals, batch, world = taken.totals, taken.batch, self._topology.world
+        lora, hyper = self._config.lora, self._config.hyperparameters
+        recompute = hyper.parallelism.activation_checkpointing
+        flops = step_flops(
+            self._model.hf_config, lora.targets, lora.r, batch.tokens, totals.tokens, batch.squares, recompute
+        )
+        rate = flops.model / seconds / world
+        line = {
+            "loss": totals.loss if taken.updated else None,
+            "token_accuracy": totals.accuracy,
+            "lr": taken.rate,
+            "grad_norm": taken.grad_norm if math.isfinite(taken.grad_norm) else None,
+            "epoch": taken.epoch,
+            "tokens": batch.tokens,
+            "supervised_tokens": totals.tokens,
+            "seconds": seconds,
+            "data_wait": batch.waited,
+            "tokens_per_second": batch.tokens / seconds,
+            "tokens_per_second_per_device": batch.tokens / seconds / world,
+            "model_flops_per_second": rate,
+        }
+        if self._peak:
+            line["mfu"] = rate / self._peak
+        return line | self._load.report()
+
+    def _own(self, parts: dict[str, float], waited: float) -> list[float]:
+        """This rank's numbers, in the order of OWN."""
+        seconds = [parts.get(name, 0.0) for name in ("compute", "reduce", "optimizer")]
+        memory = [*host.memory_in_use(), host.device_memory(), self._monitor.rss()]
+        return [waited, *seconds, self.clock.take_saved(), *memory, self.fed, *self._monitor.values]
+
+    def _record(self, step: int, line: dict[str, Any], table: torch.Tensor) -> None:
+        """Complete and record a `train` line from the numbers of all ranks, [ranks, numbers]."""
+        columns = dict(zip(OWN, table.T, strict=True))
+        sizes = self._topology.sizes
+        fed = columns["fed"].sum().item() / (sizes.tensor * sizes.pipeline)  # whose ranks are fed the same tokens
+        line["padding_share"] = 1 - line["tokens"] / fed if fed else 0.0
+        for name in LARGEST:
+            if not columns[name].isnan().all():
+                largest = columns[name].nan_to_num(nan=-math.inf).max().item()
+                line[name] = largest if name.endswith(("seconds", "wait")) else int(largest)
+        self.log.record("train", step, **line)
+        if self._monitor.samples > self._sampled:
+            self._sampled = self._monitor.samples
+            lists = {name: _known(columns[name]) for name in NAMES if not columns[name].isnan().all()}
+            busy = columns["data_wait"] + columns["compute_seconds"]
+            self.log.record("devices", step, **lists, busy_seconds=busy.tolist())
+
+
+def _known(values: torch.Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def _gather(own: list[float]) -> torch.Tensor:
+    """The numbers of all ranks, fp64 [ranks, numbers], exchanged between the hosts."""
+    mine = torch.tensor(own, dtype=torch.float64)
+    everyone = torch.zeros(dist.get_world_size() * len(own), dtype=torch.float64)
+    dist.all_gather_into_tensor(everyone, mine)
+    return everyone.view(-1, len(own))

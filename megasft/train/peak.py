@@ -1,0 +1,83 @@
+"""The FLOP/s that a device reaches at most, for the share of it that a step uses (MFU)."""
+
+import statistics
+import time
+
+import torch
+
+from megasft import host
+
+# Dense bf16 products with fp32 accumulation, FLOP/s, without sparsity: NVIDIA's data sheets. A name in torch's words
+# contains one of these; the first that fits counts.
+GPU_PEAKS = (
+    ("B200", 2250e12),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("A40", 149.7e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("L4", 121e12),
+)
+PROBES = ((512, 512, 1024),)  # rows, inputs, outputs
+PROBE_SECONDS = 0.02
+
+
+def gpu_peak(name: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s of the GPU of this name; None where it is not in the table, and for other numbers than bf16."""
+    if dtype != torch.bfloat16:
+        return None
+    words = name.replace("-", " ").split()
+    fits = (peak for known, peak in GPU_PEAKS if set(known.split()) <= set(words))
+    return next(fits, None)
+
+
+def measured_peak(dtype: torch.dtype) -> float | None:
+    """FLOP/s of this rank's device: from the table on GPUs, measured in a product on CPUs (60 ms on one core)."""
+    if host.CUDA:
+        return gpu_peak(host.own_gpu()[0], dtype)
+    probe = GemmProbe(dtype, PROBES, PROBE_SECONDS)
+    probe.sample()
+    return max(probe.rates())
+
+
+class GemmProbe:
+    """This rank's rate of plain matrix products. Sampled between steps, it sees the same disturbances as they do.
+
+    Args:
+        shapes: (rows, inputs, outputs) of each product.
+        seconds: for which a sample repeats each product, at least once.
+    """
+
+    def __init__(self, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ...], seconds: float) -> None:
+        self.shapes, self._duration = shapes, seconds
+        given = {"dtype": dtype, "device": host.device()}
+        given["generator"] = torch.Generator(given["device"]).manual_seed(0)  # torch's own numbers stay as they are
+        self.operands = [(torch.randn(m, k, **given), torch.randn(n, k, **given)) for m, k, n in shapes]
+        self.seconds: list[list[float]] = [[] for _ in shapes]
+        for x, weight in self.operands:
+            x @ weight.t()  # warm up: kernels are initialized on first use
+
+    def sample(self) -> None:
+        """Multiply each shape."""
+        for (x, weight), seconds in zip(self.operands, self.seconds, strict=True):
+            deadline = time.perf_counter() + self._duration
+            while True:
+                host.synchronize()
+                started = time.perf_counter()
+                x @ weight.t()
+                host.synchronize()
+                ended = time.perf_counter()
+                seconds.append(ended - started)
+                if ended > deadline:
+                    break
+
+    def rates(self) -> list[float]:
+        """Median FLOP/s of each shape."""
+        return [2 * m * k * n / statistics.median(s) for (m, k, n), s in zip(self.shapes, self.seconds, strict=True)]
