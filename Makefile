@@ -7,7 +7,7 @@ TORCHRUN := .venv/bin/torchrun
 export OMP_NUM_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: install demo test test-slow test-serving test-te lint clean
+.PHONY: install demo test test-slow test-serving test-te test-trackers lint clean
 
 install: .venv/installed
 
@@ -60,5 +60,15 @@ test-te: install .venv-te/installed
 		--requirement $< --editable '.[test]' "$(TE_WHEEL)"
 	@touch $@
 
+# Weights & Biases, MLflow and Trackio, offline, read back by their own APIs, in an environment of their own (2 minutes).
+test-trackers: install .venv-trackers/installed
+	.venv-trackers/bin/python -m pytest -m trackers tests/trackers -rP
+
+.venv-trackers/installed: tests/trackers/overrides.txt pyproject.toml constraints.txt | install
+	@PATH="$$PATH:.venv/bin" uv venv --quiet --allow-existing --python $(PYTHON) .venv-trackers
+	@PATH="$$PATH:.venv/bin" uv pip install --quiet --python .venv-trackers/bin/python --constraint constraints.txt \
+		--override $< --editable '.[test,wandb,mlflow,trackio]'
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-serving .venv-te demo runs
+	rm -rf .venv .venv-serving .venv-te .venv-trackers demo runs

@@ -14,7 +14,9 @@ class UserError(Exception):
 
 def say(message: str, details: str = "") -> None:
     """Print `details` of any length, then the line `megasft: message`, on standard error."""
-    print(f"{details}megasft: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    from megasft.keys import redact
+
+    print(redact(f"{details}megasft: {' '.join(message.split())}"), file=sys.stderr, flush=True)
 
 
 @functools.cache  # ranks are forked from the process that checks the job, and check it again

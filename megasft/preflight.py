@@ -46,8 +46,10 @@ def check(config: RunConfig, sizes: TopologySizes) -> None:
     from megasft.data.tokenizer import load_tokenizer
     from megasft.model.hf_checkpoint import fingerprint
     from megasft.model.hf_config import check_fits, read_config
+    from megasft.train import trackers
     from megasft.train.checkpoint import resume
 
+    trackers.check(config)
     folder = find_model(config.job.model)
     hf_config = read_config(folder)
     check_fits(hf_config, sizes, config.quant if config.training.use_qlora else None)

@@ -74,7 +74,7 @@ def test_the_runs_in_a_row_of_the_docs_each_start_from_the_last_adapter(tmp_path
 
 def test_torchrun_trains_on_four_ranks_and_leaves_what_the_readme_lists(tmp_path):
     run_file = make_world(tmp_path, tensor=2, data=2, steps=5)
-    run_file.write_text(run_file.read_text() + "[logging]\nexperts_every_steps = 2\nnorms_every_steps = 2\n")
+    run_file.write_text(run_file.read_text() + "[logging]\nexperts_every_steps = 2\n")
     torchrun = Path(sys.executable).with_name("torchrun")
     command = [str(torchrun), "--nproc-per-node", "4", str(ROOT / "tools" / "train.py"), "--config", str(run_file)]
     done = run(command, tmp_path)

@@ -16,6 +16,7 @@ from megasft.commands.app import (
     main,
 )
 from megasft.config.schema import load_config
+from megasft.keys import load_env_file
 
 
 @app.command(
@@ -74,6 +75,14 @@ def train(
             "run; or the folder of a checkpoint.  [default: [checkpoint] resume]",
         ),
     ] = "",
+    env_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--env-file",
+            metavar="FILE",
+            help="Read variables from it that are not set, NAME=VALUE a line: keys of the hub and of trackers.",
+        ),
+    ] = None,
     max_restarts: Annotated[
         int, typer.Option(min=0, metavar="N", help="How often to restart a run that fails, from its last checkpoint.")
     ] = 0,
@@ -83,6 +92,8 @@ def train(
     Launches the ranks itself; under torchrun it is one of them. The same command again resumes from the newest
     checkpoint.
     """
+    if env_file is not None:
+        load_env_file(env_file)
     overrides = [*set_, f"checkpoint.resume={json.dumps(resume)}"] if resume else set_
     settings = load_config(config, overrides, dataset)
     if settings.compute.gpu_count == 0:

@@ -151,6 +151,8 @@ class ValidationSettings(Section):
     eval_steps: Count = 100  # optimizer steps between validations, for `"steps"`
     at_start: bool = False  # also validate before the first step: the loss of the base model, or of `init_adapter`
     save_best_model_at_end: bool = True  # keep the adapter of the lowest validation loss in `best/`
+    # end the run when so many validations in a row found no lower loss; default: never
+    early_stopping_patience: Count | None = None
     metric_for_best_model: Annotated[str, AfterValidator(check_validation_loss)] = "val.loss"  # the only metric
     # false is the only value, as a lower loss is better
     greater_is_better: Annotated[bool, refuse_true("a loss is better when it is smaller; set it to false")] = False
@@ -263,11 +265,15 @@ class CheckpointSettings(Section):
 
 
 class LoggingSettings(Section):
-    """`[logging]`: how often `metrics.jsonl` gets a line."""
+    """`[logging]`: how often `metrics.jsonl` gets a line, and which trackers get the numbers too. See metrics.md."""
 
-    every_steps: Count = 1  # optimizer steps between lines of kind `train`
+    every_steps: Count = 1  # optimizer steps between lines of kinds `train`, `norms` and `devices`
+    to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(list_as_tuple)] = (
+        "tensorboard",
+    )  # trackers that get all numbers; each but TensorBoard is an extra of its name to install
+    project: Text = "megasft"  # the project of the trackers, MLflow's experiment
+    run_name: Text | None = None  # the run's name in the trackers; default: the last part of `output_dir`
     experts_every_steps: Count = 100  # optimizer steps between lines of kind `experts` (tokens per layer and expert)
-    norms_every_steps: Count = 10  # optimizer steps between lines of kind `norms` (of the adapters and their updates)
 
 
 class RunConfig(Section):
@@ -353,6 +359,9 @@ def _settle_validation(config: RunConfig, file: RunFile) -> RunConfig:
     enabled, fraction = validation.enabled, data.validation_fraction
     if "enabled" not in validation.model_fields_set:
         enabled = bool(data.validation_path or ("validation_fraction" in data.model_fields_set and fraction))
+    if not enabled and validation.early_stopping_patience is not None:
+        at = file.at(("training", "validation", "early_stopping_patience"))
+        raise UserError(f"{at}: there is no validation; set [training.validation] enabled = true")
     if not enabled or data.validation_path:
         fraction = 0.0
     elif not fraction:

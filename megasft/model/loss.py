@@ -28,7 +28,7 @@ def supervised_loss(
     group: dist.ProcessGroup,
     sequence_parallel: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Over supervised positions: the sum of the cross entropy, fp32 [], and how many targets no logit exceeds, int64 [].
+    """Over supervised positions: the summed cross entropy, fp32 [], and how many targets no logit exceeds, int64 [].
 
     Args:
         hidden: [S, 1, H] after the final norm; a sequence shard if `sequence_parallel`.

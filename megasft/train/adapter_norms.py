@@ -6,6 +6,7 @@ parallel ranks replicate, the first of them counts. An update is taken from Adam
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from megasft.config.values import LINEAR_LAYERS
 from megasft.lora.sharded import ShardedLinear
 from megasft.model.qwen3_moe import Qwen3Moe
 from megasft.storage.shards import leaf
-from megasft.train.optimizer import Owned, owned
+from megasft.train.optimizer import STATES, Owned, owned
 
 FACTORS = ("lora_A", "lora_B")
 KEYS = [(what, factor, kind) for what in ("parameters", "updates") for factor in FACTORS for kind in LINEAR_LAYERS]
+
+CHUNK = 2**24  # elements whose updates are in memory together
 
 Period = list[tuple[str, str, int]]  # (factor, kind, elements) that repeat along a flattened parameter
 
@@ -38,14 +41,23 @@ class AdapterNorms:
         self.kinds = [kind for kind in LINEAR_LAYERS if kind in model.lora.targets]
 
     def squares(self, rate: float, updates: int) -> list[float]:
-        """Of each of KEYS, after the `updates`-th step of Adam, whose learning rate was `rate`. Waits for the device."""
+        """Of each of KEYS, after the `updates`-th step of Adam, with learning rate `rate`. Waits for the device."""
         found: dict[tuple[str, str, str], list[Tensor]] = defaultdict(list)
-        for part in owned(self._optimizer):
-            if period := self._periods.get(part.parameter):
-                values = {"parameters": part.states["master"], "updates": self._update(part, rate, updates)}
-                for what, value in values.items():
-                    for factor, kind, square in _squares(value, part.start, period):
-                        found[what, factor, kind].append(square)
+        for parts in self._chunks():
+            masters = [part.states["master"] for part in parts]
+            for what, values in (("parameters", masters), ("updates", self._updates(parts, rate, updates))):
+                single, keys = [], []
+                for part, value in zip(parts, values, strict=True):
+                    period = self._periods[part.parameter]
+                    if len(period) > 1:
+                        for factor, kind, square in _squares(value, part.start, period):
+                            found[what, factor, kind].append(square)
+                    else:
+                        single.append(value)
+                        keys.append((what, *period[0][:2]))
+                norms = torch._foreach_norm(single, 2, torch.float64) if single else ()
+                for key, norm in zip(keys, norms, strict=True):
+                    found[key].append(norm.square())
         zero = torch.zeros((), dtype=torch.float64, device=host.device())
         return torch.stack([torch.stack(found[key]).sum() if key in found else zero for key in KEYS]).tolist()
 
@@ -57,15 +69,31 @@ class AdapterNorms:
             for what in ("parameters", "updates")
         }
 
-    def _update(self, part: Owned, rate: float, updates: int) -> Tensor:
+    def _chunks(self) -> Iterator[list[Owned]]:
+        """What this rank counts, in lists of some CHUNK elements."""
+        chunk: list[Owned] = []
+        for part in owned(self._optimizer):
+            if part.parameter in self._periods:
+                chunk.append(part)
+                if sum(one.end - one.start for one in chunk) >= CHUNK:
+                    yield chunk
+                    chunk = []
+        if chunk:
+            yield chunk
+
+    def _updates(self, parts: list[Owned], rate: float, updates: int) -> list[Tensor]:
         """What the last step added to the master weights, times -1: fp32, flat."""
-        hyper, master = self._hyper, part.states["master"]
+        hyper = self._hyper
+        master, moment, square = ([part.states[name] for part in parts] for name in STATES)
         bias, bias_root = 1 - hyper.adam_beta1**updates, (1 - hyper.adam_beta2**updates) ** 0.5
-        root = part.states["exp_avg_sq"].sqrt().add_(hyper.adam_eps * bias_root)
-        update = torch.div(part.states["exp_avg"], root, out=root).mul_(rate * bias_root / bias)
+        roots = torch._foreach_sqrt(square)
+        torch._foreach_add_(roots, hyper.adam_eps * bias_root)
+        added = torch._foreach_div(moment, roots)
+        torch._foreach_mul_(added, rate * bias_root / bias)
         if decay := rate * hyper.weight_decay:
-            update.add_((master + update).mul_(decay / (1 - decay)))  # of the weights before
-        return update
+            before = torch._foreach_add(master, added)  # times 1 - decay
+            torch._foreach_add_(added, before, alpha=decay / (1 - decay))
+        return list(added)
 
 
 def _periods(module: ShardedLinear) -> dict[Any, Period]:
@@ -82,9 +110,6 @@ def _periods(module: ShardedLinear) -> dict[Any, Period]:
 
 def _squares(values: Tensor, start: int, period: Period) -> list[tuple[str, str, Tensor]]:
     """Sums of squares, fp64, of each (factor, kind) in `values`, which begin at element `start` of the parameter."""
-    if len(period) == 1:
-        ((factor, kind, _),) = period
-        return [(factor, kind, _square(values))]
     each, n = period[0][2], len(period)
     head = min(-start % each, len(values))
     whole = (len(values) - head) // each

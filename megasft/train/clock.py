@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 
 from megasft import host
 
@@ -32,7 +33,7 @@ class StepClock:
         self.part("")
         host.synchronize()
         seconds, parts = time.monotonic() - self._started, defaultdict[str, float](float)
-        for (name, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+        for (name, start), (_, end) in pairwise(self._marks):
             parts[name] += host.seconds_between(start, end)
         return seconds, parts
 

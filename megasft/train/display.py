@@ -4,6 +4,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
@@ -151,7 +152,7 @@ def sparkline(values: list[float]) -> str:
         return ""
     parts = min(SPARKS, len(values))
     cuts = [i * len(values) // parts for i in range(parts + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
     low, span = min(means), max(means) - min(means)
     return "".join(LEVELS[round((mean - low) / span * (len(LEVELS) - 1)) if span else 0] for mean in means)
 

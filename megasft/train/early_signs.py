@@ -8,6 +8,7 @@ import bisect
 import statistics
 from collections import deque
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ DEVIATIONS = 8.0  # median absolute deviations above the median
 LOSS_RATIO, GRAD_NORM_RATIO = 1.2, 4.0  # and so many times the median
 RISES = 3  # validations in a row
 SLOW, SLOW_LINES = 0.7, 3  # of the median tokens/s; lines in a row
-SLOW_RANK = 1.25  # times the median of all ranks, mean of ENOUGH lines
+SLOW_RANK = 1.25  # times the median of all ranks, in the median of ENOUGH lines
 
 Event = dict[str, Any]  # the keys of an event's line
 
@@ -46,16 +47,16 @@ class EarlySigns:
         self._busy.append(busy)
         if len(self._busy) < ENOUGH or len(busy) < 2:
             return []
-        means = np.mean(self._busy, axis=0)
-        middle = statistics.median_low(means.tolist())
-        slow = np.flatnonzero(means > SLOW_RANK * middle).tolist()
+        typical = np.median(self._busy, axis=0)
+        middle = statistics.median_low(typical.tolist())
+        slow = np.flatnonzero(typical > SLOW_RANK * middle).tolist()
         if slow and not self._slow_ranks:
             self._slow_ranks = slow
-            worst = int(np.argmax(means))
+            worst = int(np.argmax(typical))
             others = f" (and ranks {', '.join(str(rank) for rank in slow if rank != worst)})" if len(slow) > 1 else ""
             reason = (
-                f"rank {worst}{others} was busy {means[worst]:.3f} s per step, the median rank {middle:.3f} s; ranks of one "
-                "tensor, expert or pipeline group wait for each other and look alike"
+                f"rank {worst}{others} was busy {typical[worst]:.3f} s per step, the median rank {middle:.3f} s; ranks "
+                "of one tensor, expert or pipeline group wait for each other and look alike"
             )
             return [{"event": "slow_rank", "reason": reason, "ranks": slow}]
         self._slow_ranks = slow and self._slow_ranks
@@ -77,7 +78,7 @@ class EarlySigns:
             return
         self._validations = [*self._validations[-RISES:], loss]
         last = self._validations
-        if len(last) > RISES and all(a < b for a, b in zip(last, last[1:], strict=False)):
+        if len(last) > RISES and all(a < b for a, b in pairwise(last)):
             course = " to ".join(f"{value:.4f}" for value in last)
             yield {"event": "validation_rising", "reason": f"the validation loss rose {RISES} times in a row, {course}"}
             self._validations = [loss]
@@ -112,7 +113,7 @@ class Spikes:
 
 
 def add_seen(seen: str, tokens: Tensor) -> str:
-    """Which experts have got a token: `seen` so far (the bits of [layers, experts] in hex, "" none) and now `tokens`."""
+    """Which experts have got a token: `seen` so far (bits of [layers, experts] in hex, "" none) and now `tokens`."""
     bits = np.packbits((tokens > 0).numpy())
     if seen:
         bits |= np.frombuffer(bytes.fromhex(seen), np.uint8)

@@ -34,7 +34,7 @@ class ExpertLoad:
     """The load of every expert over one global batch.
 
     Call `start`, sum `counted` over all ranks (together with whatever else is summed), and pass the sum to `settle`.
-    Then `tokens` int64 [sparse layers, experts] holds the total counts, on the host.
+    Then `tokens` int64 [sparse layers, experts] holds the total counts, on the host; `layers` are their numbers.
 
     Args:
         coefficient: of the load-balancing loss; 0: none, and no forward to count.
@@ -43,9 +43,9 @@ class ExpertLoad:
     def __init__(self, model: Qwen3Moe, coefficient: float = 0.0) -> None:
         self.model, self.coefficient = model, coefficient
         self.experts, self.top_k = model.hf_config.num_experts, model.hf_config.num_experts_per_tok
-        layers = [layer for layer, sparse in enumerate(sparse_layers(model.hf_config)) if sparse]
-        self._rows = {layers.index(layer): router for layer, router in model.routers()}
-        self.tokens = torch.zeros(len(layers), self.experts, dtype=torch.int64)
+        self.layers = [layer for layer, sparse in enumerate(sparse_layers(model.hf_config)) if sparse]
+        self._rows = {self.layers.index(layer): router for layer, router in model.routers()}
+        self.tokens = torch.zeros(len(self.layers), self.experts, dtype=torch.int64)
         self.capacity = model.config.moe_expert_capacity_factor is not None
         self.balance_loss = 0.0
         self.dropped = 0  # of all choices of an expert, those that its capacity dropped

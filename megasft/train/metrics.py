@@ -1,21 +1,22 @@
-"""What a run records: metrics.jsonl, TensorBoard and the terminal."""
+"""What a run records: metrics.jsonl, its trackers and the terminal."""
 
 import contextlib
 import errno
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from megasft.keys import redact
 from megasft.messages import say
 from megasft.train.display import open_display
+from megasft.train.trackers import Background, Line
 
 
 class Metrics:
-    """Writes each record as one line of `metrics.jsonl` (flushed, so that a killed run keeps it) and to TensorBoard.
+    """Writes each record as one line of `metrics.jsonl` (flushed, so that a killed run keeps it), and to the trackers.
 
     A full disk does not end the run: lines that cannot be written are buffered and written later. A warning says so,
     and another when they are written.
@@ -28,18 +29,25 @@ class Metrics:
         checkpoints: the steps of the checkpoints among these lines.
     """
 
-    def __init__(self, folder: Path, total_steps: int, step: int = 0, length: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._file = open(folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed by close)
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        step: int = 0,
+        length: int = 0,
+        trackers: Callable[[], list[Background]] = list,
+    ) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._unwritten: list[bytes] = []
+        self._step = step  # of the last line
         self._length = min(length, self._file.tell())  # of complete lines
-        kept = _checkpoint_lines(folder / "metrics.jsonl", self._length, step) if length else []
+        kept = _checkpoint_lines(self._path, self._length, step) if length else []
         self._file.truncate(self._length)
         self.checkpoints = [number for number, _ in kept]
         for _, line in kept:
             self._write(line)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._trackers = trackers()
         self.display = open_display(total_steps, step)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
@@ -47,19 +55,39 @@ class Metrics:
         self.write(kind, step, **values)
         if kind not in ("experts", "norms", "devices"):
             self.display.show(kind, step, values)
+        self._report_trackers(step)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line `{"kind": kind, "step": step, "time": seconds since 1970, ...}`.
+        """One line `{"kind": kind, "step": step, "time": seconds since 1970, ...}`, without the user's keys.
 
-        Numbers go to TensorBoard as kind/name (`flat`), a table of numbers as a histogram.
+        Trackers get its numbers as kind/name (`flat`).
         """
-        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        self._write(json.dumps(line, allow_nan=False) + "\n")
-        with contextlib.suppress(OSError):
-            for name, value in flat(kind, values).items():
-                self._board.add_scalar(name, value, step)
-            if kind == "experts":
-                self._board.add_histogram("experts/tokens", np.array(values["tokens"]), step)
+        if kind == "event":
+            values = {name: redact(value) if isinstance(value, str) else value for name, value in values.items()}
+        now = round(time.time(), 3)
+        self._step = step
+        self._write(json.dumps({"kind": kind, "step": step, "time": now, **values}, allow_nan=False) + "\n")
+        if self._trackers:
+            line = Line(kind, step, now, values, flat(kind, values))
+            for tracker in self._trackers:
+                tracker.log(line)
+
+    def _report_trackers(self, step: int) -> None:
+        """Record the trackers that have failed, and give them up."""
+        failed = [tracker for tracker in self._trackers if tracker.failure]
+        self._trackers = [tracker for tracker in self._trackers if tracker not in failed]
+        for tracker in failed:
+            reason = f"{tracker.name} gets no more numbers, training continues ({tracker.failure})"
+            self.record("event", step, event="tracker failed", reason=reason)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """The complete lines of `metrics.jsonl`."""
+        with open(self._path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, KeyError):
+                    record = json.loads(line)
+                    record["kind"]
+                    yield record
 
     @property
     def length(self) -> int:
@@ -88,15 +116,17 @@ class Metrics:
 
     def close(self) -> None:
         """Flush and close everything."""
+        trackers = self._trackers
+        for tracker in trackers:
+            tracker.close()
+        self._report_trackers(self._step)
         self.display.close()
-        with contextlib.suppress(OSError):
-            self._board.close()
         self.sync()
         self._file.close()
 
 
 def flat(name: str, value: Any) -> dict[str, float]:
-    """The numbers in a value under names such as norms/updates/lora_A/q_proj and devices/power/0 (of rank 0); tables and
+    """The numbers in a value, by names such as norms/updates/lora_A/q_proj and devices/power/0 (of rank 0); tables and
     text have none.
     """
     if isinstance(value, int | float):

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
@@ -15,9 +16,12 @@ from megasft.distributed.topology import Topology
 from megasft.model.flops import step_flops
 from megasft.model.qwen3_moe import Qwen3Moe
 from megasft.train.adapter_norms import AdapterNorms
+from megasft.train.checkpoint.folder import RunState
 from megasft.train.clock import StepClock
 from megasft.train.device_monitor import NAMES, DeviceMonitor
+from megasft.train.early_signs import EarlySigns, idle_experts
 from megasft.train.expert_load import ExpertLoad
+from megasft.train.forward_backward import Totals
 from megasft.train.peak import measured_peak
 from megasft.train.run_log import RunLog
 
@@ -36,25 +40,16 @@ LARGEST = (
 OWN = (*LARGEST, "fed", *NAMES)
 
 
-class Totals(NamedTuple):
-    """Of a global batch: mean loss, supervised tokens, and the share of them that is predicted right."""
-
-    loss: float
-    tokens: int
-    accuracy: float
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """A step that has been taken. `rate`: its learning rate; `updates`: of Adam, so far; `last`: of the run."""
+    """A step that has been taken. `state`: the run's after it; `rate`: its learning rate; `last`: of the run."""
 
-    step: int
+    state: RunState
     batch: Batch
     totals: Totals
     rate: float
     grad_norm: float
     updated: bool
-    updates: int
     epoch: float
     last: bool
 
@@ -67,7 +62,7 @@ class Observer:
 
     Attributes:
         clock: of the steps.
-        fed: tokens that entered this rank's model since the last step, padding included.
+        fed: tokens that entered this rank's model in the step, padding included.
     """
 
     def __init__(
@@ -78,6 +73,8 @@ class Observer:
         self.clock, self.fed = StepClock(), 0
         self._monitor, self._sampled = DeviceMonitor(), 0
         self._norms = AdapterNorms(model, optimizer, config.hyperparameters)
+        self._signs = EarlySigns()
+        self._flops = _model_flops(config, model)
         self._peak: float | None = None
 
     def start(self) -> None:
@@ -86,34 +83,48 @@ class Observer:
         known = _gather([math.nan if peak is None else peak])
         self._peak = None if known.isnan().any() else float(known.mean())
         self._monitor.start()
+        for line in self.log.lines():
+            self._signs.see(line["kind"], line)
 
     def stop(self) -> None:
         """Sample and record no more."""
         self._monitor.stop()
         self.log.close()
 
+    def begin(self) -> StepClock:
+        """A step begins; returns its clock."""
+        self.clock.begin()
+        self.fed = 0
+        return self.clock
+
+    def validated(self, step: int, totals: Totals) -> None:
+        """Record a validation."""
+        values: dict[str, Any] = {"loss": None}
+        if math.isfinite(totals.loss):
+            values = {"loss": totals.loss, "perplexity": math.exp(min(totals.loss, 700.0))}
+        self._record("validation", step, values | {"token_accuracy": totals.accuracy, "tokens": totals.tokens})
+
+    def ended_early(self, state: RunState) -> None:
+        """Record that the run ends because its validations have found no lower loss for long."""
+        best = "was finite" if state.best is None else f"was below {state.best:.4f} of step {state.best_step}"
+        reason = f"no validation loss of the last {state.stale} {best}"
+        self.log.record("event", state.step, event="early_stop", reason=reason)
+
+    def epoch_ended(self, state: RunState) -> None:
+        """Record the experts that got no token in the epoch that ends with this step."""
+        for event in idle_experts(state.experts_seen, self._load.layers, self._load.experts):
+            self.log.record("event", state.step, **event)
+
     def stepped(self, taken: Outcome) -> dict[str, Any]:
-        """Record a step whose clock runs; returns its `train` line, with the numbers of all ranks where it is recorded."""
+        """Record the step that has begun; returns its `train` line, with numbers of all ranks where it is recorded."""
         seconds, parts = self.clock.end()
-        settings, step = self._config.logging, taken.step
+        settings, step = self._config.logging, taken.state.step
         line = self._line(taken, seconds)
         if not taken.updated:
             reason = f"loss {taken.totals.loss}, gradient norm {taken.grad_norm}"
             self.log.record("event", step, event="skipped", reason=reason, samples=taken.batch.samples.tolist())
-        recorded = step % settings.every_steps == 0 or taken.last
-        normed = taken.updated and step % settings.norms_every_steps == 0
-        if taken.last and not self._monitor.samples:
-            self._monitor.sample()
-        if recorded or normed:
-            squares = self._norms.squares(taken.rate, taken.updates) if normed else []
-            own = self._own(parts, taken.batch.waited) if recorded else []
-            table = _gather([*own, *squares])
-            if recorded:
-                self._record(step, line, table[:, : len(OWN)])
-            if normed:
-                totals = table[:, len(own) :].sum(0).tolist()
-                self.log.record("norms", step, **self._norms.of(totals))
-        self.fed = 0
+        if step % settings.every_steps == 0 or taken.last:
+            self._record_step(taken, line, parts)
         if step % settings.experts_every_steps == 0:
             self.log.record("experts", step, tokens=self._load.tokens.tolist())
         return line
@@ -121,12 +132,8 @@ class Observer:
     def _line(self, taken: Outcome, seconds: float) -> dict[str, Any]:
         """What every rank knows of the step."""
         totals, batch, world = taken.totals, taken.batch, self._topology.world
-        lora, hyper = self._config.lora, self._config.hyperparameters
-        recompute = hyper.parallelism.activation_checkpointing
-        flops = step_flops(
-            self._model.hf_config, lora.targets, lora.r, batch.tokens, totals.tokens, batch.squares, recompute
-        )
-        rate = flops.model / seconds / world
+        flops = sum(np.multiply(self._flops, (batch.tokens, totals.tokens, batch.squares)).tolist())
+        rate = flops / seconds / world
         line = {
             "loss": totals.loss if taken.updated else None,
             "token_accuracy": totals.accuracy,
@@ -134,6 +141,7 @@ class Observer:
             "grad_norm": taken.grad_norm if math.isfinite(taken.grad_norm) else None,
             "epoch": taken.epoch,
             "tokens": batch.tokens,
+            "trained_tokens": taken.state.tokens,
             "supervised_tokens": totals.tokens,
             "seconds": seconds,
             "data_wait": batch.waited,
@@ -151,9 +159,22 @@ class Observer:
         memory = [*host.memory_in_use(), host.device_memory(), self._monitor.rss()]
         return [waited, *seconds, self.clock.take_saved(), *memory, self.fed, *self._monitor.values]
 
-    def _record(self, step: int, line: dict[str, Any], table: torch.Tensor) -> None:
-        """Complete and record a `train` line from the numbers of all ranks, [ranks, numbers]."""
-        columns = dict(zip(OWN, table.T, strict=True))
+    def _record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Record a line and the events that follow from it."""
+        self.log.record(kind, step, **values)
+        if self._topology.is_first:
+            for event in self._signs.see(kind, values):
+                self.log.record("event", step, **event)
+
+    def _record_step(self, taken: Outcome, line: dict[str, Any], parts: dict[str, float]) -> None:
+        """Complete and record a `train` line, and those of kinds `norms` and `devices`, with numbers of all ranks."""
+        step = taken.state.step
+        if taken.last and not self._monitor.samples:
+            self._monitor.sample()
+        own = self._own(parts, taken.batch.waited)
+        squares = self._norms.squares(taken.rate, taken.state.updates) if taken.updated else []
+        table = _gather([*own, *squares])
+        columns = dict(zip(OWN, table.T, strict=False))
         sizes = self._topology.sizes
         fed = columns["fed"].sum().item() / (sizes.tensor * sizes.pipeline)  # whose ranks are fed the same tokens
         line["padding_share"] = 1 - line["tokens"] / fed if fed else 0.0
@@ -161,12 +182,23 @@ class Observer:
             if not columns[name].isnan().all():
                 largest = columns[name].nan_to_num(nan=-math.inf).max().item()
                 line[name] = largest if name.endswith(("seconds", "wait")) else int(largest)
-        self.log.record("train", step, **line)
+        self._record("train", step, line)
+        if squares:
+            self.log.record("norms", step, **self._norms.of(table[:, len(own) :].sum(0).tolist()))
+        busy = columns["data_wait"] + columns["compute_seconds"]
         if self._monitor.samples > self._sampled:
             self._sampled = self._monitor.samples
             lists = {name: _known(columns[name]) for name in NAMES if not columns[name].isnan().all()}
-            busy = columns["data_wait"] + columns["compute_seconds"]
             self.log.record("devices", step, **lists, busy_seconds=busy.tolist())
+        for event in self._signs.compare_ranks(busy.numpy()):
+            self.log.record("event", step, **event)
+
+
+def _model_flops(config: RunConfig, model: Qwen3Moe) -> list[float]:
+    """FLOPs that the model needs for a token, for a supervised one in addition, and for a token's pair in attention."""
+    lora = config.lora
+    each = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+    return [step_flops(model.hf_config, lora.targets, lora.r, *counts, recompute=False).model for counts in each]
 
 
 def _known(values: torch.Tensor) -> list[float | None]:

@@ -57,9 +57,13 @@ class GemmProbe:
 
     def __init__(self, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ...], seconds: float) -> None:
         self.shapes, self._duration = shapes, seconds
-        given = {"dtype": dtype, "device": host.device()}
-        given["generator"] = torch.Generator(given["device"]).manual_seed(0)  # torch's own numbers stay as they are
-        self.operands = [(torch.randn(m, k, **given), torch.randn(n, k, **given)) for m, k, n in shapes]
+        device = host.device()
+        random = torch.Generator(device).manual_seed(0)  # torch's own numbers stay as they are
+
+        def operand(rows: int, columns: int) -> torch.Tensor:
+            return torch.randn(rows, columns, dtype=dtype, device=device, generator=random)
+
+        self.operands = [(operand(m, k), operand(n, k)) for m, k, n in shapes]
         self.seconds: list[list[float]] = [[] for _ in shapes]
         for x, weight in self.operands:
             x @ weight.t()  # warm up: kernels are initialized on first use

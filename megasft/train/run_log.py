@@ -1,11 +1,13 @@
 """What a run says of itself, from any rank: rank 0 records it, the others say nothing."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megasft.config.schema import RunConfig
 from megasft.distributed.topology import Topology
 from megasft.messages import UserError, say
+from megasft.train import trackers
 from megasft.train.metrics import Metrics
 
 
@@ -30,7 +32,8 @@ class RunLog:
                     output_dir.mkdir(parents=True, exist_ok=True)
                     (output_dir / ".config.toml").write_text(self._config.to_toml())
                     (output_dir / ".config.toml").rename(output_dir / "config.toml")
-                    self._metrics = Metrics(output_dir, total_steps, step, length)
+                    tracked = trackers.TrackedRun(self._config, step, resumed=length > 0)
+                    self._metrics = Metrics(output_dir, total_steps, step, length, lambda: trackers.start(tracked))
                 except OSError as error:
                     raise UserError(f"[job] output_dir: {output_dir} cannot be written ({error.strerror})") from None
 
@@ -43,6 +46,10 @@ class RunLog:
         """Record a checkpoint that is on disk, unless a resumed run has kept its line."""
         if self._metrics and step not in self._metrics.checkpoints:
             self._metrics.record("checkpoint", step, path=str(folder))
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """The lines that metrics.jsonl has; none on ranks that do not write it."""
+        return self._metrics.lines() if self._metrics else iter(())
 
     def say(self, message: str) -> None:
         """One line on standard error."""

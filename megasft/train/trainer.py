@@ -4,14 +4,11 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
 
 from megasft import host
 from megasft.adapters.model_io import is_zero, save_adapter
@@ -31,8 +28,10 @@ from megasft.train.checkpoint.best import BEST, label_best
 from megasft.train.checkpoint.folder import RunState
 from megasft.train.checkpoint.gate import Gate
 from megasft.train.checkpoint.restore import Restored, restore
+from megasft.train.early_signs import add_seen
 from megasft.train.expert_load import ExpertLoad
-from megasft.train.observer import Observer, Outcome, Totals
+from megasft.train.forward_backward import ForwardBackward, Totals
+from megasft.train.observer import Observer, Outcome
 from megasft.train.optimizer import step, wrap
 from megasft.train.progress import Progress
 from megasft.train.schedule import Schedule
@@ -68,6 +67,7 @@ class Trainer:
         self.loader = Loader(self.train, self.batches, lambda rows: list(self._cut(self.train, rows)))
         self.ddp, self.optimizer = wrap(model, hyper, lambda: self.observer.clock.part("reduce"))
         self.load = ExpertLoad(model, hyper.router_aux_loss_coef)
+        self._compute = ForwardBackward(topology, self.ddp, self.load, hyper.sequence_length, self._see)
         self.observer = Observer(config, topology, model, self.optimizer, self.load)
         self.log = self.observer.log
         self.writer = CheckpointWriter(config, model, self.optimizer, self.base_model, self.output_dir / "checkpoints")
@@ -128,8 +128,7 @@ class Trainer:
         Where the loss or the gradient is not finite, the step changes nothing but the count of steps, on every rank
         alike; its `loss` is None then.
         """
-        clock = self.observer.clock
-        clock.begin()
+        clock = self.observer.begin()
         self.progress.begin(f"step {self.step + 1}")
         self.model.dropout_seed = derived_seed(self.config.job.seed, "dropout", self.step)
         batch = next(self.loader)
@@ -149,11 +148,13 @@ class Trainer:
                 updates=self.state.updates + updated,
                 skipped=0 if updated else self.state.skipped + 1,
                 tokens=self.state.tokens + batch.tokens,
+                experts_seen=add_seen(self.state.experts_seen, self.load.tokens),
             )
-            last, epoch = state.step == self.total_steps, self._epoch()
-            record = self.observer.stepped(
-                Outcome(state.step, batch, totals, rate, grad_norm, updated, state.updates, epoch, last)
-            )
+            last = state.step == self.total_steps
+            record = self.observer.stepped(Outcome(state, batch, totals, rate, grad_norm, updated, self._epoch(), last))
+            if self._ends_epoch():
+                self.observer.epoch_ended(state)
+                self.state = replace(state, experts_seen="")
         if state.skipped >= self.config.training.max_nonfinite_steps:
             raise UserError(
                 f"stopped: loss or gradient was not finite in {state.skipped} steps in a row, the last of them step "
@@ -165,19 +166,19 @@ class Trainer:
     def validate(self) -> float:
         """Measure the validation loss, record it, and keep the adapter in `best/` if it is the lowest so far."""
         assert self.validation is not None
-        loss, tokens, accuracy = self.evaluate(self.validation)
-        best = math.isfinite(loss) and (self.state.best is None or loss < self.state.best)
+        totals = self.evaluate(self.validation)
+        loss = totals.loss
+        lower = best = math.isfinite(loss) and (self.state.best is None or loss < self.state.best)
         if best and self.config.training.validation.save_best_model_at_end:
             with self.observer.clock.saving():
                 best = self._save_best(self.validation)
         with self.gate.change(self.step):
-            measured = (
-                {"loss": loss, "perplexity": math.exp(min(loss, 700.0))} if math.isfinite(loss) else {"loss": None}
-            )
-            self.log.record("validation", self.step, **measured, token_accuracy=accuracy, tokens=tokens)
-            self.state = replace(self.state, validated=self.step)
+            self.state = replace(self.state, validated=self.step, stale=0 if lower else self.state.stale + 1)
             if best:
                 self.state = replace(self.state, best=loss, best_step=self.step)
+            self.observer.validated(self.step, totals)
+            if self._ended_early():
+                self.observer.ended_early(self.state)
         self.validation_loss = loss
         return loss
 
@@ -207,9 +208,7 @@ class Trainer:
         return folder
 
     def evaluate(self, samples: Samples | Mix) -> Totals:
-        """Mean loss, supervised tokens and accuracy over all of `samples`, without dropout. Packed, whatever training
-        does.
-        """
+        """Over all of `samples`, without dropout. Packed, whatever training does."""
         self.progress.begin(f"the validation after step {self.step}")
         mix = Mix.of(samples)
         length = self.config.hyperparameters.sequence_length
@@ -243,6 +242,8 @@ class Trainer:
         self.log.open(self.total_steps, self.step, self.state.metrics_bytes if restored.same_run else 0)
         if restored.same_run and self.state.saved == self.step:
             self.log.checkpoint(self.step, restored.folder)
+        if self.step < self.total_steps:
+            self.log.record("event", self.step, event="resumed", reason=f"from {restored.folder}")
 
     def _resume(self) -> Restored | None:
         """Fill weights, optimizer and state from the checkpoint to resume from, if there is one."""
@@ -256,10 +257,13 @@ class Trainer:
         for change in restored.changes:
             self.log.say(f"resuming with another {change}")
         self.log.say(f"resuming from {restored.folder}: {self.step} of {self.total_steps} steps are done")
+        more = "[hyperparameters] n_epochs or max_steps"
+        if self._ended_early():
+            more = "[training.validation] early_stopping_patience"
         if self.step >= self.total_steps:
             self.log.say(
-                "nothing is left to train; to train more raise [hyperparameters] n_epochs or max_steps; for a new run "
-                "name another [job] output_dir, or pass --resume never"
+                f"nothing is left to train; to train more raise {more}; for a new run name another [job] output_dir, "
+                "or pass --resume never"
             )
         return restored
 
@@ -272,6 +276,14 @@ class Trainer:
         self._ahead = ahead
         self.total_steps = hyper.max_steps or ahead + self.batches.steps(hyper.n_epochs)
         self.schedule = Schedule(hyper.lr_schedule, hyper.learning_rate, self.total_steps, hyper.warmup_ratio)
+
+    def _ended_early(self) -> bool:
+        """Whether validations have found no lower loss for so long that the run ends, which it then does here."""
+        patience = self.config.training.validation.early_stopping_patience
+        over = self.validation is not None and patience is not None and self.state.stale >= patience
+        if over:
+            self.total_steps = self.step
+        return over
 
     # --- between two steps -------------------------------------------------------------------------------------------
 
@@ -366,36 +378,10 @@ class Trainer:
         """`_compute` on a global batch of these rows."""
         return self._compute(self._cut(samples, rows), training)
 
-    def _compute(self, batches: MicroBatches | list[MicroBatch], training: bool) -> Totals:
-        """Forward, and backward if training, of a global batch."""
-        self.ddp.train(training)
-        self.load.start(batches, training)
-        outcomes = get_forward_backward_func()(
-            forward_step_func=self._forward,
-            data_iterator=iter(batches),
-            model=[self.ddp],
-            num_microbatches=len(batches),
-            seq_length=self.config.hyperparameters.sequence_length,
-            micro_batch_size=1,
-            forward_only=not training,
-        )
-        total = torch.zeros(3, dtype=torch.float64, device=self.device)
-        # Every rank of a tensor-parallel group of the last stage holds the same sums; count the first rank's.
-        if outcomes and self.topology.groups.tp.rank() == 0:
-            total += torch.stack(outcomes).sum(0)
-        total = torch.cat([total, self.load.counted()])
-        dist.all_reduce(total)
-        total = total.cpu()
-        self.load.settle(total[3:])
-        loss_sum, tokens, correct = total[:3].tolist()
-        return Totals(loss_sum / max(1.0, tokens), int(tokens), correct / max(1.0, tokens))
-
-    def _forward(self, batches: Any, ddp: Any) -> tuple[Tensor, Any]:
-        """megatron-core's forward step: the output, and what makes of it the loss, its tokens and the report."""
-        batch: MicroBatch = next(batches)
+    def _see(self, batch: MicroBatch) -> None:
+        """A micro batch enters the model."""
         self.progress.count_micro_batch()
         self.observer.fed += len(batch.tokens)
-        return ddp(batch), partial(_loss, batch)
 
 
 def global_batches(config: RunConfig, topology: Topology, samples: Mix) -> Batches:
@@ -411,9 +397,3 @@ def _fingerprint(config: RunConfig) -> str | None:
         return fingerprint(find_model(config.job.model))
     except UserError:
         return None
-
-
-def _loss(batch: MicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    loss_sum, correct = output
-    tokens = (batch.labels >= 0).sum()
-    return loss_sum, tokens.int(), torch.stack([loss_sum.detach().double(), tokens.double(), correct.double()])

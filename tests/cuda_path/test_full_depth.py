@@ -21,7 +21,7 @@ def test_a_micro_batch_launches_and_waits_no_more_than_committed(walked):
     counts = walked.phases["compute"]
     assert counts.kernels.total() <= 15_572
     assert [(what, where.partition(":")[0]) for what, where in counts.syncs] == [
-        ("copy cuda to cpu", "megasft/train/trainer.py")
+        ("copy cuda to cpu", "megasft/train/forward_backward.py")
     ]
 
 

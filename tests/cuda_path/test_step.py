@@ -33,7 +33,7 @@ def test_a_step_and_a_checkpoint_run(walked, case):
 # a micro batch, in a step.
 SPLITS = ("synchronize", "megatron/core/transformer/moe/token_dispatcher.py")  # of an all-to-all: what goes where
 COPIES = ("local_scalar_dense", "megasft/model/dispatch.py")  # of tokens, where the host cannot know how many
-SUMS = ("copy cuda to cpu", "megasft/train/trainer.py")  # the loss and the experts' counts
+SUMS = ("copy cuda to cpu", "megasft/train/forward_backward.py")  # the loss and the experts' counts
 P2P = "megatron/core/pipeline_parallel/p2p_communication.py"
 BALANCE = "megasft/train/expert_load.py"
 

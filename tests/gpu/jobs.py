@@ -22,7 +22,7 @@ MISBEHAVE = str(ROOT / "tests" / "support" / "misbehave.py")
 COUNTED = str(ROOT / "tests" / "gpu" / "counted.py")
 # Where the host waits for the device in a step: sums of the loss, the gradient's norm, and copies to the device of the
 # micro batches after it (tests/cuda_path holds the step to these).
-WAITS = {"megasft/train/trainer.py", "megasft/data/micro_batches.py", "megatron/core/optimizer/clip_grads.py"}
+WAITS = {"megasft/train/forward_backward.py", "megasft/data/micro_batches.py", "megatron/core/optimizer/clip_grads.py"}
 
 
 class Job:

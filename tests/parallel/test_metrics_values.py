@@ -43,7 +43,6 @@ def world(tmp_path_factory):
         return {
             "job": {"model": str(folder / "base"), "init_adapter": str(folder / "adapter"), "output_dir": str(folder)},
             "lora": {"r": R, "alpha": ALPHA, "dropout": 0.0, "target_modules": LINEAR_LAYERS},
-            "logging": {"norms_every_steps": 1},
             "data": {"topology": {
                 "tensor_parallel": case.tensor, "expert_parallel": case.expert, "expert_tensor_parallel": case.expert_tensor,
                 "pipeline_parallel": case.pipeline,
@@ -54,7 +53,7 @@ def world(tmp_path_factory):
             },
         }  # fmt: skip
 
-    return settings, samples, right / supervised, supervised, shapes
+    return settings, samples, right / supervised, supervised, shapes, config
 
 
 def steps(settings, samples):
@@ -62,7 +61,7 @@ def steps(settings, samples):
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     lines, weights, fed = [], [on_ranks.adapter_parts(model)], []
-    trainer.log.record = lambda kind, step, **values: lines.append((kind, values))
+    trainer.log.record = lambda kind, step, **values: lines.append((kind, values)) if kind != "event" else None
     trainer.observer._monitor.sample()
     for _ in range(STEPS):
         fed.append(0)
@@ -80,6 +79,17 @@ def steps(settings, samples):
     return lines, weights, counts, trainer.evaluate(trainer.train)
 
 
+def flops_by_hand(config, lengths, supervised):
+    """Of a step on conversations of these lengths: 4 per frozen weight and token, 6 per LoRA weight, half a square."""
+    tokens, frozen, lora = sum(lengths), 0.0, 0.0
+    for name, (n, k) in linear_shapes(config).items():
+        met = config.num_experts_per_tok / config.num_experts if "experts." in name else 1
+        frozen, lora = frozen + met * n * k, lora + met * R * (n + k)
+    scores = sum(length**2 for length in lengths) / 2 * config.num_attention_heads * config.head_dim
+    head = config.vocab_size * config.hidden_size * supervised
+    return 4 * tokens * frozen + 6 * tokens * lora + 12 * config.num_hidden_layers * scores + 4 * head
+
+
 def norms_by_hand(tensors):
     sums = defaultdict(float)
     for name, value in tensors.items():
@@ -90,10 +100,10 @@ def norms_by_hand(tensors):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_numbers_equal_those_by_hand_under_every_topology(ranks, world, case):
-    settings, samples, accuracy, supervised, shapes = world
+    settings, samples, accuracy, supervised, shapes, _ = world
     answers = ranks(case.ranks, steps, settings(case), samples)
     lines = answers[0][0]
-    assert all([kind for kind, _ in found] == ["train", "devices", "norms", "train", "norms"] for found, *_ in answers)
+    assert all([kind for kind, _ in found] == ["train", "norms", "devices", "train", "norms"] for found, *_ in answers)
     (first, _), norms = (
         [values for kind, values in lines if kind == "train"],
         [v for kind, v in lines if kind == "norms"],
@@ -122,3 +132,57 @@ def test_numbers_equal_those_by_hand_under_every_topology(ranks, world, case):
         if case.ranks == 1:
             assert 0.9 * values["seconds"] < sum(parts) <= values["seconds"]
         assert values["tokens_per_second"] == pytest.approx(case.ranks * values["tokens_per_second_per_device"])
+
+
+UNEVEN = [Case(1), Case(2), Case(2, tensor=2, batch=2), Case(2, pipeline=2), Case(4, expert=2)]
+
+
+def an_epoch(settings, samples):
+    """On a rank: `train` lines of an epoch with a validation before each step, the samples of each step, tokens fed."""
+    config, topology, model = on_ranks.start(settings)
+    trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
+    lines, chosen, fed = [], [], []
+    trainer.log.record = lambda kind, step, **values: lines.append(values) if kind == "train" else None
+    stepped = trainer.observer.stepped
+
+    def kept(taken):
+        chosen.append(taken.batch.samples.tolist())
+        fed.append(sum(len(batch.tokens) for batch in taken.batch.micro_batches))
+        return stepped(taken)
+
+    trainer.observer.stepped = kept
+    for _ in range(trainer.batches.steps_in(0)):
+        trainer.evaluate(trainer.train)
+        trainer.train_step()
+    counts = topology.groups.tp.rank() == topology.groups.pp.rank() == 0
+    return lines, chosen, fed if counts else [0] * len(fed)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["single", "packed"])
+@pytest.mark.parametrize("case", UNEVEN, ids=str)
+def test_a_last_global_batch_with_fewer_conversations_is_counted_as_it_is(ranks, world, case, packing):
+    settings, samples, *_, config = world
+    job = settings(case)
+    job["hyperparameters"] |= {
+        "gradient_accumulation_steps": 4 // (case.data * case.batch), "sequence_length": 35, "learning_rate": 1e-9,
+    }  # fmt: skip
+    job["data"]["packing"] = packing
+    answers = ranks(case.ranks, an_epoch, job, samples[:7])
+    lines, chosen, _ = answers[0]
+    assert sorted(number for numbers in chosen for number in numbers) == list(range(7))
+    if not packing:
+        assert [len(numbers) for numbers in chosen] == [4, 3]
+    trained = 0
+    for i, (line, numbers) in enumerate(zip(lines, chosen, strict=True)):
+        lengths = [len(samples[number][0]) - 1 for number in numbers]
+        supervised = sum(int(samples[number][1][1:].sum()) for number in numbers)
+        trained += sum(lengths)
+        assert (line["tokens"], line["trained_tokens"]) == (sum(lengths), trained)
+        assert line["supervised_tokens"] == supervised
+        fed = sum(answer[2][i] for answer in answers)
+        assert line["padding_share"] == pytest.approx(1 - sum(lengths) / fed, abs=1e-12)
+        rate = flops_by_hand(config, lengths, supervised) / line["seconds"] / case.ranks
+        assert line["model_flops_per_second"] == pytest.approx(rate, rel=1e-9)
+        assert line["tokens_per_second"] == pytest.approx(sum(lengths) / line["seconds"])
+        right = line["token_accuracy"] * supervised
+        assert right == pytest.approx(round(right), abs=1e-6)

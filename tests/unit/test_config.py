@@ -509,11 +509,11 @@ def test_a_name_that_is_close_to_none_is_not_guessed(write, name):
         ("n_epochs = 2", "job.toml:1: n_epochs = 2: unknown key; did you mean [hyperparameters] n_epochs?"),
         (
             "[logging]\nxyzzy = 2",
-            "job.toml:2: [logging] xyzzy = 2: unknown key; known here: every_steps, experts_every_steps, norms_every_steps",
+            "job.toml:2: [logging] xyzzy = 2: unknown key; known here: every_steps, to, project, run_name, experts_every_steps",
         ),
         (
             '[logging]\n"odd key" = 2',
-            'job.toml:2: [logging] "odd key" = 2: unknown key; known here: every_steps, experts_every_steps, norms_every_steps',
+            'job.toml:2: [logging] "odd key" = 2: unknown key; known here: every_steps, to, project, run_name, experts_every_steps',
         ),
         ("lora = 3", "job.toml:1: lora = 3: must be a table"),
         ("[[lora]]\nr = 3", 'job.toml:1: lora = [{"r": 3}]: must be a table'),

@@ -31,6 +31,7 @@ FORMAT = 1
 MANIFEST, STATE, RUN_FILE, LATEST = "manifest.json", "state.json", "config.toml", "latest"
 _NAME = re.compile(r"step-\d{6,19}", re.ASCII)  # any other name is the user's
 _FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # in the checkpoint's own folder, whatever the manifest says
+_SINCE = {"stale": 0, "experts_seen": ""}  # what the states of earlier versions lack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class RunState:
         validated: the step of the last validation, -1 before the first.
         saved: the step of the last checkpoint that was due, 0 before the first.
         best, best_step: the lowest validation loss and its step; None and 0 before the first.
+        stale: how many of the last validations in a row found no lower loss.
+        experts_seen: the experts that have got a token in this epoch (`early_signs.add_seen`).
         loader: `Loader.state_dict`, which determines the next batch.
         metrics_bytes: length of metrics.jsonl.
         identity: settings that must not change within a run, by name (`resume.identity`).
@@ -58,6 +61,8 @@ class RunState:
     saved: int = 0
     best: float | None = None
     best_step: int = 0
+    stale: int = 0
+    experts_seen: str = ""
     loader: dict[str, Any]
     metrics_bytes: int = 0
     identity: dict[str, Any]
@@ -191,7 +196,7 @@ def manifest(folder: Path) -> dict[str, tuple[int, str]]:
 def read_state(folder: Path) -> RunState:
     """The state in a checkpoint. Raises UserError."""
     try:
-        found = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        found = _SINCE | json.loads((folder / STATE).read_text(encoding="utf-8"))
         state = RunState(**{field.name: found[field.name] for field in fields(RunState)})
         names = [field.name for field in fields(RunState) if field.type is int and field.name != "validated"]
         counts = [getattr(state, name) for name in names]
@@ -199,6 +204,7 @@ def read_state(folder: Path) -> RunState:
         wrong |= not all(map(_is_count, [*counts, state.loader["epoch"], state.loader["row"]]))
         wrong |= max(state.updates, state.skipped, state.validated, state.best_step, state.saved) > state.step
         wrong |= not (isinstance(state.loader["data"], dict) and isinstance(state.identity, dict))
+        wrong |= len(bytes.fromhex(state.experts_seen)) > 2**20
         wrong |= not (state.best is None or math.isfinite(state.best))
     except OSError as error:
         raise UserError(f"{STATE} cannot be read ({error.strerror})") from None

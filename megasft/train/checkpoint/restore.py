@@ -64,6 +64,6 @@ def restore(
         stands = [topology.is_first and best_stands(Path(config.job.output_dir), state, validation)]
         dist.broadcast_object_list(stands)
         if not stands[0]:
-            state = replace(state, best=None, best_step=0)
+            state = replace(state, best=None, best_step=0, stale=0)
     same_run = folder.parent == writer.checkpoints.folder.resolve()
     return Restored(folder, replace(state, identity=identity), changes, same_run)
