@@ -19,6 +19,8 @@ SAME_SETTING = _TWICE | {key: synonym for synonym, key in _TWICE.items()}
 
 # The names that transformers, peft, trl, axolotl and megatron-core give to these keys.
 FOREIGN_NAMES = {
+    ("logging", "to"): "report_to",
+    ("logging", "project"): "wandb_project project_name experiment_name",
     ("job", "model"): "model_name_or_path model_name model_path base_model",
     ("job", "data"): "dataset dataset_path train_file",
     ("compute", "gpu_count"): "num_gpus n_gpus",
@@ -75,7 +77,6 @@ _PROCESSES = "tokenizing and loading use all available cores by themselves"
 _PRECISION = "[hyperparameters.parallelism] bf16 = true or false sets the precision"
 _ATTENTION = "attention is Transformer Engine's on GPUs where it is installed, and PyTorch's otherwise"
 _OPTIMIZER = "the optimizer is AdamW, with its states in fp32"
-_REPORTS = "metrics go to metrics.jsonl and tensorboard/ in [job] output_dir"
 _TARGETS = "adapters are plain LoRA on the linear layers that [lora] target_modules names"
 ABSENT = {
     "use_rslora": "the update is alpha / r * B A: for rsLoRA's scaling set [lora] alpha to alpha * sqrt(r)",
@@ -97,9 +98,6 @@ ABSENT = {
     "attn_implementation": _ATTENTION,
     "flash_attention": _ATTENTION,
     "use_flash_attention_2": _ATTENTION,
-    "report_to": _REPORTS,
-    "wandb_project": _REPORTS,
-    "run_name": "[job] output_dir names a run, and [tags] hold free labels",
     "push_to_hub": "the adapter stays in [job] output_dir; `hf upload` sends it",
     "hub_model_id": "the adapter stays in [job] output_dir; `hf upload` sends it",
     "trust_remote_code": "code in a model's folder is never run",

@@ -42,6 +42,7 @@ from megasft.config.values import (
     iso_date,
     list_as_tuple,
     names_as_tuple,
+    one_or_list_as_tuple,
     refuse_true,
 )
 from megasft.messages import UserError
@@ -268,9 +269,9 @@ class LoggingSettings(Section):
     """`[logging]`: how often `metrics.jsonl` gets a line, and which trackers get the numbers too. See metrics.md."""
 
     every_steps: Count = 1  # optimizer steps between lines of kinds `train`, `norms` and `devices`
-    to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(list_as_tuple)] = (
-        "tensorboard",
-    )  # trackers that get all numbers; each but TensorBoard is an extra of its name to install
+    to: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(one_or_list_as_tuple)
+    ] = ("tensorboard",)  # trackers that get all numbers; each but TensorBoard is an extra of its name to install
     project: Text = "megasft"  # the project of the trackers, MLflow's experiment
     run_name: Text | None = None  # the run's name in the trackers; default: the last part of `output_dir`
     experts_every_steps: Count = 100  # optimizer steps between lines of kind `experts` (tokens per layer and expert)

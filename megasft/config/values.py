@@ -106,6 +106,11 @@ def list_as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def one_or_list_as_tuple(value: Any) -> Any:
+    """Convert a list, or one text, to a tuple; leave anything else unchanged."""
+    return (value,) if isinstance(value, str) else list_as_tuple(value)
+
+
 def check_json(value: dict[str, Any]) -> dict[str, Any]:
     """Values that a chat template can be given: what JSON can say."""
     try:

@@ -10,6 +10,7 @@ import json
 import netrc
 import os
 import queue
+import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ class Wandb:
     def __init__(self, run: TrackedRun) -> None:
         import wandb
 
-        name = run.names.get("wandb") or wandb.util.generate_id()
+        name = run.names.get("wandb") or secrets.token_hex(4)
         self._run: Any = wandb.init(
             project=run.config.logging.project,
             name=run.name,

@@ -152,6 +152,10 @@ BEFORE_THE_LAUNCH = {
     "no such validation file": (without("validation.jsonl"), "", ["[data] validation_path", "validation.jsonl"]),
     "output folder is a file": (with_text("run", ""), "", ["[job] output_dir", "world/run", "is not a folder"]),
     "output folder below a file": (nothing, "--set job.output_dir={}/job.toml/run", ["job.toml is not a folder"]),
+    "a tracker that is not installed": (
+        nothing, "--set logging.to=wandb", ["[logging] to: wandb is not installed; pip install 'megasft[wandb]'"]
+    ),
+    "no such env file": (nothing, "--env-file {}/none.env", ["--env-file", "world/none.env", "No such file"]),
     "no such model folder": (nothing, "--set job.model={}/modle", ["[job] model", "world/modle", "no such folder"]),
     "no such model on the hub": (
         nothing, "--set job.model=megasft-tests/no-such-model", ["[job] model", "no-such-model", "the hub", "a model folder"]
