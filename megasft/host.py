@@ -123,6 +123,11 @@ def memory_in_use() -> tuple[float, float]:
     return (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if CUDA else (math.nan, math.nan)
 
 
+def ranks_share_cores() -> bool:
+    """Whether ranks compute on CPUs and this machine has fewer cores than ranks."""
+    return not CUDA and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > len(os.sched_getaffinity(0))
+
+
 def own_uuid() -> str | None:
     """NVML's name of this rank's GPU, or None without one."""
     return f"GPU-{torch.cuda.get_device_properties(_own()).uuid}" if CUDA else None

@@ -117,12 +117,12 @@ def _squares(values: Tensor, start: int, period: Period) -> list[tuple[str, str,
     first = (start + head) // each
     if whole:
         rows = values[head : head + whole * each].view(whole, each)
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_()
-        pieces += [(first + i, norms[i::n].sum()) for i in range(min(n, whole))]
+        squares = rows.square().sum(1).double()  # rows are short; their sum is pairwise, so fp32 does
+        pieces += [(first + i, squares[i::n].sum()) for i in range(min(n, whole))]
     if (tail := head + whole * each) < len(values):
         pieces.append((first + whole, _square(values[tail:])))
     return [(*period[number % n][:2], square) for number, square in pieces]
 
 
 def _square(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values, dtype=torch.float64).square_()
+    return values.square().sum().double()

@@ -182,6 +182,8 @@ class Observer:
             if not columns[name].isnan().all():
                 largest = columns[name].nan_to_num(nan=-math.inf).max().item()
                 line[name] = largest if name.endswith(("seconds", "wait")) else int(largest)
+        if "memory_allocated" not in line:
+            line["memory_peak"] = max(line["memory_peak"], line["rss"])  # Linux counts a process's peak in batches
         self._record("train", step, line)
         if squares:
             self.log.record("norms", step, **self._norms.of(table[:, len(own) :].sum(0).tolist()))
@@ -190,8 +192,9 @@ class Observer:
             self._sampled = self._monitor.samples
             lists = {name: _known(columns[name]) for name in NAMES if not columns[name].isnan().all()}
             self.log.record("devices", step, **lists, busy_seconds=busy.tolist())
-        for event in self._signs.compare_ranks(busy.numpy()):
-            self.log.record("event", step, **event)
+        if not host.ranks_share_cores():  # where they do, they are slow in turn
+            for event in self._signs.compare_ranks(busy.numpy()):
+                self.log.record("event", step, **event)
 
 
 def _model_flops(config: RunConfig, model: Qwen3Moe) -> list[float]:
