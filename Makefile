@@ -68,6 +68,7 @@ test-trackers: install .venv-trackers/installed
 	@PATH="$$PATH:.venv/bin" uv venv --quiet --allow-existing --python $(PYTHON) .venv-trackers
 	@PATH="$$PATH:.venv/bin" uv pip install --quiet --python .venv-trackers/bin/python --constraint constraints.txt \
 		--override $< --editable '.[test,wandb,mlflow,trackio]'
+	@.venv-trackers/bin/python -m compileall -q -j 0 .venv-trackers/lib >/dev/null 2>&1 || true
 	@touch $@
 
 clean:
