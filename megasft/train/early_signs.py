@@ -114,7 +114,7 @@ class Spikes:
 
 def add_seen(seen: str, tokens: Tensor) -> str:
     """Which experts have got a token: `seen` so far (bits of [layers, experts] in hex, "" none) and now `tokens`."""
-    bits = np.packbits((tokens > 0).numpy())
+    bits = np.packbits(np.array(tokens.tolist()) > 0)
     if seen:
         bits |= np.frombuffer(bytes.fromhex(seen), np.uint8)
     return bits.tobytes().hex()

@@ -15,6 +15,7 @@ from transformers import Qwen3MoeConfig
 
 from megasft.config.parallelism import TopologySizes, choose_dispatcher
 from megasft.model.hf_config import sparse_layers
+from megasft.train.adapter_norms import KEYS
 from megasft.train.observer import OWN
 from megasft.train.trainer import Trainer
 from tests.support import on_ranks
@@ -163,8 +164,8 @@ class StepTraffic:
         self._add("pp", s.pipeline, "broadcast", 4)
         self._add("norm", world, "all-reduce", 4)
         self._add("world", world, "all-reduce", 8 * (4 + (self.sparse_everywhere + 1) * experts))
-        if self.recorded:  # the ranks' own numbers, between the hosts
-            self._add("world", world, "all-gather", 8 * world * len(OWN))
+        if self.recorded:  # the ranks' own numbers and squares of norms, between the hosts
+            self._add("world", world, "all-gather", 8 * world * (len(OWN) + len(KEYS)))
         if self.counts_first:
             self._add("world", world, "all-reduce", 8 * (2 + (self.sparse_everywhere + 1) * experts))
 
