@@ -79,37 +79,28 @@ def curve(run: Path, kind: str, name: str) -> list[tuple[int, float]]:
     return [(line["step"], pytest.approx(line[name], rel=1e-9)) for line in lines if line["kind"] == kind]
 
 
-def test_wandb_has_one_run_with_all_steps(run):
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
+def test_wandb_has_one_run_with_all_steps(run, place):
     folder, _ = run
     files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2, "a file for each launch"
     assert len({file.stem for file in files}) == 1, "of one run"
-    found, first = [], None
+    records = []
     for file in files:
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "run" and first is None:
-                first = record.run
-            if record.WhichOneof("record_type") == "history":
-                items = {
-                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
-                }
-                if "train/loss" in items:
-                    found.append((items["step"], items["train/loss"]))
-    assert found == curve(folder, "train", "loss")
-    assert len(found) == 4
-    assert (first.project, first.display_name, sorted(first.tags)) == (
+        command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
+        read = subprocess.run(command, env=environment(place), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        records += map(json.loads, read.stdout.splitlines())
+    items = [record["history"]["item"] for record in records if record["type"] == "history"]
+    for kind in ("train", "validation"):
+        found = [(item["step"], item[f"{kind}/loss"]) for item in items if f"{kind}/loss" in item]
+        assert found == curve(folder, kind, "loss")
+    assert any("norms/updates/lora_B/q_proj" in item for item in items)
+    first = next(record["run"] for record in records if record["type"] == "run")
+    assert (first["project"], first["display_name"], sorted(first["tags"])) == (
         "made-up",
         "a <b>run</b>",
         ["team=red", "trial=3"],
     )
-    config = {update.key: json.loads(update.value_json) for update in first.config.update}
+    config = first["config"]["update"]
     assert config["lora"]["r"] == 4
     assert config["hyperparameters"]["max_steps"] == 2
 
