@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megasft.config.schema import RunConfig
+from megasft.train import trackers
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def print_summary(summary: Summary, config: RunConfig) -> None:
         ("adapter", folder / "adapter"),
         ("best adapter", best if best.is_dir() else None),
         ("metrics", folder / "metrics.jsonl"),
-        ("TensorBoard", shlex.join(["tensorboard", "--logdir", str(folder / "tensorboard")])),
+        *trackers.places(config),
         ("try it", shlex.join(["megasft", "generate", str(folder)])),
         ("merge it", shlex.join(["megasft", "merge", str(folder / "adapter"), str(folder / "merged")])),
     ]

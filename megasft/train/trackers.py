@@ -10,7 +10,9 @@ import json
 import netrc
 import os
 import queue
+import re
 import secrets
+import shlex
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,6 +49,21 @@ def _in_netrc() -> bool:
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     return False
+
+
+def places(config: RunConfig) -> list[tuple[str, str]]:
+    """(tracker, the command or the place that shows the run) of each that `[logging] to` names."""
+    folder, project = Path(config.job.output_dir), config.logging.project
+    offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+    synced = f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*" if offline else str(folder / "wandb")
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    shown = {
+        "tensorboard": ("TensorBoard", shlex.join(["tensorboard", "--logdir", str(folder / "tensorboard")])),
+        "wandb": ("wandb", synced),
+        "mlflow": ("MLflow", redact(uri) if uri else str(Path("mlruns").resolve())),
+        "trackio": ("Trackio", shlex.join(["trackio", "show", "--project", project])),
+    }
+    return [shown[name] for name in dict.fromkeys(config.logging.to)]
 
 
 @dataclass(frozen=True)
@@ -139,7 +156,7 @@ class Wandb:
             resume="allow",
             dir=str(run.folder),
             config=run.settings,
-            tags=[f"{key}={value}" for key, value in run.tags.items()],
+            tags=[f"{key}={value}"[:64] for key, value in run.tags.items()],  # longer ones it refuses
             # The terminal is ours, and so are the device's numbers; the machine's and the command's are nobody's.
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, x_disable_meta=True),
         )
@@ -172,12 +189,14 @@ class Mlflow:
             project = run.config.logging.project
             experiment = self._client.get_experiment_by_name(project)
             number = experiment.experiment_id if experiment else self._client.create_experiment(project)
-            name = self._client.create_run(number, run_name=run.name, tags=run.tags).info.run_id
+            name = self._client.create_run(number, run_name=run.name, tags=_named(run.tags)).info.run_id
             run.keep("mlflow", name)
         self._run = name
         self._client.update_run(name, status="RUNNING")
         known = self._client.get_run(name).data.params  # which cannot change: of a resumed run those of its start stay
-        params = [entities.Param(key, value[:500]) for key, value in _dotted(run.settings).items() if key not in known]
+        params = [
+            entities.Param(key, value[:500]) for key, value in _named(_dotted(run.settings)).items() if key not in known
+        ]
         for i in range(0, len(params), 100):
             self._client.log_batch(name, params=params[i : i + 100])
 
@@ -286,3 +305,8 @@ def _dotted(settings: dict[str, Any], before: str = "") -> dict[str, str]:
     for key, value in settings.items():
         found |= _dotted(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": str(value)}
     return found
+
+
+def _named(values: dict[str, str]) -> dict[str, str]:
+    """With keys of the characters that MLflow takes."""
+    return {re.sub(r"[^\w\-. :/]", "_", key): value for key, value in values.items()}

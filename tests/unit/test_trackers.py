@@ -12,7 +12,7 @@ from megasft.config.schema import RunConfig
 from megasft.messages import UserError
 from megasft.train import trackers
 from megasft.train.metrics import Metrics
-from megasft.train.trackers import TRACKERS, Background, TrackedRun, check
+from megasft.train.trackers import TRACKERS, Background, TrackedRun, check, places
 
 TRAIN = {"loss": 1.0, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 100.0}
 
@@ -153,3 +153,14 @@ def test_a_resumed_run_finds_the_names_that_trackers_gave_it(tmp_path):
     assert TrackedRun(config(tmp_path), 5, resumed=True).names == {}
     assert TrackedRun(config(tmp_path / "some-name"), 0, resumed=False).name == "some-name"
     assert TrackedRun(config(tmp_path, run_name="given"), 0, resumed=False).name == "given"
+
+
+def test_the_end_of_a_run_says_where_each_tracker_shows_it(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:password@host:5000")
+    shown = places(config("runs/a b", to=["trackio", "mlflow", "wandb", "tensorboard"], project="p"))
+    assert shown == [
+        ("Trackio", "trackio show --project p"), ("MLflow", "http://***@host:5000"), ("wandb", "wandb sync 'runs/a b/wandb'/offline-run-*"),
+        ("TensorBoard", "tensorboard --logdir 'runs/a b/tensorboard'"),
+    ]  # fmt: skip
+    assert places(config(to=[])) == []
