@@ -90,7 +90,8 @@ class AdapterNorms:
         torch._foreach_add_(roots, hyper.adam_eps * bias_root)
         added = torch._foreach_div(moment, roots)
         torch._foreach_mul_(added, rate * bias_root / bias)
-        if decay := rate * hyper.weight_decay:
+        decay = rate * hyper.weight_decay
+        if decay not in (0, 1):  # 1 leaves nothing of the weights before, so Adam's part alone counts
             before = torch._foreach_add(master, added)  # times 1 - decay
             torch._foreach_add_(added, before, alpha=decay / (1 - decay))
         return list(added)

@@ -138,15 +138,15 @@ def test_a_full_disk_costs_checkpoints_but_no_steps_and_no_metrics(world, tmp_pa
 def test_metrics_are_buffered_while_the_disk_is_full_and_written_later(tmp_path, capsys):
     with small_disk(tmp_path / "small") as disk:
         metrics = Metrics(disk, 200)
-        metrics.record("event", 1, event="before")
+        metrics.record("event", 1, event="before", reason="x")
         fill(disk)
         for step in range(2, 100):  # more than is left of the file's last page
-            metrics.record("event", step, event="meanwhile")
+            metrics.record("event", step, event="meanwhile", reason="x")
         whole = (disk / "metrics.jsonl").read_bytes()
         assert metrics.length == len(whole)
         assert whole.endswith(b"\n")
         (disk / "ballast").unlink()
-        metrics.record("event", 100, event="after")
+        metrics.record("event", 100, event="after", reason="x")
         metrics.close()
         assert [line["step"] for line in lines(disk)] == list(range(1, 101))
     assert [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megasft.messages import UserError
-from megasft.train import trainer as trainer_module
+from megasft.train import forward_backward
 from megasft.train.optimizer import owned
 from megasft.train.trainer import Trainer
 from tests.parallel.invariance import Case
@@ -29,12 +29,13 @@ def spoil(trainer: Trainer, where: str, value: float, rank: int) -> None:
     if trainer.topology.rank != rank:
         return
     if where == "loss":
-        loss_of = trainer_module._loss
+        loss_of = forward_backward._loss
 
-        def loss(batch: Any, loss_sum: torch.Tensor) -> tuple:
-            return loss_of(batch, loss_sum * value if trainer.step in SPOILT else loss_sum)
+        def loss(batch: Any, output: tuple[torch.Tensor, torch.Tensor]) -> tuple:
+            loss_sum, correct = output
+            return loss_of(batch, (loss_sum * value if trainer.step in SPOILT else loss_sum, correct))
 
-        trainer_module._loss = loss
+        forward_backward._loss = loss
     else:
         finalize = trainer.model.config.finalize_model_grads_func
 
@@ -108,8 +109,10 @@ def blind(settings: dict[str, Any], samples: list, held_out: list) -> None:
     """Train to the end with a NaN loss in every validation."""
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples), on_ranks.as_samples(held_out))
-    loss_of = trainer_module._loss
-    trainer_module._loss = lambda batch, loss_sum: loss_of(batch, loss_sum if model.training else loss_sum * torch.nan)
+    loss_of = forward_backward._loss
+    forward_backward._loss = lambda batch, loss_sum: loss_of(
+        batch, loss_sum if model.training else loss_sum * torch.nan
+    )
     trainer.fit()
 
 
