@@ -1,0 +1,134 @@
+"""What the lines of a metrics.jsonl say, gathered as they come."""
+
+import json
+import math
+from collections import deque
+from typing import Any
+
+from megasft.board.table import Axis, Row, Series, Table
+
+EVENTS = 1000  # the newest so many are kept, and as many checkpoints
+FRAMES = 96  # of the experts' load
+TEXT = 4000  # characters of a text
+SAMPLES = 50
+PARTS = ("data_wait", "compute_seconds", "reduce_seconds", "optimizer_seconds")  # of a step's `seconds`
+
+
+class Content:
+    """The tables, events and samples of one run.
+
+    Attributes:
+        last: the newest number of each column, by its name `kind.key`.
+        lowest: the lowest validation loss and its step.
+        events, checkpoints: newest last: step, time (s since 1970), event, reason.
+        frames: (step, tokens [layer][expert]) over the run, evenly thinned out.
+    """
+
+    def __init__(self) -> None:
+        self.tables: dict[str, Table] = {}
+        self.last: dict[str, float] = {}
+        self.lowest: tuple[float, int] | None = None
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
+        self.checkpoints: deque[dict[str, Any]] = deque(maxlen=EVENTS)
+        self.frames: list[tuple[int, list[list[float]]]] = []
+        self.samples: list[dict[str, str]] = []
+        self.step, self.tokens, self.started, self.ended = 0, 0.0, 0.0, 0.0
+        self._every, self._seen = 1, 0
+
+    def add(self, lines: list[bytes]) -> None:
+        """Take in lines; one that is no record is left out."""
+        rows: dict[str, list[Row]] = {}
+        for line in lines:
+            try:
+                record = json.loads(line)
+                kind, step, time = record.pop("kind"), record.pop("step"), record.pop("time")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue
+            if not (isinstance(kind, str) and _number(step) and _number(time) and abs(step) < 2**53):
+                continue
+            self._take(rows, kind, int(step), float(time), record)
+        for kind, of_kind in rows.items():
+            self.tables.setdefault(kind, Table()).append(of_kind)
+
+    def series(self, key: str, axis: Axis) -> Series | None:
+        """The column `kind.name`."""
+        kind, _, name = key.partition(".")
+        table = self.tables.get(kind)
+        return table.series(name, axis) if table else None
+
+    @property
+    def keys(self) -> list[str]:
+        """All columns, as `kind.name`."""
+        return [f"{kind}.{name}" for kind, table in self.tables.items() for name in table.names]
+
+    def _take(self, rows: dict[str, list[Row]], kind: str, step: int, time: float, record: dict[str, Any]) -> None:
+        self.started = self.started or time
+        self.ended = max(self.ended, time)
+        if kind in ("train", "validation", "norms", "devices"):
+            values = _flat(record)
+            if kind == "train":
+                # A line in every_steps: the steps between had about as many tokens.
+                self.tokens += values.get("tokens", 0.0) * max(0, step - self.step)
+                self.step = max(step, self.step)
+                _split(values)
+            loss = values.get("loss")
+            if kind == "validation" and loss is not None and (self.lowest is None or loss < self.lowest[0]):
+                self.lowest = loss, step
+            self.last |= {f"{kind}.{name}": value for name, value in values.items()}
+            rows.setdefault(kind, []).append(Row(step, self.tokens, time - self.started, values))
+        elif kind == "experts":
+            self._add_frame(step, record.get("tokens"))
+        elif kind == "checkpoint":
+            self.checkpoints.append({**_event(step, time, record), "event": "checkpoint"})
+        elif kind == "event":
+            self.events.append(_event(step, time, record))
+        elif kind == "samples" and isinstance(answers := record.get("answers"), list):
+            self.samples = [
+                {str(name)[:40]: str(text)[:TEXT] for name, text in answer.items()}
+                for answer in answers[:SAMPLES]
+                if isinstance(answer, dict)
+            ]
+
+    def _add_frame(self, step: int, tokens: Any) -> None:
+        """Keep every n-th; when there are FRAMES, leave out each second and double n."""
+        try:
+            table = [[float(value) for value in layer[:1024]] for layer in tokens[:512]]
+        except (TypeError, ValueError):
+            return
+        if not table or len({len(layer) for layer in table}) != 1 or not table[0]:
+            return
+        if self._seen % self._every == 0:
+            self.frames.append((step, table))
+        self._seen += 1
+        if len(self.frames) >= FRAMES:
+            self.frames, self._every = self.frames[::2], 2 * self._every
+
+
+def _flat(record: dict[str, Any], prefix: str = "", depth: int = 3) -> dict[str, float]:
+    """The finite numbers of a record: nested ones as a.b, of a list (an item a rank) the mean."""
+    values: dict[str, float] = {}
+    for name, value in record.items():
+        if _number(value):
+            values[f"{prefix}{name}"] = float(value)
+        elif isinstance(value, dict) and depth:
+            values |= _flat(value, f"{prefix}{name}.", depth - 1)
+        elif isinstance(value, list) and (known := [item for item in value if _number(item)]):
+            values[f"{prefix}{name}"] = sum(known) / len(known)
+    return values
+
+
+def _split(values: dict[str, float]) -> None:
+    """Add what is left of a step's time when its parts are taken away."""
+    if "seconds" in values:
+        values["other_seconds"] = max(0.0, values["seconds"] - sum(values.get(part, 0.0) for part in PARTS))
+
+
+def _number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300 and math.isfinite(value)
+
+
+def _event(step: int, time: float, record: dict[str, Any]) -> dict[str, Any]:
+    reason = record.get("reason", record.get("path", ""))
+    return {"step": step, "time": time, "event": str(record.get("event", ""))[:80], "reason": str(reason)[:TEXT]}

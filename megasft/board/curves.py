@@ -1,0 +1,73 @@
+"""Curves of several runs with few enough points to draw: bins that stay where they are as a run grows."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megasft.board.content import Content
+from megasft.board.table import Axis, Series
+
+
+def bin_width(first: float, last: float, points: int) -> float:
+    """The power of two by which [first, last] has at most `points` bins; 0 where the range is empty."""
+    extent = last - first
+    return 2.0 ** math.ceil(math.log2(extent / points)) if extent > 0 else 0.0
+
+
+def curves(
+    content: Content, keys: list[str], axis: Axis, window: tuple[float, float], width: float, after: float = -math.inf
+) -> dict[str, Any]:
+    """The columns `keys` of a run within `window` of an axis.
+
+    Args:
+        width: of a bin; 0: every point.
+        after: only points from the bin of this place on, which replace the client's from there.
+
+    Returns, by key, `x`, `mean`, `low`, `high`: a list each; `low` and `high` are absent where they equal `mean`.
+    """
+    found = {}
+    for key in keys:
+        series = content.series(key, axis)
+        if series is not None and len(series.x):
+            found[key] = _thin(series, window, width, after)
+    return found
+
+
+def extent(contents: list[Content], keys: list[str], axis: Axis) -> tuple[float, float, int]:
+    """The lowest and highest place of some columns over all runs, and the most points that one has."""
+    low, high, most = math.inf, -math.inf, 0
+    for content in contents:
+        for key in keys:
+            series = content.series(key, axis)
+            if series is not None and len(series.x):
+                low, high = min(low, series.x[0]), max(high, series.x[-1])
+                most = max(most, len(series.x))
+    return (float(low), float(high), most) if most else (0.0, 0.0, 0)
+
+
+def _thin(series: Series, window: tuple[float, float], width: float, after: float) -> dict[str, list[float]]:
+    place = np.floor(series.x / width) if width else series.x
+    start = max(window[0], after if not width or math.isinf(after) else math.floor(after / width) * width)
+    # One point beyond each edge of the window, so that lines reach it.
+    first = max(0, int(np.searchsorted(series.x, start)) - (start == window[0]))
+    last = int(np.searchsorted(series.x, window[1], side="right")) + 1
+    x, place = series.x[first:last], place[first:last]
+    mean, low, high = series.mean[first:last], series.low[first:last], series.high[first:last]
+    if not len(x):
+        return {"x": [], "mean": []}
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(place) > 0]))
+    counts = np.diff(np.append(starts, len(x)))
+    x = x[np.append(starts[1:], len(x)) - 1]
+    mean = np.add.reduceat(mean, starts) / counts
+    low, high = np.fmin.reduceat(low, starts), np.fmax.reduceat(high, starts)
+    thin = {"x": rounded(x, 12), "mean": rounded(mean)}
+    if not (np.allclose(low, mean, rtol=1e-6, atol=0) and np.allclose(high, mean, rtol=1e-6, atol=0)):
+        thin |= {"low": rounded(low), "high": rounded(high)}
+    return thin
+
+
+def rounded(values: NDArray[np.float64], digits: int = 6) -> list[float]:
+    """Numbers with so many significant digits: what a picture shows, and half the bytes."""
+    return [float(f"{value:.{digits}g}") for value in values.tolist()]

@@ -1,0 +1,185 @@
+"""Run directories: which there are, what state each is in, and its lines as they come."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import struct
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megasft.board.content import Content
+from megasft.board.tail import Tail, read_text, skim
+from megasft.messages import UserError
+
+METRICS, CONFIG, LOCK = "metrics.jsonl", "config.toml", ".lock"
+DEPTH, MOST = 3, 200  # folders below a given one that are searched, and the most runs that are shown
+SKIMMED = 400  # lines shown of a long run until all of it is read
+LONG = 2 << 20  # bytes
+RECENT = 30.0  # seconds since the last line, after which a run without a lock counts as stopped
+
+
+class Run:
+    """One run directory, read as it grows.
+
+    Attributes:
+        id: names the run in addresses; says nothing of its path.
+        lock: to be held while `content` is read.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.id = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+        self.lock = threading.Lock()
+        self._tail = Tail(folder / METRICS)
+        self._content, self._skimmed = Content(), None as Content | None
+        self._config: tuple[float, dict[str, Any]] = (-1.0, {})
+
+    @property
+    def content(self) -> Content:
+        """What is known of the run; of a long one a part until all of it is read."""
+        return self._skimmed or self._content
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """(generation, bytes read): another generation where lines were taken back or come in more detail."""
+        return 2 * self._tail.restarts + (self._skimmed is None), self._tail.offset
+
+    @property
+    def share_read(self) -> float:
+        """0 to 1, of the file as it was last seen."""
+        return min(1.0, self._tail.offset / self._tail.size) if self._tail.size else 1.0
+
+    def preview(self) -> None:
+        """Show a long run at once by a few of its lines."""
+        with contextlib.suppress(OSError):
+            if not self._tail.offset and (self.folder / METRICS).stat().st_size > LONG:
+                content = Content()
+                content.add(skim(self.folder / METRICS, SKIMMED))
+                with self.lock:
+                    self._skimmed = content
+
+    def advance(self) -> bool:
+        """Read the next lines, at most a megabyte; returns whether there were any."""
+        restarts = self._tail.restarts
+        lines = self._tail.read()
+        with self.lock:
+            if self._tail.restarts != restarts:
+                self._content = Content()
+            self._content.add(lines)
+            if not lines:
+                self._skimmed = None
+        return bool(lines)
+
+    def config(self) -> dict[str, Any]:
+        """The resolved settings; {} where they cannot be read."""
+        path = self.folder / CONFIG
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            changed = path.lstat().st_mtime
+            if changed != self._config[0]:
+                self._config = changed, tomllib.loads(read_text(path))
+        return self._config[1]
+
+    def state(self) -> str:
+        """running, finished, or stopped."""
+        if self._is_locked():
+            return "running"
+        if (self.folder / "adapter" / "adapter_config.json").is_file():
+            return "finished"
+        with contextlib.suppress(OSError):
+            if time.time() - (self.folder / METRICS).stat().st_mtime < RECENT:
+                return "running"
+        return "stopped"
+
+    def _is_locked(self) -> bool:
+        """Whether a job holds the run's lock (`run_lock`), asked without taking it."""
+        form = "hhqqi4x"  # struct flock on 64-bit Linux
+        try:
+            descriptor = os.open(self.folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            question = struct.pack(form, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, question)
+            return struct.unpack(form, answer)[0] != fcntl.F_UNLCK
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+
+
+class Runs:
+    """All runs in some folders, each a run directory or a parent of several; read in the background.
+
+    Raises UserError where a folder does not exist.
+    """
+
+    def __init__(self, folders: list[Path]) -> None:
+        for folder in folders:
+            if not folder.is_dir():
+                raise UserError(f"{folder}: no such folder; name run directories, or folders that hold them")
+        self._roots = [folder.resolve() for folder in folders]
+        self._runs: dict[Path, Run] = {}
+        self._stop = threading.Event()
+        self.discover()
+
+    def all(self) -> list[Run]:
+        """By name."""
+        return sorted(list(self._runs.values()), key=lambda run: run.name)
+
+    def get(self, run_id: str) -> Run | None:
+        """The run with an id."""
+        return next((run for run in list(self._runs.values()) if run.id == run_id), None)
+
+    def discover(self) -> None:
+        """Look for new runs, and forget those that are gone."""
+        found = {}
+        for root in self._roots:
+            for folder in _run_folders(root, DEPTH):
+                name = folder.name if folder == root else folder.relative_to(root).as_posix()
+                found.setdefault(folder, name)
+        for folder in [folder for folder in self._runs if folder not in found]:
+            del self._runs[folder]
+        for folder, name in list(found.items())[:MOST]:
+            if folder not in self._runs:
+                run = Run(folder, name)
+                run.preview()
+                self._runs[folder] = run
+
+    def advance(self) -> bool:
+        """Read some of what is new in each run; returns whether anything was."""
+        return any([run.advance() for run in self.all()])
+
+    def follow(self) -> None:
+        """Read in a thread of its own until `stop`."""
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+
+    def _follow(self) -> None:
+        looked = time.monotonic()
+        while not self._stop.is_set():
+            if time.monotonic() - looked > 5:
+                self.discover()
+                looked = time.monotonic()
+            # A break after each block: requests are answered by the same interpreter.
+            self._stop.wait(0.005 if self.advance() else 0.5)
+
+
+def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
+    """Run directories in `folder` and below, symbolic links left out."""
+    if (folder / METRICS).is_file() or ((folder / CONFIG).is_file() and not (folder / "adapter_config.json").is_file()):
+        yield folder
+        return
+    if not depth:
+        return
+    with contextlib.suppress(OSError):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                yield from _run_folders(Path(entry.path), depth - 1)
