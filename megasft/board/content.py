@@ -5,23 +5,29 @@ import math
 from collections import deque
 from typing import Any
 
-from megasft.board.table import Axis, Row, Series, Table
+import numpy as np
+from numpy.typing import NDArray
+
+from megasft.board.table import AXES, Axis, Row, Series, Table
 
 EVENTS = 1000  # the newest so many are kept, and as many checkpoints
 FRAMES = 96  # of the experts' load
 TEXT = 4000  # characters of a text
-SAMPLES = 50
+LAYERS, EXPERTS = 256, 512  # the most of a frame
 PARTS = ("data_wait", "compute_seconds", "reduce_seconds", "optimizer_seconds")  # of a step's `seconds`
 
 
 class Content:
-    """The tables, events and samples of one run.
+    """The tables and events of one run.
 
     Attributes:
         last: the newest number of each column, by its name `kind.key`.
         lowest: the lowest validation loss and its step.
         events, checkpoints: newest last: step, time (s since 1970), event, reason.
-        frames: (step, tokens [layer][expert]) over the run, evenly thinned out.
+        noted: events and checkpoints so far.
+        frames: (step, tokens [layer, expert]) over the run, evenly thinned out.
+        step, tokens: of the last `train` line; tokens since the start, about.
+        started, ended: time of the first and the last line, s since 1970; 0 before the first.
     """
 
     def __init__(self) -> None:
@@ -30,9 +36,9 @@ class Content:
         self.lowest: tuple[float, int] | None = None
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
         self.checkpoints: deque[dict[str, Any]] = deque(maxlen=EVENTS)
-        self.frames: list[tuple[int, list[list[float]]]] = []
-        self.samples: list[dict[str, str]] = []
-        self.step, self.tokens, self.started, self.ended = 0, 0.0, 0.0, 0.0
+        self.frames: list[tuple[int, NDArray[np.float32]]] = []
+        self.noted = self.step = 0
+        self.tokens = self.started = self.ended = 0.0
         self._every, self._seen = 1, 0
 
     def add(self, lines: list[bytes]) -> None:
@@ -55,6 +61,13 @@ class Content:
         kind, _, name = key.partition(".")
         table = self.tables.get(kind)
         return table.series(name, axis) if table else None
+
+    def extent(self, axis: Axis) -> tuple[float, float, int] | None:
+        """The lowest and highest place of any row, and the most rows of a table; None where there is none."""
+        places = [table.extent(AXES.index(axis)) for table in self.tables.values() if table.rows]
+        if not places:
+            return None
+        return min(low for low, _ in places), max(high for _, high in places), max(t.rows for t in self.tables.values())
 
     @property
     def keys(self) -> list[str]:
@@ -80,22 +93,18 @@ class Content:
             self._add_frame(step, record.get("tokens"))
         elif kind == "checkpoint":
             self.checkpoints.append({**_event(step, time, record), "event": "checkpoint"})
+            self.noted += 1
         elif kind == "event":
             self.events.append(_event(step, time, record))
-        elif kind == "samples" and isinstance(answers := record.get("answers"), list):
-            self.samples = [
-                {str(name)[:40]: str(text)[:TEXT] for name, text in answer.items()}
-                for answer in answers[:SAMPLES]
-                if isinstance(answer, dict)
-            ]
+            self.noted += 1
 
     def _add_frame(self, step: int, tokens: Any) -> None:
         """Keep every n-th; when there are FRAMES, leave out each second and double n."""
         try:
-            table = [[float(value) for value in layer[:1024]] for layer in tokens[:512]]
-        except (TypeError, ValueError):
+            table = np.array([layer[:EXPERTS] for layer in tokens[:LAYERS]], np.float32)
+        except (TypeError, ValueError, OverflowError):
             return
-        if not table or len({len(layer) for layer in table}) != 1 or not table[0]:
+        if table.ndim != 2 or not table.size or not np.isfinite(table).all():
             return
         if self._seen % self._every == 0:
             self.frames.append((step, table))

@@ -13,7 +13,9 @@ from megasft.board.table import Axis, Series
 def bin_width(first: float, last: float, points: int) -> float:
     """The power of two by which [first, last] has at most `points` bins; 0 where the range is empty."""
     extent = last - first
-    return 2.0 ** math.ceil(math.log2(extent / points)) if extent > 0 else 0.0
+    if extent <= 1e-9 * max(abs(first), abs(last)):
+        return 0.0
+    return 2.0 ** math.ceil(math.log2(extent / points))
 
 
 def curves(
@@ -35,16 +37,12 @@ def curves(
     return found
 
 
-def extent(contents: list[Content], keys: list[str], axis: Axis) -> tuple[float, float, int]:
-    """The lowest and highest place of some columns over all runs, and the most points that one has."""
-    low, high, most = math.inf, -math.inf, 0
-    for content in contents:
-        for key in keys:
-            series = content.series(key, axis)
-            if series is not None and len(series.x):
-                low, high = min(low, series.x[0]), max(high, series.x[-1])
-                most = max(most, len(series.x))
-    return (float(low), float(high), most) if most else (0.0, 0.0, 0)
+def extent(contents: list[Content], axis: Axis) -> tuple[float, float, int]:
+    """The lowest and highest place over all runs, and the most points that one has; zeros where there are none."""
+    found = [place for content in contents if (place := content.extent(axis))]
+    if not found:
+        return 0.0, 0.0, 0
+    return min(low for low, _, _ in found), max(high for _, high, _ in found), max(most for _, _, most in found)
 
 
 def _thin(series: Series, window: tuple[float, float], width: float, after: float) -> dict[str, list[float]]:

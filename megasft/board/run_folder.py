@@ -3,12 +3,13 @@
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import struct
 import threading
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from megasft.board.tail import Tail, read_text, skim
 from megasft.messages import UserError
 
 METRICS, CONFIG, LOCK = "metrics.jsonl", "config.toml", ".lock"
+ABOUT, ANSWERS = "about.json", "answers.json"
+TEXT = 8000  # characters of a text in an answer
+MOST_ANSWERS = 64
 DEPTH, MOST = 3, 200  # folders below a given one that are searched, and the most runs that are shown
 SKIMMED = 400  # lines shown of a long run until all of it is read
 LONG = 2 << 20  # bytes
@@ -36,8 +40,9 @@ class Run:
         self.id = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
         self.lock = threading.Lock()
         self._tail = Tail(folder / METRICS)
-        self._content, self._skimmed = Content(), None as Content | None
-        self._config: tuple[float, dict[str, Any]] = (-1.0, {})
+        self._content = Content()
+        self._skimmed: Content | None = None
+        self._files: dict[str, tuple[float, Any]] = {}  # what a file held, and when that was written
 
     @property
     def content(self) -> Content:
@@ -47,7 +52,9 @@ class Run:
     @property
     def version(self) -> tuple[int, int]:
         """(generation, bytes read): another generation where lines were taken back or come in more detail."""
-        return 2 * self._tail.restarts + (self._skimmed is None), self._tail.offset
+        if self._skimmed:
+            return 2 * self._tail.restarts, 0
+        return 2 * self._tail.restarts + 1, self._tail.offset
 
     @property
     def share_read(self) -> float:
@@ -77,12 +84,31 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """The resolved settings; {} where they cannot be read."""
-        path = self.folder / CONFIG
+        return self._parsed(CONFIG, tomllib.loads)
+
+    def about(self) -> dict[str, Any]:
+        """Data, topology and environment, as `megasft.about` writes them; {} where they cannot be read."""
+        return self._parsed(ABOUT, json.loads)
+
+    def answers(self) -> list[dict[str, str]]:
+        """Texts by name: prompt, reference, before, after."""
+        found = self._parsed(ANSWERS, json.loads).get("answers")
+        answers = [answer for answer in found if isinstance(answer, dict)] if isinstance(found, list) else []
+        names = ("prompt", "reference", "before", "after")
+        return [
+            {name: str(answer[name])[:TEXT] for name in names if name in answer} for answer in answers[:MOST_ANSWERS]
+        ]
+
+    def _parsed(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+        path = self.folder / name
         with contextlib.suppress(OSError, ValueError, RecursionError):
             changed = path.lstat().st_mtime
-            if changed != self._config[0]:
-                self._config = changed, tomllib.loads(read_text(path))
-        return self._config[1]
+            if name not in self._files or changed != self._files[name][0]:
+                self._files[name] = changed, {}
+                value = parse(read_text(path))
+                self._files[name] = changed, value if isinstance(value, dict) else {}
+            return self._files[name][1]
+        return {}
 
     def state(self) -> str:
         """running, finished, or stopped."""
@@ -122,37 +148,38 @@ class Runs:
         for folder in folders:
             if not folder.is_dir():
                 raise UserError(f"{folder}: no such folder; name run directories, or folders that hold them")
-        self._roots = [folder.resolve() for folder in folders]
+        self.folders = [folder.resolve() for folder in folders]
         self._runs: dict[Path, Run] = {}
         self._stop = threading.Event()
         self.discover()
 
     def all(self) -> list[Run]:
         """By name."""
-        return sorted(list(self._runs.values()), key=lambda run: run.name)
+        return sorted(self._runs.values(), key=lambda run: run.name)
 
     def get(self, run_id: str) -> Run | None:
         """The run with an id."""
-        return next((run for run in list(self._runs.values()) if run.id == run_id), None)
+        return next((run for run in self._runs.values() if run.id == run_id), None)
 
     def discover(self) -> None:
         """Look for new runs, and forget those that are gone."""
-        found = {}
-        for root in self._roots:
+        found: dict[Path, str] = {}
+        for root in self.folders:
             for folder in _run_folders(root, DEPTH):
-                name = folder.name if folder == root else folder.relative_to(root).as_posix()
-                found.setdefault(folder, name)
-        for folder in [folder for folder in self._runs if folder not in found]:
-            del self._runs[folder]
+                found.setdefault(folder, folder.name if folder == root else folder.relative_to(root).as_posix())
+        runs = {}
         for folder, name in list(found.items())[:MOST]:
+            runs[folder] = self._runs.get(folder) or Run(folder, name)
             if folder not in self._runs:
-                run = Run(folder, name)
-                run.preview()
-                self._runs[folder] = run
+                runs[folder].preview()
+        self._runs = runs  # replaced as a whole: other threads iterate over it
 
     def advance(self) -> bool:
         """Read some of what is new in each run; returns whether anything was."""
-        return any([run.advance() for run in self.all()])
+        found = False
+        for run in self.all():
+            found = run.advance() or found
+        return found
 
     def follow(self) -> None:
         """Read in a thread of its own until `stop`."""

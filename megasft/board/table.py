@@ -51,6 +51,17 @@ class Table:
         """The columns."""
         return list(self._columns)
 
+    @property
+    def rows(self) -> int:
+        """Points of a series: the buckets, and the one that is not full yet."""
+        return self.count + bool(self._pending)
+
+    def extent(self, axis: int) -> tuple[float, float]:
+        """The lowest and highest place; there must be a row."""
+        first = self._x[axis, 0] if self.count else _places(self._pending)[axis, -1]
+        last = _places(self._pending)[axis, -1] if self._pending else self._x[axis, self.count - 1]
+        return float(first), float(last)
+
     def append(self, rows: list[Row]) -> None:
         """More rows, of later steps."""
         for row in rows:

@@ -54,7 +54,8 @@ def skim(path: Path, lines: int) -> list[bytes]:
     except OSError:
         return []
     with os.fdopen(descriptor, "rb", buffering=0) as file:
-        size, found = os.fstat(descriptor).st_size, []
+        size = os.fstat(descriptor).st_size
+        found: list[bytes] = []
         for number in range(lines):
             file.seek(size * number // lines)
             parts = file.read(4096).split(b"\n")
@@ -65,7 +66,11 @@ def skim(path: Path, lines: int) -> list[bytes]:
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor of a regular file for reading. Raises OSError for anything else, symbolic links included."""
+    """A descriptor of a regular file for reading. Raises OSError for anything else, and where a part of the path is a
+    symbolic link.
+    """
+    if path.parent.resolve() != path.parent:
+        raise OSError(f"{path}: a folder of it is a symbolic link")
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
