@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 import json
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -56,7 +57,8 @@ def serve(runs: Runs, host: str, port: int, allowed_hosts: list[str]) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        number = getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
         raise UserError(f"--host {host} --port {port}: cannot be used ({reason}); --port 0 takes a free one") from None
     port = listener.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host

@@ -182,7 +182,7 @@ const watcher = new IntersectionObserver((entries) => {
     if (chart) visible[isIntersecting ? "add" : "delete"](chart);
   }
   refresh();
-}, { rootMargin: "200px" });
+}, { rootMargin: "600px" });
 
 const resizer = new ResizeObserver(() => { for (const chart of charts.values()) chart.resize(); });
 

@@ -19,7 +19,7 @@ export class Chart {
   build() {
     const { plot } = this;
     this.keys = element("span", { class: "keys" });
-    this.of = element("span", { class: "unit" });
+    this.of = element("span", { class: "of" });
     this.log = element("button", {
       type: "button", class: "log", "aria-pressed": String(this.logarithmic), "aria-label": `${plot.title}: log scale`,
       onclick: () => this.toggleLog(),

@@ -39,7 +39,8 @@ export class Experts {
     this.value = element("span", { class: "hint", "aria-live": "polite" });
     this.canvas = element("canvas", { tabindex: "0", role: "img", onmousemove: (event) => this.point(event),
       onmouseleave: () => this.tell() });
-    this.layers = element("div", { class: "y" }, "layer");
+    this.bottom = element("span");
+    this.layers = element("div", { class: "y" }, element("span", {}, "0"), element("span", {}, "layer"), this.bottom);
     this.first = element("span"), this.last = element("span");
     this.section.replaceChildren(
       element("h2", {}, "Tokens of each expert ", element("span", { class: "of" }, `in ${run.name}`)),
@@ -85,6 +86,7 @@ export class Experts {
     context.putImageData(image, 0, 0);
     this.first.textContent = "0";
     this.last.textContent = String(experts - 1);
+    this.bottom.textContent = String(layers - 1);
     canvas.setAttribute("aria-label", this.summary());
   }
 
