@@ -199,9 +199,16 @@ class Runs:
             self._stop.wait(0.005 if self.advance() else 0.5)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory; a checkpoint, which holds a config.toml too, is none."""
+    return (folder / METRICS).is_file() or (
+        (folder / CONFIG).is_file() and not (folder / "adapter_config.json").is_file()
+    )
+
+
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
     """Run directories in `folder` and below, symbolic links left out."""
-    if (folder / METRICS).is_file() or ((folder / CONFIG).is_file() and not (folder / "adapter_config.json").is_file()):
+    if is_run(folder):
         yield folder
         return
     if not depth:

@@ -26,6 +26,7 @@ from megasft.messages import UserError, say
 STATIC = Path(__file__).parent / "static"
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
+    "/colors.css": ("colors.css", "text/css; charset=utf-8"),
     "/style.css": ("style.css", "text/css; charset=utf-8"),
     "/uplot.min.css": ("uplot.min.css", "text/css; charset=utf-8"),
     "/uplot.min.js": ("uplot.min.js", "text/javascript; charset=utf-8"),

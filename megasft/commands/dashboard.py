@@ -43,3 +43,27 @@ def dashboard(
     from megasft.board.server import serve
 
     serve(Runs(runs or [Path("runs")]), host, port, allow_host)
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  megasft report runs/demo
+  megasft report runs/demo --out demo.html
+"""
+)
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, of a run that is done or not.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The file to write.  [default: report.html in the run directory]"),
+    ] = None,
+) -> None:
+    """Write one HTML file that says all of a run, to send to someone: no scripts, nothing loaded from elsewhere.
+
+    A run that ends writes it too. It holds the settings, with their paths, and the answers, which quote the validation
+    data.
+    """
+    from megasft.board.report import write_report
+
+    print(write_report(run, out))

@@ -47,13 +47,13 @@ def run(request: Request) -> None:
         dtype = request.dtype or ("fp32" if str(config.dtype) == "torch.float32" else "bf16")
         conversation = _Conversation(request, load_tokenizer(folder), config) if topology.is_first else None
     ask = conversation.ask if conversation else None
-    chat = _from_first(topology, lambda: is_chat(request))
+    chat = from_first(topology, lambda: is_chat(request))
     # Read a prompt that is given before the weights: a mistake in it is refused within seconds.
-    asked = None if chat else _from_first(topology, ask)
+    asked = None if chat else from_first(topology, ask)
     model = load_model(request.model, topology, DTYPES[dtype], lora, request.adapter, quant=request.quant)
-    stop = _from_first(topology, lambda: conversation and stop_tokens(folder, config, conversation.tokenizer))
+    stop = from_first(topology, lambda: conversation and stop_tokens(folder, config, conversation.tokenizer))
     sampler, cache = Sampler(**request.sampling), KVCache()
-    while (asked := asked or _from_first(topology, ask)) is not None:
+    while (asked := asked or from_first(topology, ask)) is not None:
         with _ctrl_c_stops(chat and topology.is_first) as interrupted:
             tokens = generate(model, asked, request.max_new_tokens, sampler, stop, cache, interrupted)
             for token in tokens:
@@ -129,7 +129,7 @@ class _Conversation:
             write(text.translate(CONTROLS) if sys.stdout.isatty() else text)
 
 
-def _from_first(topology: Topology, ask: Callable[[], Any] | None) -> Any:
+def from_first(topology: Topology, ask: Callable[[], Any] | None) -> Any:
     """The result of `ask` on rank 0, sent to every rank; its UserError too."""
     answer: list[Any] = [None]
     with topology.together():
