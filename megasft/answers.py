@@ -10,7 +10,7 @@ from megasft.data.dataset import Mix
 from megasft.data.tokenizer import load_tokenizer
 from megasft.distributed.topology import Topology
 from megasft.generation.decode import generate
-from megasft.generation.run import from_first, stop_tokens
+from megasft.generation.text import stop_tokens
 from megasft.lora.sharded import without_adapters
 from megasft.messages import say
 from megasft.model.hf_config import read_config
@@ -31,7 +31,7 @@ def write_answers(trainer: Trainer, topology: Topology) -> None:
     )
     folder = find_model(config.job.model)
     tokenizer = load_tokenizer(folder) if topology.is_first else None
-    stop = from_first(topology, lambda: tokenizer and stop_tokens(folder, read_config(folder), tokenizer))
+    stop = topology.from_first(lambda: tokenizer and stop_tokens(folder, read_config(folder), tokenizer))
 
     def answer(prompt: list[int]) -> list[int]:
         found = []

@@ -13,7 +13,7 @@ from megasft.board.table import Axis, Series
 def bin_width(first: float, last: float, points: int) -> float:
     """The power of two by which [first, last] has at most `points` bins; 0 where the range is empty."""
     extent = last - first
-    if extent <= 1e-9 * max(abs(first), abs(last)):
+    if not extent / points > 1e-12 * max(abs(first), abs(last)):  # no wider than rounding
         return 0.0
     return 2.0 ** math.ceil(math.log2(extent / points))
 

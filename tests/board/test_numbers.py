@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
 from megasft.board.content import FRAMES, Content
 from megasft.board.curves import bin_width, curves
 from megasft.board.run_folder import Runs
+from megasft.board.server import application
 from megasft.board.table import Row, Table
 from megasft.board.tail import Tail
 from megasft.messages import UserError
@@ -137,6 +139,9 @@ def test_a_long_run_is_shown_before_it_is_read(tmp_path):
         pass
     assert run.version[0] != early[0]
     assert len(run.content.series("train.loss", "step").x) == 4000
+    web = TestClient(application(runs, []), base_url="http://localhost")
+    found = web.get("/api/curves", params={"plots": "loss", "runs": run.id, "points": 1e9}).json()
+    assert len(found["runs"][run.id]["plots"]["loss"]["train.loss"]["x"]) <= 1001
 
 
 def test_runs_are_found_in_parents_and_checkpoints_are_no_runs(tmp_path):

@@ -209,11 +209,14 @@ def test_huge_and_senseless_parameters_are_refused_or_bounded(web):
             found = web.get("/api/curves", params={"plots": "loss", "runs": run["id"], name: value})
             assert found.status_code == 400, (name, value)
     for query in ({"points": 1e300}, {"points": -5}, {"from": 5, "to": 1}, {"from": 1, "to": 1 + 1e-300}, {"from": -1e300, "to": 1e300},
-                  {"axis": "nothing"}, {"from": 0, "to": 5e-324}, {"width": 1e-300}):  # fmt: skip
+                  {"axis": "nothing"}, {"from": 0, "to": 5e-324}, {"width": 1e-300},
+        {"axis": "time", "from": 0, "to": 5e-324, "points": 10}):  # fmt: skip
         found = web.get("/api/curves", params={"plots": "loss,loss,nothing", "runs": run["id"]} | query)
         assert found.status_code == 200, query
         for curve in found.json()["runs"][run["id"]]["plots"]["loss"].values():
             assert len(curve["x"]) <= 1002
+    few = web.get("/api/curves", params={"plots": "loss", "runs": run["id"], "points": -5}).json()
+    assert 5 <= len(few["runs"][run["id"]]["plots"]["loss"]["train.loss"]["x"]) <= 11
     assert web.get("/api/curves", params={"runs": f"{run['id']}:x:nan"}).status_code == 400
     for frame, status in (("99999999999", 200), ("-5", 200), ("1e300", 200), ("nan", 400), ("zero", 400)):
         assert web.get("/api/experts", params={"id": run["id"], "frame": frame}).status_code == status
@@ -224,7 +227,7 @@ def test_markup_in_names_tags_settings_and_answers_stays_text(tmp_path):
     text = json.dumps(EVIL)
     (run / "config.toml").write_text(f"[tags]\n{text} = {text}\n")
     (run / "answers.json").write_text(
-        json.dumps({"answers": [{"prompt": EVIL, "before": "\ud800", "after": [EVIL], "x": 1}, EVIL]})
+        json.dumps({"answers": [{"prompt": EVIL, "before": "\ud800", "after": "x" * 99_999, "x": 1}, EVIL]})
     )
     with open(run / "metrics.jsonl", "a") as file:
         file.write(
@@ -240,7 +243,7 @@ def test_markup_in_names_tags_settings_and_answers_stays_text(tmp_path):
     assert [f"tags.{EVIL}", EVIL] in details["config"]
     assert details["events"][-1]["event"] == EVIL
     assert len(details["events"][-1]["reason"]) <= 4000
-    assert details["answers"] == [{"prompt": EVIL, "before": "\ud800", "after": str([EVIL])}]
+    assert details["answers"] == [{"prompt": EVIL, "before": "\ud800", "after": "x" * 8000}]
 
 
 @pytest.mark.parametrize(
