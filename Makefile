@@ -7,7 +7,7 @@ TORCHRUN := .venv/bin/torchrun
 export OMP_NUM_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: install demo test test-slow test-serving test-te lint clean
+.PHONY: install demo test test-slow test-serving test-te test-browser lint clean
 
 install: .venv/installed
 
@@ -58,6 +58,14 @@ test-te: install .venv-te/installed
 	@PATH="$$PATH:.venv/bin" uv venv --quiet --allow-existing --python $(PYTHON) .venv-te
 	@PATH="$$PATH:.venv/bin" uv pip install --quiet --python .venv-te/bin/python --constraint constraints.txt \
 		--requirement $< --editable '.[test]' "$(TE_WHEEL)"
+	@touch $@
+
+# The dashboard and the report in the system's Chromium (apt-get install chromium), 1 minute. CHROMIUM names another one.
+test-browser: install .venv/browser-installed
+	$(PYTHON) -m pytest -m browser tests/browser
+
+.venv/browser-installed: tests/browser/requirements.txt | install
+	@PATH="$$PATH:.venv/bin" uv pip install --quiet --python $(PYTHON) --constraint constraints.txt --requirement $<
 	@touch $@
 
 clean:
