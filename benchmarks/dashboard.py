@@ -7,6 +7,7 @@ page sends then and later, and the memory of server and page while all lines are
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,9 +20,10 @@ from typing import Any
 import psutil
 from playwright.sync_api import Browser, Page, Response, sync_playwright
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
-from tests.support.made_runs import make_run
+from tests.support.made_runs import make_run  # noqa: E402
 
 MIB = 2**20
 LIST = "fetch('/api/runs').then((answer) => answer.json())"
@@ -36,11 +38,11 @@ def main() -> None:
     parser.add_argument("--grow-seconds", type=int, default=60, help="how long one run grows at the end")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
+        folder = (arguments.folder or Path(temporary)).resolve()
         write_runs(folder, arguments.runs, arguments.steps)
         command = [sys.executable, "-m", "megasft", "dashboard", str(folder), "--port", "0"]
         started = time.monotonic()
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as server:
             assert server.stderr is not None
             try:
                 line = server.stderr.readline()
@@ -61,7 +63,10 @@ def write_runs(folder: Path, runs: int, steps: int) -> None:
         if not (copy := folder / f"run-{number:02d}").is_dir():
             shutil.copytree(first, copy)
     size = sum(path.stat().st_size for path in folder.glob("*/metrics.jsonl"))
-    print(f"{runs} runs of {steps:,} steps, {size / 1e9:.2f} GB of metrics.jsonl")
+    load = os.getloadavg()[0]
+    print(
+        f"{runs} runs of {steps:,} steps, {size / 1e9:.2f} GB of metrics.jsonl; load {load:.1f} on {os.cpu_count()} cores"
+    )
 
 
 def measure(url: str, folder: Path, server: Any, browser: str, grow_seconds: int) -> None:

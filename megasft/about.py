@@ -59,12 +59,9 @@ def environment() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    if host.device().type == "cuda":
-        found["device"] = torch.cuda.get_device_name()
-        found["CUDA"] = str(torch.version.cuda)
-    else:
-        found["device"] = f"CPU, {os.cpu_count()} cores"
-    return found
+    if host.gpus():
+        return found | {"device": host.own_gpu()[0], "CUDA": str(torch.version.cuda)}
+    return found | {"device": f"CPU, {os.cpu_count()} cores"}
 
 
 def _counts(samples: Samples | Mix) -> dict[str, int]:

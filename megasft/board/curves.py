@@ -19,13 +19,20 @@ def bin_width(first: float, last: float, points: int) -> float:
 
 
 def curves(
-    content: Content, keys: list[str], axis: Axis, window: tuple[float, float], width: float, after: float = -math.inf
+    content: Content,
+    keys: list[str],
+    axis: Axis,
+    window: tuple[float, float],
+    width: float,
+    after: float = -math.inf,
+    bands: bool = True,
 ) -> dict[str, Any]:
     """The columns `keys` of a run within `window` of an axis.
 
     Args:
         width: of a bin; 0: every point.
         after: only points from the bin of this place on, which replace the client's from there.
+        bands: whether the lowest and highest values are wanted.
 
     Returns, by key, `x`, `mean`, `low`, `high`: a list each; `low` and `high` are absent where they equal `mean`.
     """
@@ -33,7 +40,7 @@ def curves(
     for key in keys:
         series = content.series(key, axis)
         if series is not None and len(series.x):
-            found[key] = _thin(series, window, width, after)
+            found[key] = _thin(series, window, width, after, bands)
     return found
 
 
@@ -45,7 +52,9 @@ def extent(contents: list[Content], axis: Axis) -> tuple[float, float, int]:
     return min(low for low, _, _ in found), max(high for _, high, _ in found), max(most for _, _, most in found)
 
 
-def _thin(series: Series, window: tuple[float, float], width: float, after: float) -> dict[str, list[float]]:
+def _thin(
+    series: Series, window: tuple[float, float], width: float, after: float, bands: bool
+) -> dict[str, list[float]]:
     place = np.floor(series.x / width) if width else series.x
     start = max(window[0], after if not width or math.isinf(after) else math.floor(after / width) * width)
     # One point beyond each edge of the window, so that lines reach it.
@@ -59,8 +68,10 @@ def _thin(series: Series, window: tuple[float, float], width: float, after: floa
     counts = np.diff(np.append(starts, len(x)))
     x = x[np.append(starts[1:], len(x)) - 1]
     mean = np.add.reduceat(mean, starts) / counts
-    low, high = np.fmin.reduceat(low, starts), np.fmax.reduceat(high, starts)
     thin = {"x": rounded(x, 12), "mean": rounded(mean)}
+    if not bands:
+        return thin
+    low, high = np.fmin.reduceat(low, starts), np.fmax.reduceat(high, starts)
     if not (np.allclose(low, mean, rtol=1e-6, atol=0) and np.allclose(high, mean, rtol=1e-6, atol=0)):
         thin |= {"low": rounded(low), "high": rounded(high)}
     return thin

@@ -24,6 +24,7 @@ MOST_ANSWERS = 64
 DEPTH, MOST = 3, 200  # folders below a given one that are searched, and the most runs that are shown
 SKIMMED = 400  # lines shown of a long run until all of it is read
 LONG = 2 << 20  # bytes
+PAUSE = 0.15  # seconds without a request after which reading goes on
 RECENT = 30.0  # seconds since the last line, after which a run without a lock counts as stopped
 
 
@@ -151,6 +152,7 @@ class Runs:
         self.folders = [folder.resolve() for folder in folders]
         self._runs: dict[Path, Run] = {}
         self._stop = threading.Event()
+        self._answering, self._answered = 0, 0.0  # requests now, and when the last one ended
         self.discover()
 
     def all(self) -> list[Run]:
@@ -189,14 +191,29 @@ class Runs:
         """End the thread."""
         self._stop.set()
 
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Within it the thread does not read: a request is answered by the same interpreter."""
+        self._answering += 1
+        try:
+            yield
+        finally:
+            self._answering -= 1
+            self._answered = time.monotonic()
+
     def _follow(self) -> None:
         looked = time.monotonic()
         while not self._stop.is_set():
             if time.monotonic() - looked > 5:
                 self.discover()
                 looked = time.monotonic()
-            # A break after each block: requests are answered by the same interpreter.
-            self._stop.wait(0.005 if self.advance() else 0.5)
+            new = False
+            for run in self.all():
+                waited = time.monotonic()
+                while (self._answering or time.monotonic() - self._answered < PAUSE) and time.monotonic() - waited < 1:
+                    self._stop.wait(0.02)  # a page asks several times in a row
+                new = run.advance() or new
+            self._stop.wait(0.005 if new else 0.5)
 
 
 def is_run(folder: Path) -> bool:

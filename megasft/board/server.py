@@ -90,7 +90,7 @@ def application(runs: Runs, allowed_hosts: list[str]) -> ASGIApp:
         ("/api/run", api.run),
         ("/api/experts", api.experts),
     ]:
-        routes.append(Route(path, _json(answer), methods=["GET"]))
+        routes.append(Route(path, _json(runs, answer), methods=["GET"]))
     app = Starlette(routes=routes, exception_handlers={HTTPException: _refused})
     return _Guard(app, frozenset(name.lower().rstrip(".") for name in (*LOOPBACK, *allowed_hosts)))
 
@@ -153,12 +153,14 @@ class _Api:
 
     def curves(self, request: Request) -> Any:
         """Parameters: `runs`: ids, each with `:generation:after` where its curves are known up to there; `plots`: ids;
-        `axis`; `from`, `to`: a window; `points`: the most bins; `width`: that of the known curves.
+        `axis`; `from`, `to`: a window; `points`: the most bins; `width`: that of the known curves; `bands`: 0 leaves
+        the lowest and highest values out.
         """
         asked = request.query_params
         chosen = plots.chosen(asked.get("plots", "").split(","))
         axis: Axis = next((name for name in AXES if name == asked.get("axis", "step")), "step")
         window = _number(asked.get("from"), -1e300), _number(asked.get("to"), 1e300)
+        bands = asked.get("bands") != "0"
         points = int(min(1000, max(10, _number(asked.get("points"), 300))))
         known: dict[Run, tuple[str, float]] = {}  # generation, after
         for item in filter(None, asked.get("runs", "").split(",")):
@@ -181,7 +183,8 @@ class _Api:
                     "version": version,
                     "tail": start > -1e300,
                     "plots": {
-                        name: curves(content, list(keys), axis, window, width, start) for name, keys in columns.items()
+                        name: curves(content, list(keys), axis, window, width, start, bands)
+                        for name, keys in columns.items()
                     },
                 }
         return {"width": width, "runs": found}
@@ -228,11 +231,12 @@ def _number(text: str | None, default: float) -> float:
     return value
 
 
-def _json(answer: Callable[[Request], Any]) -> Callable[[Request], Response]:
+def _json(runs: Runs, answer: Callable[[Request], Any]) -> Callable[[Request], Response]:
     """An endpoint in a thread of its own; ASCII, since a name may hold what is no UTF-8."""
 
     def endpoint(request: Request) -> Response:
-        text = json.dumps(answer(request), allow_nan=False, separators=(",", ":"))
+        with runs.answering():
+            text = json.dumps(answer(request), allow_nan=False, separators=(",", ":"))
         return Response(text, media_type="application/json")
 
     return endpoint

@@ -4,7 +4,8 @@ import os
 import stat
 from pathlib import Path
 
-BLOCK = 1 << 20  # bytes read at a time, and the longest line that is read
+BLOCK = 1 << 18  # bytes read at a time
+LONGEST = 1 << 20  # bytes of a line or a text
 MARK = 64  # bytes before the place reached, by which a file that was truncated and has grown again is recognized
 
 
@@ -34,9 +35,11 @@ class Tail:
                 self.restarts += 1
             file.seek(self.offset)
             data = file.read(limit)
+            if b"\n" not in data and len(data) == limit:
+                data += file.read(LONGEST - limit)
         end = data.rfind(b"\n") + 1
-        if not end and len(data) == limit:  # a line longer than that is no record: skip it
-            end = limit
+        if not end and len(data) >= LONGEST:  # no record is that long: skip it
+            end = len(data)
         self.offset += end
         self._mark = (self._mark + data[:end])[-MARK:]
         return data[:end].splitlines()
@@ -78,7 +81,7 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
-def read_text(path: Path, limit: int = BLOCK) -> str:
+def read_text(path: Path, limit: int = LONGEST) -> str:
     """The text of a regular file, at most `limit` bytes; "" where it cannot be read."""
     try:
         with os.fdopen(open_regular(path), "rb") as file:

@@ -182,7 +182,7 @@ const watcher = new IntersectionObserver((entries) => {
     if (chart) visible[isIntersecting ? "add" : "delete"](chart);
   }
   refresh();
-}, { rootMargin: "600px" });
+}, { rootMargin: "300px" });
 
 const resizer = new ResizeObserver(() => { for (const chart of charts.values()) chart.resize(); });
 
@@ -230,7 +230,7 @@ async function refreshCurves() {
   if (own.length && focused()) await load(own, [focused()]);
 }
 
-const signature = () => JSON.stringify([state.axis, state.window, points()]);
+const signature = () => JSON.stringify([state.axis, state.window, points(), shownRuns().length <= BAND_RUNS]);
 const points = () => (shownRuns().length > 6 ? 240 : 480);
 
 // Bring some charts up to date with some runs: what is known goes on from its end, the rest comes as a whole.
@@ -259,7 +259,7 @@ async function ask(members, runs, mine, changed) {
   const width = tail ? members[0].width : undefined;
   const parameters = {
     plots: members.map((chart) => chart.plot.id), runs: runs.map((run) => (tail ? place(run) : run.id)),
-    axis: state.axis, points: points(), ...(state.window ? { from, to } : {}), ...(width != null ? { width } : {}),
+    axis: state.axis, points: points(), bands: runs.length <= BAND_RUNS ? 1 : 0, ...(state.window ? { from, to } : {}), ...(width != null ? { width } : {}),
   };
   const found = await get("/api/curves", parameters);
   if (mine !== signature()) return; // asked again meanwhile
