@@ -64,9 +64,7 @@ def write_runs(folder: Path, runs: int, steps: int) -> None:
             shutil.copytree(first, copy)
     size = sum(path.stat().st_size for path in folder.glob("*/metrics.jsonl"))
     load = os.getloadavg()[0]
-    print(
-        f"{runs} runs of {steps:,} steps, {size / 1e9:.2f} GB of metrics.jsonl; load {load:.1f} on {os.cpu_count()} cores"
-    )
+    print(f"{runs} runs of {steps:,} steps, {size / 1e9:.2f} GB; load {load:.1f} on {os.cpu_count()} cores")
 
 
 def measure(url: str, folder: Path, server: Any, browser: str, grow_seconds: int) -> None:
