@@ -43,13 +43,13 @@ PLOTS = (
         {"train.token_accuracy": "train", "validation.token_accuracy": "validation"},
         scale=100,
     ),
-    Plot("perplexity", "Quality", "Validation perplexity", "", _one("validation.perplexity")),
+    Plot("perplexity", "Quality", "Validation perplexity", "", _one("validation.perplexity"), exact=True),
     Plot("lr", "Optimization", "Learning rate", "", _one("train.lr"), exact=True),
     Plot("grad_norm", "Optimization", "Gradient norm", "", _one("train.grad_norm"), logarithmic=True),
-    Plot("norm_a", "Optimization", "Norm of A", "", _one("norms.parameters.lora_A."), "parts"),
-    Plot("norm_b", "Optimization", "Norm of B", "", _one("norms.parameters.lora_B."), "parts"),
-    Plot("update_a", "Optimization", "Update of A", "", _one("norms.updates.lora_A."), "parts", logarithmic=True),
-    Plot("update_b", "Optimization", "Update of B", "", _one("norms.updates.lora_B."), "parts", logarithmic=True),
+    Plot("norm_a", "Adapters", "Norm of A", "", _one("norms.parameters.lora_A."), "parts"),
+    Plot("norm_b", "Adapters", "Norm of B", "", _one("norms.parameters.lora_B."), "parts"),
+    Plot("update_a", "Adapters", "Update of A", "", _one("norms.updates.lora_A."), "parts", logarithmic=True),
+    Plot("update_b", "Adapters", "Update of B", "", _one("norms.updates.lora_B."), "parts", logarithmic=True),
     Plot(
         "tokens_per_second", "Speed", "Tokens per second", "tokens/s", _one("train.tokens_per_second"), from_zero=True
     ),

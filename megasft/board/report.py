@@ -109,7 +109,7 @@ def _facts(run: Run) -> str:
     ):
         series = content.series(key, "step")
         if series is not None and len(series.mean):
-            found.append((name, f"{number(scale * float(np.median(series.mean)))}{unit}", "median"))
+            found.append((name, f"{number(float(f'{scale * np.median(series.mean):.3g}'))}{unit}", "median"))
     for key, name in (
         ("train.memory_peak", "peak memory"),
         ("train.memory_reserved", "reserved memory"),

@@ -67,10 +67,14 @@ def picture(plot: Plot, lines: list[Line], x_range: tuple[float, float]) -> str:
         _, y = place(first, tick)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
-    for tick in steps(first, last, 5):
+    places = steps(first, last, 5)
+    for tick in places:
         x, _ = place(tick, low)
-        anchor = "end" if x > WIDTH - 24 else "middle"
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{number(tick)}</text>')
+        if tick == places[-1]:
+            x, text, anchor = min(x + 14, WIDTH - 2), f"{number(tick)} steps", "end"
+        else:
+            text, anchor = number(tick), "middle"
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{text}</text>')
     bottom: list[tuple[float, float]] | None = None
     for line, points in shown:
         if not points:

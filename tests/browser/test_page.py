@@ -52,7 +52,14 @@ def drawn_pixels(page, plot=0):
 def test_the_page_shows_every_group_of_plots_with_curves_in_both_themes(visit, address, theme):
     page = visit(address, theme=theme)
     until(page, DRAWN)
-    assert page.locator("#plots h2").all_inner_texts() == ["Quality", "Optimization", "Speed", "Devices", "Experts"]
+    assert page.locator("#plots h2").all_inner_texts() == [
+        "Quality",
+        "Optimization",
+        "Adapters",
+        "Speed",
+        "Devices",
+        "Experts",
+    ]
     assert drawn_pixels(page) > 300
     titles = page.locator(".plot .title").all_inner_texts()
     for title in (

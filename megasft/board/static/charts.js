@@ -106,7 +106,7 @@ export class Chart {
 
   // Validation has few values, and each counts.
   smooths(entry) {
-    return this.shared.smooth > 0 && !this.plot.exact && !entry.dash;
+    return this.shared.smooth > 0 && this.plot.form === "runs" && !this.plot.exact && !entry.dash;
   }
 
   shown(value) {
