@@ -167,7 +167,7 @@ export class Settings {
     }));
     this.table.replaceChildren(element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows.map(
       ([key, values, differs]) => element("tr", {}, element("td", { class: "key" }, key), ...values.map((value) =>
-        element("td", { class: value == null ? "absent" : differs && value !== values[0] ? "mono differs" : "mono" }, value ?? "–")))))));
+        element("td", { class: `${value == null ? "absent" : "mono"}${differs && value !== values[0] ? " differs" : ""}` }, value ?? "–")))))));
   }
 }
 
