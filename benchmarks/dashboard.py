@@ -80,7 +80,7 @@ def measure(url: str, folder: Path, server: Any, browser: str, grow_seconds: int
         print(f"all lines read {time.monotonic() - started:.0f} s later: {memory(server, page)}")
         visit(chromium, url, "visit when all is read").close()
         sent = Counted(page)
-        grow(folder / "run-00" / "metrics.jsonl", grow_seconds)
+        grow(folder / "run-00" / "metrics.jsonl", grow_seconds, page)
         rate = sent.bytes / 1024 / grow_seconds
         print(f"one run grew for {grow_seconds} s: {memory(server, page)}, {rate:.1f} KiB/s sent")
         chromium.close()
@@ -108,7 +108,7 @@ def visit(chromium: Browser, url: str, name: str) -> Page:
     return page
 
 
-def grow(path: Path, seconds: int) -> None:
+def grow(path: Path, seconds: int, page: Page) -> None:
     """Append lines like the last one, 20 a second."""
     last = [line for line in path.read_bytes()[-200_000:].splitlines() if line.startswith(b'{"kind": "train"')][-1]
     record = json.loads(last)
@@ -117,7 +117,7 @@ def grow(path: Path, seconds: int) -> None:
             record |= {"step": record["step"] + 1, "time": record["time"] + 1}
             file.write(json.dumps(record) + "\n")
             file.flush()
-            time.sleep(0.05)
+            page.wait_for_timeout(50)  # in which what the page received is counted
 
 
 def memory(server: Any, page: Page) -> str:
