@@ -41,6 +41,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         partial.write_text(html(run), encoding="utf-8", errors="replace")
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another file with --out") from None
     return path
 
