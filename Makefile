@@ -7,7 +7,7 @@ TORCHRUN := .venv/bin/torchrun
 export OMP_NUM_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: install demo test test-slow test-serving test-te test-trackers lint clean
+.PHONY: install demo test test-slow test-serving test-te test-trackers test-browser lint clean
 
 install: .venv/installed
 
@@ -69,6 +69,14 @@ test-trackers: install .venv-trackers/installed
 	@PATH="$$PATH:.venv/bin" uv pip install --quiet --python .venv-trackers/bin/python --constraint constraints.txt \
 		--override $< --editable '.[test,wandb,mlflow,trackio]'
 	@.venv-trackers/bin/python -m compileall -q -j 0 .venv-trackers/lib >/dev/null 2>&1 || true
+	@touch $@
+
+# The dashboard and the report in the system's Chromium (apt-get install chromium), 1 minute. CHROMIUM names another one.
+test-browser: install .venv/browser-installed
+	$(PYTHON) -m pytest -m browser tests/browser
+
+.venv/browser-installed: tests/browser/requirements.txt | install
+	@PATH="$$PATH:.venv/bin" uv pip install --quiet --python $(PYTHON) --constraint constraints.txt --requirement $<
 	@touch $@
 
 clean:

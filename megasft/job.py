@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megasft import gpus, host, preflight
+from megasft.about import write_about
 from megasft.adapters.model_io import initialize_adapter, load_adapter
 from megasft.adapters.peft_layout import SERVED_ROUTER
+from megasft.answers import write_answers
 from megasft.config.parallelism import resolve_topology
 from megasft.config.schema import LoraSettings, QuantSettings, RunConfig
 from megasft.config.values import ROUTER
@@ -55,7 +57,14 @@ def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None)
     trainer = Trainer(config, topology, model, train, validation)
     if topology.is_first and trainer.schedule.shortened:
         say(trainer.schedule.shortened)
-    return trainer.fit(lambda: on_start(trainer))
+
+    def start() -> None:
+        write_about(trainer, topology)
+        on_start(trainer)
+
+    summary = trainer.fit(start)
+    write_answers(trainer, topology)
+    return summary
 
 
 def initialize(config: RunConfig) -> Topology:

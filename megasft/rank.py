@@ -15,6 +15,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from megasft import job
+from megasft.board.report import write_at_end
 from megasft.config.schema import RunConfig
 from megasft.distributed.topology import leave_world
 from megasft.launch import rendezvous
@@ -45,6 +46,7 @@ def train(config: RunConfig) -> None:
     def run(on_start: Callable[[Trainer], None]) -> None:
         summary = job.run(config, on_start)
         if dist.get_rank() == 0:
+            write_at_end(config.job.output_dir)
             print_summary(summary, config)
 
     run_rank(run, interrupted(config), config.job.timeout_minutes)

@@ -8,7 +8,7 @@ import datetime
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,15 @@ class Topology:
         first = next((found for found in messages if found is not None), None)
         if first is not None:
             raise UserError(first)
+
+    def from_first(self, ask: Callable[[], Any] | None) -> Any:
+        """The result of `ask` on rank 0, sent to every rank; its UserError too. Other ranks' `ask` is not called."""
+        answer: list[Any] = [None]
+        with self.together():
+            if self.is_first and ask:
+                answer[0] = ask()
+        dist.broadcast_object_list(answer, src=0)
+        return answer[0]
 
 
 def join_world(sizes: TopologySizes, seed: int, timeout_minutes: float = 30.0) -> Topology:

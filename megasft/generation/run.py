@@ -2,26 +2,22 @@
 
 import contextlib
 import io
-import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
 from transformers import Qwen3MoeConfig
 
 from megasft.adapters.adapter_file import AdapterFile
 from megasft.data.tokenizer import ChatTokenizer, load_tokenizer
-from megasft.distributed.topology import Topology, join_world
+from megasft.distributed.topology import join_world
 from megasft.generation.decode import check_length, generate
 from megasft.generation.prompts import Answer, Prompts, encode, is_chat, prompts, write
 from megasft.generation.request import Request
 from megasft.generation.sampling import Sampler
-from megasft.generation.text import TextStream
+from megasft.generation.text import TextStream, stop_tokens
 from megasft.job import load_model
 from megasft.messages import UserError, say_once
 from megasft.model.hf_config import DTYPES, read_config
@@ -47,13 +43,13 @@ def run(request: Request) -> None:
         dtype = request.dtype or ("fp32" if str(config.dtype) == "torch.float32" else "bf16")
         conversation = _Conversation(request, load_tokenizer(folder), config) if topology.is_first else None
     ask = conversation.ask if conversation else None
-    chat = _from_first(topology, lambda: is_chat(request))
+    chat = topology.from_first(lambda: is_chat(request))
     # Read a prompt that is given before the weights: a mistake in it is refused within seconds.
-    asked = None if chat else _from_first(topology, ask)
+    asked = None if chat else topology.from_first(ask)
     model = load_model(request.model, topology, DTYPES[dtype], lora, request.adapter, quant=request.quant)
-    stop = _from_first(topology, lambda: conversation and stop_tokens(folder, config, conversation.tokenizer))
+    stop = topology.from_first(lambda: conversation and stop_tokens(folder, config, conversation.tokenizer))
     sampler, cache = Sampler(**request.sampling), KVCache()
-    while (asked := asked or _from_first(topology, ask)) is not None:
+    while (asked := asked or topology.from_first(ask)) is not None:
         with _ctrl_c_stops(chat and topology.is_first) as interrupted:
             tokens = generate(model, asked, request.max_new_tokens, sampler, stop, cache, interrupted)
             for token in tokens:
@@ -65,20 +61,6 @@ def run(request: Request) -> None:
     if topology.is_first:
         say_once("For looking at results, not for serving: one conversation at a time. vLLM serves this:")
         say_once(request.vllm_command())
-
-
-def stop_tokens(folder: Path, config: Qwen3MoeConfig, tokenizer: ChatTokenizer) -> frozenset[int]:
-    """Tokens that end an answer: those of generation_config.json, config.json, the tokenizer and the chat template."""
-    path = folder / "generation_config.json"
-    try:
-        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        named = generation.get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable generation configuration ({error})") from None
-    found: set[Any] = {tokenizer.eos_id, tokenizer.hf.eos_token_id}
-    for value in (named, getattr(config, "eos_token_id", None)):
-        found |= set(value) if isinstance(value, list) else {value}
-    return frozenset(token for token in found if isinstance(token, int))
 
 
 class _Conversation:
@@ -127,16 +109,6 @@ class _Conversation:
         self._text += text
         if self._request.jsonl is None:
             write(text.translate(CONTROLS) if sys.stdout.isatty() else text)
-
-
-def _from_first(topology: Topology, ask: Callable[[], Any] | None) -> Any:
-    """The result of `ask` on rank 0, sent to every rank; its UserError too."""
-    answer: list[Any] = [None]
-    with topology.together():
-        if topology.is_first and ask:
-            answer[0] = ask()
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,13 @@
-"""Tokens to text as they come: the bytes of a character may be split over several tokens."""
+"""Tokens to text as they come: the bytes of a character may be split over several tokens. Which tokens end it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import Qwen3MoeConfig
 
 from megasft.data.tokenizer import ChatTokenizer
+from megasft.messages import UserError
 
 UNFINISHED = "\ufffd"  # a tokenizer decodes bytes that are no character, or not yet, to this
 MOST_UNFINISHED = 3  # bytes of a UTF-8 character that lacks one
@@ -42,3 +49,17 @@ class TextStream:
             return UNFINISHED * len(self._tokens)
         self._context = []
         return self._tokenizer.decode(self._tokens)
+
+
+def stop_tokens(folder: Path, config: Qwen3MoeConfig, tokenizer: ChatTokenizer) -> frozenset[int]:
+    """Tokens that end an answer: those of generation_config.json, config.json, the tokenizer and the chat template."""
+    path = folder / "generation_config.json"
+    try:
+        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        named = generation.get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable generation configuration ({error})") from None
+    found: set[Any] = {tokenizer.eos_id, tokenizer.hf.eos_token_id}
+    for value in (named, getattr(config, "eos_token_id", None)):
+        found |= set(value) if isinstance(value, list) else {value}
+    return frozenset(token for token in found if isinstance(token, int))

@@ -1,5 +1,6 @@
 """How linear layers, single or fused along their outputs, are sharded over ranks, and which of them are adapted."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -33,9 +34,11 @@ class ShardedLinear(Sharded):
         adapted: names of the adapted parts.
         name: of this layer in the model, the same under every topology.
         draw: what the dropout of the next forward depends on; `model.qwen3_moe.DecoderLayer` sets it.
+        enabled: whether the adapters have an effect; see `without_adapters`.
     """
 
     name = ""
+    enabled = True
     draw: Draw | None = None
 
     def __init__(
@@ -64,6 +67,8 @@ class ShardedLinear(Sharded):
 
     def scaling(self) -> float:
         """The factor of the adapters' output, which makes up for what was dropped of their input."""
+        if not self.enabled:
+            return 0.0
         kept = 1 - share(self.lora.dropout) / SHARES if self.drops else 1.0
         return self.lora.alpha / self.lora.r / kept
 
@@ -105,6 +110,19 @@ class ShardedLinear(Sharded):
         at_A, at_B = (slice(0, r), self.inputs()), (self.rows(n), slice(0, r))
         yield Shard(f"{path}.lora_A.weight", (r, self.in_features), at_A, A, self.writer and first_A, first_A)
         yield Shard(f"{path}.lora_B.weight", (n, r), at_B, B, self.writer and first_B, first_B)
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within it, `model` is the base model."""
+    layers = [module for module in model.modules() if isinstance(module, ShardedLinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -55,11 +55,13 @@ def print_summary(summary: Summary, config: RunConfig) -> None:
     console = Console()
     console.print(table)
     # Plain lines, which a narrow terminal wraps and never cuts: paths and commands are there to be copied.
-    best = folder / "best"
+    best, report = folder / "best", folder / "report.html"
     places = [
         ("adapter", folder / "adapter"),
         ("best adapter", best if best.is_dir() else None),
         ("metrics", folder / "metrics.jsonl"),
+        ("report", report if report.is_file() else None),
+        ("watch it", shlex.join(["megasft", "dashboard", str(folder)])),
         *trackers.places(config),
         ("try it", shlex.join(["megasft", "generate", str(folder)])),
         ("merge it", shlex.join(["megasft", "merge", str(folder / "adapter"), str(folder / "merged")])),

@@ -347,6 +347,7 @@ def test_the_demo_runs_in_fp32():
         ("hyperparameters", "router_aux_loss_coef", "-0.1", "must be greater than or equal to 0"),
         ("hyperparameters.parallelism", "token_dispatcher", '"flex"', "must be 'auto', 'alltoall' or 'allgather'"),
         ("logging", "experts_every_steps", "0", "must be greater than or equal to 1"),
+        ("logging", "answers", "65", "must be less than or equal to 64"),
         ("hyperparameters", "lora_rank", "0", "must be greater than or equal to 1"),
         ("hyperparameters", "lora_alpha", '"32"', "must be a valid number"),
         ("hyperparameters", "lora_dropout", "1.0", "must be less than 1"),
@@ -509,11 +510,11 @@ def test_a_name_that_is_close_to_none_is_not_guessed(write, name):
         ("n_epochs = 2", "job.toml:1: n_epochs = 2: unknown key; did you mean [hyperparameters] n_epochs?"),
         (
             "[logging]\nxyzzy = 2",
-            "job.toml:2: [logging] xyzzy = 2: unknown key; known here: every_steps, to, project, run_name, experts_every_steps",
+            "job.toml:2: [logging] xyzzy = 2: unknown key; known here: every_steps, to, project, run_name, experts_every_steps, answers",
         ),
         (
             '[logging]\n"odd key" = 2',
-            'job.toml:2: [logging] "odd key" = 2: unknown key; known here: every_steps, to, project, run_name, experts_every_steps',
+            'job.toml:2: [logging] "odd key" = 2: unknown key; known here: every_steps, to, project, run_name, experts_every_steps, answers',
         ),
         ("lora = 3", "job.toml:1: lora = 3: must be a table"),
         ("[[lora]]\nr = 3", 'job.toml:1: lora = [{"r": 3}]: must be a table'),
