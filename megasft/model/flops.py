@@ -10,10 +10,8 @@ no gradient.
 from collections.abc import Set
 from dataclasses import dataclass
 
-from transformers import Qwen3MoeConfig
-
 from megasft.config.values import ROUTER
-from megasft.model.hf_config import sparse_layers
+from megasft.model.shape import Shape, head_dim, sparse_layers
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Flops:
 
 
 def step_flops(
-    config: Qwen3MoeConfig, targets: Set[str], r: int, tokens: int, supervised: int, squares: int, recompute: bool
+    config: Shape, targets: Set[str], r: int, tokens: int, supervised: int, squares: int, recompute: bool
 ) -> Flops:
     """FLOPs of a step with LoRA of rank `r` on the layers `targets`.
 
@@ -43,8 +41,8 @@ def step_flops(
         recompute: whether layers run forward twice.
     """
     active = active_lora = 0
-    h, q = config.hidden_size, config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
+    h, q = config.hidden_size, config.num_attention_heads * head_dim(config)
+    kv = config.num_key_value_heads * head_dim(config)
     for sparse in sparse_layers(config):
         f, times = (
             (config.moe_intermediate_size, config.num_experts_per_tok) if sparse else (config.intermediate_size, 1)

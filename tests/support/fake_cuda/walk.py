@@ -17,6 +17,7 @@ from transformers import Qwen3MoeConfig
 
 from tests.support.fake_cuda import process
 from tests.support.fake_cuda.watch import Counts, Watch
+from tests.support.state import held
 
 
 class Walk:
@@ -137,20 +138,7 @@ class Job:
 
     def state(self) -> dict[str, int]:
         """Bytes of what stays between steps, by kind."""
-        from megasft.quant.weight import QuantizedWeight, workspace_bytes
-        from megasft.train.optimizer import optimizer_state_bytes
-
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        buffers = self.trainer.ddp.buffers + self.trainer.ddp.expert_parallel_buffers
-        return {
-            "frozen": sum(p.nbytes for p in self.model.parameters() if not p.requires_grad),
-            "4-bit": sum(m.nbytes for m in self.model.modules() if isinstance(m, QuantizedWeight)),
-            "workspace": workspace_bytes(),
-            "adapters": sum(p.nbytes for p in trained),
-            "adapter buffers": sum(b.param_data.nbytes for b in buffers),
-            "gradient buffers": sum(b.grad_data.nbytes for b in buffers),
-            "optimizer": optimizer_state_bytes(self.trainer.optimizer),
-        }
+        return held(self.model, self.trainer)
 
     def _tell_sizes(self, longest: int) -> None:
         """Keep the answers of the device those of the micro batch that is computed."""
@@ -185,12 +173,15 @@ def settings(
     tp: int = 1, ep: int = 1, etp: int = 0, pp: int = 1, tokens: int = 4096, accumulation: int = 2, dropout: float = 0.05,
     recompute: bool = True, quant: bool = False, dispatcher: str = "auto", folder: str = "/tmp", r: int = 16,
 ) -> dict[str, Any]:  # fmt: skip
-    """A run file: the reference job's, in another topology."""
-    topology = {"tensor_parallel": tp, "expert_parallel": ep, "pipeline_parallel": pp}
+    """A run file: the reference job's, in another topology; experts are cut as the rest where `etp` is 0."""
+    etp = etp or (tp if ep == 1 else 1)
+    topology = {
+        "tensor_parallel": tp, "expert_parallel": ep, "pipeline_parallel": pp, "expert_tensor_parallel": etp,
+    }  # fmt: skip
     return {
         "job": {"output_dir": str(Path(folder) / "run"), "model": str(Path(folder) / "none")},
         "training": {"use_qlora": quant},
-        "data": {"topology": topology | ({"expert_tensor_parallel": etp} if etp else {})},
+        "data": {"topology": topology},
         "lora": {"r": r, "alpha": 2 * r, "dropout": dropout, "target_modules": ["all-linear"]},
         "hyperparameters": {
             "sequence_length": tokens + 1, "max_steps": 9, "gradient_accumulation_steps": accumulation,
