@@ -6,8 +6,8 @@ and their gradients. A has the factors of layers with the same input stacked alo
 B_n, which reads rank columns [n r, (n + 1) r) of h. With `offsets`, int32 [E], rows offsets[e - 1] to offsets[e]
 belong to expert e, and A and B have a first dimension E.
 
-On CUDA each function is one or two kernels (`lora.factor_kernels`): with torch's products, x would be dropped into a
-copy, and each result written, read again and added. Sums are in fp32 there, and rounded once.
+On CUDA each function is one or two kernels (`megasft.kernels.factors`): with torch's products, x would be dropped into
+a copy, and each result written, read again and added. Sums are in fp32 there, and rounded once.
 
 T rows, K inputs, N outputs, R = rank x number of stacked layers, E experts.
 """
@@ -129,9 +129,9 @@ def _counters(drop: Dropout | None) -> tuple[Tensor | None, int, int]:
 
 def _kernel(name: str) -> Any:
     def call(*args: Any) -> Any:
-        from megasft.lora import factor_kernels  # imports Triton, which comes with torch's CUDA builds
+        from megasft.kernels import factors as kernels  # imports Triton, which comes with torch's CUDA builds
 
-        return getattr(factor_kernels, name)(*args)
+        return getattr(kernels, name)(*args)
 
     return call
 

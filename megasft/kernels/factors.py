@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megasft.lora.kernels import _mixed
+from megasft.kernels.dropout import mixed
 
 SHORT, TALL = 32, 64  # BM: rows of a tile, few where there are few tiles
 WIDE, RANK = 64, 64  # columns of a tile, and at most so many of a rank
@@ -164,11 +164,11 @@ def _kept(value, row_bits, column, first, share, ODD: tl.constexpr, BM: tl.const
     """value [BM, BK] of features `column` (even) and up, with zeros in place of what `lora.dropout` drops."""
     if ODD:  # each feature its own hash, where a pair lies in two tiles
         feature = (first + column + tl.arange(0, BK)).to(tl.uint32)
-        bits = _mixed(row_bits[:, None] ^ _mixed(feature // 2)[None, :])
+        bits = mixed(row_bits[:, None] ^ mixed(feature // 2)[None, :])
         halves = (bits >> ((feature % 2) * 16)[None, :]) & 0xFFFF
     else:
         pair = (first + column) // 2 + tl.arange(0, BK // 2)
-        bits = _mixed(row_bits[:, None] ^ _mixed(pair.to(tl.uint32))[None, :])
+        bits = mixed(row_bits[:, None] ^ mixed(pair.to(tl.uint32))[None, :])
         halves = tl.reshape(tl.join(bits & 0xFFFF, bits >> 16), BM, BK)
     return tl.where(halves < share.to(tl.uint32), 0.0, value).to(value.dtype)
 

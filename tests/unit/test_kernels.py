@@ -1,31 +1,14 @@
-"""The Triton kernels of LoRA's factors give what torch's products give: in Triton's interpreter; and compile for sm_90."""
-
-import importlib
-import sys
+"""megasft's Triton kernels give what torch's operators give, in Triton's interpreter, and compile for sm_90."""
 
 import pytest
 import torch
 
 from megasft.lora import factors
 from megasft.lora.dropout import Dropout, key, share
+from megasft.model.swiglu import swiglu
+from tests.unit.triton_modules import compiled_for_hopper, load
 
 SCALING = 2.5
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """`kernels(interpreted)`: the module, whose functions take tensors of the CPU if interpreted."""
-
-    def load(interpreted):
-        pytest.importorskip("triton")
-        monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
-        for name in ("kernels", "factor_kernels"):
-            monkeypatch.delitem(sys.modules, f"megasft.lora.{name}", raising=False)
-        return importlib.import_module("megasft.lora.factor_kernels")
-
-    yield load
-    for name in ("kernels", "factor_kernels"):
-        sys.modules.pop(f"megasft.lora.{name}", None)
 
 
 def random(*shape, seed):
@@ -54,9 +37,9 @@ def close(got, want, dtype):
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["all", "dropped"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_kernels_compute_what_torchs_products_do(kernels, case, dropped):
+def test_the_kernels_compute_what_torchs_products_do(monkeypatch, case, dropped):
     rows, k, r, parts, n, first, dtype = CASES[case]
-    module = kernels(interpreted=True)
+    module = load(monkeypatch, "factors", interpreted=True)
     experts = (len(rows),) if isinstance(rows, list) else ()
     offsets = torch.tensor(rows).cumsum(0).int() if experts else None
     t = sum(rows) if experts else rows
@@ -86,8 +69,8 @@ def test_the_kernels_compute_what_torchs_products_do(kernels, case, dropped):
     close(gx, want, dtype)
 
 
-def test_columns_between_the_adapted_ones_are_left_alone(kernels):
-    module = kernels(interpreted=True)
+def test_columns_between_the_adapted_ones_are_left_alone(monkeypatch):
+    module = load(monkeypatch, "factors", interpreted=True)
     y = torch.zeros(5, 100)
     module.add_up(y, torch.ones(5, 32), [torch.ones(10, 16), torch.ones(20, 16)], [0, 70], None)
     assert y[0].nonzero().flatten().tolist() == [*range(10), *range(70, 90)]
@@ -104,32 +87,45 @@ LAUNCHES = {  # the types of what is no constant, in the order of the kernel
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_the_kernels_compile_for_hopper_without_spilling(kernels, name):
-    module = kernels(interpreted=False)
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def test_the_kernels_compile_for_hopper_without_spilling(monkeypatch, name):
+    module = load(monkeypatch, "factors", interpreted=False)
+    constants = {"DROP": True, "ODD": 0, "GROUPED": True, "E": 128, "BR": 32}
+    constants |= {"BM": module.TALL, "BN": module.WIDE, "BK": module.WIDE}
+    any_number = ("T", "experts", "first", "share", "scaling")
+    ptx = compiled_for_hopper(getattr(module, name), LAUNCHES[name], constants, any_number)
+    assert "wgmma" in ptx or "mma.sync" in ptx, "products are of tensor cores"
 
-    kernel = getattr(module, name)
-    types = dict(word.split(":") if ":" in word else (word, "i32") for word in LAUNCHES[name].split())
-    given = {
-        "DROP": True,
-        "ODD": 0,
-        "GROUPED": True,
-        "E": 128,
-        "BM": module.TALL,
-        "BN": module.WIDE,
-        "BK": module.WIDE,
-        "BR": 32,
-    }
-    names = kernel.arg_names
-    constants = {(i,): given[one] for i, one in enumerate(names) if one not in types}
-    assert list(types) == names[: len(types)]
-    odd = ("T", "experts", "first", "share", "scaling")  # what a launch doesn't know to be a multiple of 16
-    multiples = {(i,): [["tt.divisibility", 16]] for i, one in enumerate(names) if one in types and one not in odd}
-    source = ASTSource(kernel, types | dict.fromkeys(names[len(types) :], "constexpr"), constants, multiples)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert ".target sm_90" in compiled.asm["ptx"]
-    assert ".local" not in compiled.asm["ptx"]
-    assert "wgmma" in compiled.asm["ptx"] or "mma.sync" in compiled.asm["ptx"]
-    assert "ld.global.b16" not in compiled.asm["ptx"], "16 bytes are loaded at a time"
+
+# --- SwiGLU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(35, 200), (16, 128), (1, 3), (0, 8)])
+def test_swiglu_is_what_torch_computes(monkeypatch, rows, width, weighted):
+    module = load(monkeypatch, "swiglu", interpreted=True)
+    gate_up, gy = random(rows, 2 * width, seed=0), random(rows, width, seed=1)
+    weight = random(rows, seed=2) if weighted else None
+    inputs = [one.requires_grad_() for one in (gate_up, weight) if one is not None]
+    y = swiglu(gate_up, weight)
+    want = torch.autograd.grad((y * gy).sum(), inputs)
+    with torch.no_grad():
+        close(module.swiglu(gate_up, weight), y.detach(), torch.float32)
+        g, g_weight = module.gradients(gy, gate_up, weight)
+        close(g, want[0], torch.float32)
+        assert g_weight.shape == ((rows,) if weighted else (0,))
+        if weighted:
+            close(g_weight, want[1], torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [
+        ("_forward", "gate_up:*bf16 weight:*fp32 y:*bf16 rows width"),
+        ("_backward", "gy:*bf16 gate_up:*bf16 weight:*fp32 g:*bf16 g_weight:*fp32 rows width"),
+    ],
+)
+def test_swiglu_compiles_for_hopper_without_spilling(monkeypatch, name, types):
+    module = load(monkeypatch, "swiglu", interpreted=False)
+    compiled_for_hopper(
+        getattr(module, name), types, {"WEIGHTED": True, "ROWS": module.ROWS, "WIDE": module.WIDE}, ("rows",)
+    )
