@@ -63,8 +63,8 @@ class Dropout:
         return cls(torch.ops.megasft.hash_rows(counters, key), first, share)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A copy of x [T, K] with zeros in place of what is dropped. It is not scaled."""
-        return torch.ops.megasft.drop(x, self.rows, self.first, self.share)
+        """A copy of x [T, K] with zeros in place of what is dropped, on CPUs. It is not scaled."""
+        return _drop(x, self.rows, self.first, self.share)
 
 
 def share(p: float) -> int:
@@ -114,11 +114,10 @@ class SplitPlaces(torch.autograd.Function):
         return grad.double()
 
 
-# --- operators: numpy on CPUs, Triton on CUDA -------------------------------------------------------------------------
+# --- numpy on CPUs; on CUDA Triton, where the kernels of `lora.factors` drop what they load ---------------------------
 
 _library = torch.library.Library("megasft", "DEF")
 _library.define("hash_rows(Tensor counters, int key) -> Tensor")
-_library.define("drop(Tensor x, Tensor rows, int first, int share) -> Tensor")
 
 
 def _hash_rows_on_cpu(counters: Tensor, key: int) -> Tensor:
@@ -126,7 +125,7 @@ def _hash_rows_on_cpu(counters: Tensor, key: int) -> Tensor:
     return torch.from_numpy(_mixed(hashes, np.empty_like(hashes), MIX_64).astype(np.uint32).view(np.int32))
 
 
-def _drop_on_cpu(x: Tensor, rows: Tensor, first: int, share: int) -> Tensor:
+def _drop(x: Tensor, rows: Tensor, first: int, share: int) -> Tensor:
     hashes, pairs = rows.numpy().view(np.uint32), _pair_hashes(first // 2, (first + x.shape[1] + 1) // 2)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     height = max(1, min(len(hashes), _BLOCK // max(1, len(pairs))))
@@ -157,20 +156,11 @@ def _mixed(bits: np.ndarray, spare: np.ndarray, mix: tuple[int, int, int, int, i
 
 
 def _hash_rows_on_cuda(counters: Tensor, key: int) -> Tensor:
-    from megasft.lora import kernels  # imports Triton, which comes with torch's CUDA builds
+    from megasft.kernels import dropout as kernels  # imports Triton, which comes with torch's CUDA builds
 
     return kernels.hash_rows(counters, key)
-
-
-def _drop_on_cuda(x: Tensor, rows: Tensor, first: int, share: int) -> Tensor:
-    from megasft.lora import kernels
-
-    return kernels.drop(x, rows, first, share)
 
 
 _library.impl("hash_rows", _hash_rows_on_cpu, "CPU")
 _library.impl("hash_rows", _hash_rows_on_cuda, "CUDA")
 _library.impl("hash_rows", lambda counters, key: counters.new_empty(counters.shape, dtype=torch.int32), "Meta")
-_library.impl("drop", _drop_on_cpu, "CPU")
-_library.impl("drop", _drop_on_cuda, "CUDA")
-_library.impl("drop", lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format), "Meta")

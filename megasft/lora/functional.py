@@ -13,35 +13,36 @@ same elements again in backward, and where possible add to the frozen branch's r
 T tokens, K inputs, N outputs, R = rank x number of stacked adapters, E experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megasft.lora import factors
+from megasft.lora.dropout import Dropout
+from megasft.lora.factors import Columns, grouped_mm
 from megasft.quant.weight import QuantizedWeight
 
-Columns = Sequence[slice]
 Weight = Tensor | QuantizedWeight
-Drop = Callable[[Tensor], Tensor]  # `lora.dropout.Dropout`: zeroes the same elements whenever it is called
 
 
 def lora_linear(x: Tensor, weight: Weight, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
-                drop: Drop | None = None) -> Tensor:  # fmt: skip
+                drop: Dropout | None = None) -> Tensor:  # fmt: skip
     """x [T, K], frozen weight [N, K], A [R, K] and B_n [len(columns[n]), r] -> y [T, N].
 
     The adapters see drop(x). `scaling` includes its 1 / (1 - p).
     """
-    return _LoraLinear.apply(x, weight, A, scaling, drop, columns, *B)
+    return _LoraLinear.apply(x, weight, A, scaling, drop, columns, None, *B)
 
 
 def grouped_lora_linear(x: Tensor, weight: Weight, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
-                        offsets: Tensor, drop: Drop | None = None) -> Tensor:  # fmt: skip
+                        offsets: Tensor, drop: Dropout | None = None) -> Tensor:  # fmt: skip
     """`lora_linear` for rows sorted by expert: x [T, K], weight [E, N, K], A [E, R, K], B_n [E, len(columns[n]), r].
 
     Rows offsets[e - 1] to offsets[e] (int32 [E]) belong to expert e.
     """
-    return _GroupedLoraLinear.apply(x, weight, A, scaling, drop, columns, offsets, *B)
+    return _LoraLinear.apply(x, weight, A, scaling, drop, columns, offsets, *B)
 
 
 def frozen_linear(x: Tensor, weight: Weight) -> Tensor:
@@ -85,56 +86,14 @@ class _LoraLinear(torch.autograd.Function):
         weight: Weight,
         A: Tensor,
         scaling: float,
-        drop: Drop | None,
+        drop: Dropout | None,
         columns: Columns,
+        offsets: Tensor | None,
         *B: Tensor,
     ) -> Tensor:
-        h = (x if drop is None else drop(x)) @ A.t()
-        y = x @ _dense(weight).t()
-        for n, (at, b) in enumerate(zip(columns, B, strict=True)):
-            y[:, at].addmm_(h[:, _block(n, b)], b.t(), alpha=scaling)
-        ctx.save_for_backward(x, A, h, *B)
-        ctx.weight, ctx.scaling, ctx.drop, ctx.columns = weight, scaling, drop, columns
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, A, h, *B = ctx.saved_tensors
-        drop = ctx.drop
-        gh = torch.empty_like(h)
-        gB = []
-        for n, (at, b) in enumerate(zip(ctx.columns, B, strict=True)):
-            gh[:, _block(n, b)] = gy[:, at] @ b
-            gB.append((gy[:, at].t() @ h[:, _block(n, b)]).mul_(ctx.scaling))
-        gh *= ctx.scaling
-        gA = gh.t() @ (x if drop is None else drop(x))
-        gx = None
-        if ctx.needs_input_grad[0]:
-            gx = gy @ _dense(ctx.weight)
-            if drop is None:
-                gx.addmm_(gh, A)
-            else:
-                gx += drop(gh @ A)
-        return gx, None, gA, None, None, None, *gB
-
-
-class _GroupedLoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Weight,
-        A: Tensor,
-        scaling: float,
-        drop: Drop | None,
-        columns: Columns,
-        offsets: Tensor,
-        *B: Tensor,
-    ) -> Tensor:
-        h = grouped_mm(x if drop is None else drop(x), A.transpose(-2, -1), offsets).mul_(scaling)
-        y = _grouped(x, weight, offsets, transposed=True)
-        for n, (at, b) in enumerate(zip(columns, B, strict=True)):
-            y[:, at].add_(grouped_mm(h[:, _block(n, b)], b.transpose(-2, -1), offsets))
+        h = factors.down(x, A, scaling, drop, offsets)
+        y = _frozen(x, weight, offsets, transposed=True)
+        factors.add_up(y, h, B, columns, offsets)
         ctx.save_for_backward(x, A, h, offsets, *B)
         ctx.weight, ctx.scaling, ctx.drop, ctx.columns = weight, scaling, drop, columns
         return y
@@ -142,21 +101,18 @@ class _GroupedLoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, A, h, offsets, *B = ctx.saved_tensors
-        drop = ctx.drop
         gy = gy.contiguous()
-        gh = torch.empty_like(h)
-        gB = []
-        for n, (at, b) in enumerate(zip(ctx.columns, B, strict=True)):
-            gh[:, _block(n, b)] = grouped_mm(gy[:, at], b, offsets)
-            gB.append(grouped_mm(gy[:, at].t(), h[:, _block(n, b)], offsets))  # h includes the scaling
-        gh *= ctx.scaling
-        gA = grouped_mm(gh.t(), x if drop is None else drop(x), offsets)
-        gx = None
-        if ctx.needs_input_grad[0]:
-            gx = _grouped(gy, ctx.weight, offsets)
-            gx_lora = grouped_mm(gh, A, offsets)
-            gx += gx_lora if drop is None else drop(gx_lora)
+        gh, gB = factors.up_gradients(gy, h, B, ctx.columns, ctx.scaling, offsets)  # of B: h includes the scaling
+        gx = _frozen(gy, ctx.weight, offsets) if ctx.needs_input_grad[0] else None
+        gA = factors.down_gradients(gx, gh, x, A, ctx.drop, offsets)
         return gx, None, gA, None, None, None, None, *gB
+
+
+def _frozen(x: Tensor, weight: Weight, offsets: Tensor | None, transposed: bool = False) -> Tensor:
+    """x times the frozen weight, or its transpose."""
+    if offsets is not None:
+        return _grouped(x, weight, offsets, transposed)
+    return x @ (_dense(weight).t() if transposed else _dense(weight))
 
 
 def _dense(weight: Weight) -> Tensor:
@@ -186,36 +142,3 @@ def _grouped(x: Tensor, weight: Weight, offsets: Tensor, transposed: bool = Fals
         else:
             y[rows] = grouped_mm(x[rows], dense, offsets[first:last] - start)
     return y
-
-
-def _block(n: int, b: Tensor) -> slice:
-    """The rank columns of the n-th stacked adapter."""
-    r = b.shape[-1]
-    return slice(n * r, (n + 1) * r)
-
-
-def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """`torch.nn.functional.grouped_mm`, or a loop over the groups for strides that its kernels do not support.
-
-    Either a [T, K] with groups of rows and b [E, K, N] -> [T, N]; or a [M, T] and b [T, N] with groups along T ->
-    [E, M, N]. Groups may be empty. Where all are, no kernel runs: those of CUDA describe a matrix by its rows.
-    """
-    if not a.numel():
-        return a.new_zeros(a.shape[0], b.shape[-1]) if b.dim() == 3 else a.new_zeros(len(offsets), len(a), b.shape[1])
-    if _aligned(a) and _aligned(b):
-        return torch.nn.functional.grouped_mm(a, b, offs=offsets)
-    ends = offsets.tolist()
-    spans = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    if b.dim() == 3:
-        out = a.new_zeros(a.shape[0], b.shape[-1])
-        for e, span in enumerate(spans):
-            torch.mm(a[span], b[e], out=out[span])
-        return out
-    return torch.stack([a[:, span] @ b[span] for span in spans])
-
-
-def _aligned(tensor: Tensor) -> bool:
-    # The grouped kernels load 16 bytes at a time; torch 2.13 refuses unaligned strides and start addresses.
-    size = tensor.element_size()
-    strides = [step * size for step in tensor.stride() if step != 1]
-    return tensor.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in strides)

@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, apply_router_token_dropping
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from megasft import host
 from megasft.config.schema import LoraSettings, QuantSettings
@@ -22,6 +22,7 @@ from megasft.lora.dropout import JoinPlaces, SplitPlaces
 from megasft.lora.grouped import GroupedLoraLinear
 from megasft.lora.linear import LoraLinear
 from megasft.model.dispatch import DISPATCHERS
+from megasft.model.swiglu import swiglu
 from megasft.storage.shards import Shard, Sharded
 
 
@@ -232,35 +233,3 @@ class Experts(Sharded):
     def adapter_shards(self) -> Iterator[Shard]:
         yield from self.gate_up.adapter_shards()
         yield from self.down.adapter_shards()
-
-
-def swiglu(gate_up: Tensor, weight: Tensor | None = None) -> Tensor:
-    """silu(gate) * up * weight (Shazeer 2020, arXiv:2002.05202): gate_up [..., 2F], weight [...] -> [..., F]."""
-    return _SwiGLU.apply(gate_up, weight)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """Saves only gate_up and weight; backward recomputes silu(gate)."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate_up, weight)
-        gate, up = gate_up.chunk(2, dim=-1)
-        y = nn.functional.silu(gate).mul_(up)
-        return y if weight is None else y.mul_(weight.to(y.dtype)[..., None])
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        gate_up, weight = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = nn.functional.silu(gate)
-        g_weight = None
-        if weight is not None:
-            if ctx.needs_input_grad[1]:
-                g_weight = (gy * activated).mul_(up).sum(-1, dtype=weight.dtype)
-            gy = gy * weight.to(gy.dtype)[..., None]
-        g = torch.empty_like(gate_up)
-        g_gate, g_up = g.chunk(2, dim=-1)
-        torch.mul(gy, activated, out=g_up)
-        g_gate.copy_(torch.ops.aten.silu_backward(gy * up, gate))
-        return g, g_weight

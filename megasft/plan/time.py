@@ -12,7 +12,7 @@ from megasft.plan.job import Job
 from megasft.plan.state import owned
 from megasft.plan.traffic import StepTraffic
 
-KERNELS = {False: (90, 107), True: (110, 139)}  # per layer: of one forward, and of a backward; bf16, and 4-bit
+KERNELS = {False: (79, 82), True: (111, 114)}  # per layer: of one forward, and of a backward; bf16, and 4-bit
 # FLOPs of attention for each multiplication of one of its products: forward 2 products, backward 5 in flash attention,
 # which computes one of forward's again.
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
@@ -170,14 +170,14 @@ def _head_bytes(job: Job) -> float:
 def _moved(job: Job) -> float:
     """Bytes that kernels other than products move in a micro batch, fitted to counted steps (docs/gpu.md).
 
-    Per row of the experts, forward of a layer some 10 passes over H and 18 over F, and backward twice that; per token
-    some 30 passes over H.
+    Per row of the experts, forward of a layer some 6 passes over H and 8 over F; per token some 22 over H and 16 over
+    queries and keys; backward 1.7 times that.
     """
     h, f, b = job.shape.hidden_size, job.expert_width, job.width
-    per_row = 10.5 * h + 18 * f
-    per_token = 30 * h + 18 * (job.queries + 2 * job.keys)
+    per_row = 6.1 * h + 8.3 * f
+    per_token = 22 * h + 16 * (job.queries + 2 * job.keys)
     shard = job.tokens / job.sizes.tensor
-    passes = 3 + job.recompute + job.counts_first
+    passes = 2.7 + job.recompute + job.counts_first
     layer = b * (job.rows * per_row + (job.tokens + shard) / 2 * per_token)
     return passes * layer * len(job.layers)
 

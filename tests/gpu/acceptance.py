@@ -42,6 +42,7 @@ CHECKS = {
     "nf4": Check("kernels.four_bits", 300),
     "attention": Check("kernels.attention", 300),
     "dropout": Check("kernels.dropout", 300),
+    "adapters": Check("kernels.adapters", 300),
     "layer": Check("parity.layer", 600),
     "model": Check("parity.model", 600),
     "collectives": Check("parity.collectives", 600),

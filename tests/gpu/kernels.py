@@ -6,8 +6,11 @@ import torch
 
 from megasft import host
 from megasft.config.schema import QuantSettings
+from megasft.lora import factors
 from megasft.lora.dropout import Dropout, key, share
-from megasft.lora.functional import grouped_mm
+from megasft.lora.factors import grouped_mm
+from megasft.lora.functional import grouped_lora_linear, lora_linear
+from megasft.model.swiglu import swiglu
 from megasft.quant import kernels, nf4
 from tests.gpu.place import Place
 
@@ -36,26 +39,12 @@ def grouped(place: Place) -> None:
             spans = [slice(a, b) for a, b in itertools.pairwise(ends)]
             x, gy = _random(ends[-1], k, seed=0), _random(ends[-1], n, seed=1)
             weight, worst = _random(len(rows), n, k, seed=2), 0.0
-            cases = [("x W^T", x, weight.transpose(1, 2)), ("gy W", gy, weight)]
-            for r in (4, 8, 16):
-                padded = -(-r // 8) * 8
-                A, h = _random(len(rows), padded, k, seed=r), _random(ends[-1], padded, seed=r + 1)
-                B = _random(len(rows), n, padded, seed=r + 2)
-                cases += [
-                    ("x A^T", x, A.transpose(1, 2)),
-                    ("h B^T", h, B.transpose(1, 2)),
-                    ("gy B", gy, B),
-                    ("gh A", h, A),
-                ]
-                cases += [("gy^T h", gy.t(), h), ("gh^T x", h.t(), x)]
-            for _, a, b in cases:
+            cases = [(x, weight.transpose(1, 2)), (gy, weight)]
+            for a, b in cases:
                 a, b = a.to(dtype), b.to(dtype)
                 got = grouped_mm(_same_strides(a, place.device), _same_strides(b, place.device), offsets).cpu().float()
                 a, b = a.float(), b.float()
-                if b.dim() == 3:
-                    want = torch.cat([a[at] @ b[e] for e, at in enumerate(spans)])
-                else:
-                    want = torch.stack([a[:, at] @ b[at] for at in spans])
+                want = torch.cat([a[at] @ b[e] for e, at in enumerate(spans)])
                 assert got.shape == want.shape
                 if want.numel():
                     worst = max(worst, float((got - want).abs().max() / want.abs().max().clamp_min(1e-6)))
@@ -147,18 +136,63 @@ def _masked(inputs: list[torch.Tensor], lengths: list[int], upstream: torch.Tens
 def dropout(place: Place) -> None:
     """The elements that the device drops are those of the CPU, for shards too."""
     counters = torch.cat([torch.arange(300), torch.tensor([2**40, 2**62])])
+    ones = torch.ones(len(counters), 16)
     for k, first in ((768, 0), (384, 384), (33, 5), (1, 0)):
         for p in (0.05, 0.5):
-            x = _random(len(counters), k, seed=k).bfloat16()
-            on_cpu = Dropout.of(counters, key(5, "model.layers.0.q"), first, share(p))(x)
-            here = Dropout.of(counters.to(place.device), key(5, "model.layers.0.q"), first, share(p))(
-                x.to(place.device)
-            )
-            place.same_bits(f"{k} features from {first}, p = {p}", here, on_cpu)
-        whole = Dropout.of(counters, key(5, "q"), 0, share(0.5))(torch.ones(len(counters), first + k))[:, first:]
-        cut = Dropout.of(counters.to(place.device), key(5, "q"), first, share(0.5))
-        place.same_bits(
-            f"the same as features {first} to {first + k} of a layer",
-            cut(torch.ones(len(counters), k, device=place.device)),
-            whole,
-        )
+            kept = []
+            for device in ("cpu", place.device):
+                drop = Dropout.of(counters.to(device), key(5, "model.layers.0.q"), first, share(p))
+                kept.append(torch.zeros(len(counters), k, device=device))
+                gh, A = ones.to(device), torch.full((16, k), 1 / 16, device=device)
+                factors.down_gradients(kept[-1], gh, kept[-1].clone(), A, drop, None)
+            place.same_bits(f"{k} features from {first}, p = {p}", kept[1], kept[0])
+            whole = Dropout.of(counters, key(5, "model.layers.0.q"), 0, share(p))(torch.ones(len(counters), first + k))
+            place.same_bits(f"the same as features {first} to {first + k} of a layer", kept[1], whole[:, first:])
+
+
+def adapters(place: Place) -> None:
+    """Layers with LoRA and SwiGLU, forward and backward in bf16, against fp32 on the CPU."""
+    k, n, columns = 96, 80, [slice(0, 32), slice(48, 80)]
+    for name, rows in {"one layer": None, **ROWS}.items():
+        for r, dropped in itertools.product((4, 16, 72), (False, True)):
+            if rows is not None and r % 8:
+                continue  # ranks of experts are padded to eights
+            results = [
+                _adapted(device, dtype, rows, k, n, r, columns, dropped)
+                for device, dtype in (("cpu", torch.float32), (place.device, torch.bfloat16))
+            ]
+            for what, want, got in zip(("y", "gx", "gA", "gB", "gB"), *results, strict=True):
+                # h is rounded to bf16, and sums of up to 80 rows or columns of it
+                place.near(f"{name}, rank {r}{', dropout' if dropped else ''}: {what}", got, want, 2**-5)
+    gate_up, weight, gy = (
+        _random(77, 2 * 200, seed=0).bfloat16(),
+        _random(77, seed=1),
+        _random(77, 200, seed=2).bfloat16(),
+    )
+    results = []
+    for device, dtype in (("cpu", torch.float32), (place.device, torch.bfloat16)):
+        inputs = [gate_up.to(device, dtype).requires_grad_(), weight.to(device).requires_grad_()]
+        y = swiglu(*inputs)
+        results.append([y, *torch.autograd.grad(y, inputs, gy.to(device, dtype))])
+    for what, want, got in zip(("y", "gradient", "of the weight"), *results, strict=True):
+        place.near(f"SwiGLU: {what}", got, want, 2**-6)
+
+
+def _adapted(device: str, dtype: torch.dtype, rows: list[int] | None, k: int, n: int, r: int, columns: list[slice],
+             dropped: bool) -> list[torch.Tensor]:  # fmt: skip
+    """y and the gradients of x, A and each B of a layer, or of one for each expert, of bf16 values."""
+    t, stack = (50, ()) if rows is None else (sum(rows), (len(rows),))
+
+    def draw(*shape: int, seed: int) -> torch.Tensor:
+        return _random(*shape, seed=seed).bfloat16().to(device, dtype)
+
+    x, A = draw(t, k, seed=0).requires_grad_(), draw(*stack, 2 * r, k, seed=1).requires_grad_()
+    B = [draw(*stack, at.stop - at.start, r, seed=2 + i).requires_grad_() for i, at in enumerate(columns)]
+    weight, gy = draw(*stack, n, k, seed=5), draw(t, n, seed=6)
+    drop = Dropout.of(torch.arange(t, device=device), key(5, "q"), 0, share(0.3)) if dropped else None
+    if rows is None:
+        y = lora_linear(x, weight, A, B, columns, 0.5, drop)
+    else:
+        offsets = torch.tensor(rows).cumsum(0).int().to(device)
+        y = grouped_lora_linear(x, weight, A, B, columns, 0.5, offsets, drop)
+    return [y, *torch.autograd.grad(y, (x, A, *B), gy)]

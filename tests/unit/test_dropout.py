@@ -1,13 +1,12 @@
 """Which elements the dropout of the adapters' input drops: how many, independent of what, and the same in Triton."""
 
 import functools
-import importlib
-import sys
 
 import pytest
 import torch
 
 from megasft.lora.dropout import SHARES, Dropout, JoinPlaces, SplitPlaces, key, share
+from tests.unit.triton_modules import compiled_for_hopper, load
 
 T, K, P = 512, 768, 0.3
 PLACES = torch.arange(T)
@@ -106,38 +105,20 @@ def test_places_come_back_with_the_bits_of_the_routing_weights():
     assert grad.tolist() == [[2, 0, 5], [4, 3, 1]]
 
 
-def kernels(monkeypatch, interpreted):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
-    monkeypatch.delitem(sys.modules, "megasft.lora.kernels", raising=False)
-    return importlib.import_module("megasft.lora.kernels")
-
-
 def test_triton_gives_the_same_bits(monkeypatch):
-    triton, draw = kernels(monkeypatch, interpreted=True), torch.Generator().manual_seed(0)
-    for t, k, first, dtype in [
-        (37, 64, 0, torch.float32), (37, 61, 5, torch.bfloat16), (5, 300, 128, torch.float16), (16, 5, 15, torch.float32),
-        (0, 8, 0, torch.float32), (3, 1, 7, torch.float32),
-    ]:  # fmt: skip
+    """As `megasft.kernels.factors` drops: of a gradient of ones."""
+    hashes, draw = load(monkeypatch, "dropout", interpreted=True), torch.Generator().manual_seed(0)
+    for t, k, first in [(37, 64, 0), (37, 61, 5), (5, 300, 128), (16, 5, 15), (0, 8, 0), (3, 1, 7)]:
         counters, number = torch.randint(0, 2**45, (t,), generator=draw), key(7, f"{t}")
-        rows = torch.ops.megasft.hash_rows(counters, number)
-        assert torch.equal(triton.hash_rows(counters, number), rows)
-        for x in (torch.randn(t, k, generator=draw), torch.randn(t, 2 * k, generator=draw)[:, k:], torch.randn(k, t, generator=draw).t()):  # fmt: skip
-            want = torch.ops.megasft.drop(x.to(dtype), rows, first, share(P))
-            assert torch.equal(triton.drop(x.to(dtype), rows, first, share(P)), want)
+        drop = Dropout.of(counters, number, first, share(P))
+        assert torch.equal(hashes.hash_rows(counters, number), drop.rows)
+        kept, kernels = torch.zeros(t, k), load(monkeypatch, "factors", interpreted=True)
+        factors = torch.ones(t, 16), torch.full((16, k), 1 / 16)
+        kernels.down_gradient_x(kept, *factors, drop.rows, drop.first, drop.share, None)
+        assert torch.equal(kept, drop(torch.ones(t, k)))
 
 
 def test_triton_compiles_for_hopper_without_spilling(monkeypatch):
-    module = kernels(monkeypatch, interpreted=False)
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature = {"x": "*bf16", "rows": "*i32", "out": "*bf16"}
-    signature |= dict.fromkeys(("first", "share", "height", "width", "stride"), "i32")
-    signature |= {"ROWS": "constexpr", "PAIRS": "constexpr"}
-    source = ASTSource(module._drop, signature, {(8,): module.ROWS, (9,): module.PAIRS})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert ".target sm_90" in compiled.asm["ptx"]
-    assert ".local" not in compiled.asm["ptx"]
-    assert len(compiled.asm["cubin"]) > 1000
+    module = load(monkeypatch, "dropout", interpreted=False)
+    types = "counters:*i64 hashes:*i32 key:i64 n"
+    compiled_for_hopper(module._hash_rows, types, {"BLOCK": module.COUNTERS}, ("key", "n"))

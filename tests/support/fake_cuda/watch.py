@@ -261,13 +261,8 @@ def _bytes(func: Any, name: str, tensors: list[Tensor], outs: list[Tensor]) -> i
         (t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in (*tensors, *outs) if is_cuda(t)
     }.values()
     total = sum(_size(tensor) for tensor in different)
-    if (
-        outs
-        and _writes(func)
-        and name.removeprefix("aten::") not in _WRITES_ONLY
-        and not func._overloadname.startswith("out")
-    ):
-        total += _size(outs[0])  # which it reads as well
+    if _writes(func) and name.removeprefix("aten::") not in _WRITES_ONLY and not func._overloadname.startswith("out"):
+        total += _size(tensors[0])  # which it reads as well
     return total
 
 
@@ -291,11 +286,22 @@ def _flops(name: str, args: tuple) -> int:
         return 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
     if "_grouped_mm" in name:
         return 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[-1]
+    if name.startswith("megasft::lora_"):
+        return _lora_flops(name.removeprefix("megasft::lora_"), args)
     if name.startswith("fake_cuda::attention"):  # two products of half a square for each head, five in backward
         backward = name.endswith("backward")
         q, longest = args[int(backward)], args[-1]
         return (5 if backward else 2) * len(q) * longest * q.shape[1] * q.shape[2]
     return 0
+
+
+def _lora_flops(name: str, args: tuple) -> int:
+    """Of `lora.factors`: rows times inputs or outputs times rank."""
+    if name in ("down", "down_gradient_A", "down_gradient_x"):
+        rows, factor = args[1 if name == "down_gradient_A" else 0], args[2 if name.startswith("down_") else 1]
+        return 2 * len(rows) * factor.shape[-1] * factor.shape[-2]
+    factors = args[1 if name == "up_gradient_h" else 2]
+    return 2 * len(args[0]) * sum(b.shape[-1] * b.shape[-2] for b in factors)
 
 
 def _check_grouped(a: Tensor, b: Tensor, offs: Tensor, bias: Any = None, out_dtype: Any = None) -> str:

@@ -1,0 +1,1 @@
+"""megasft's own kernels for CUDA, in Triton. Each is an operator that has its CPU form where it is declared."""

@@ -1,0 +1,131 @@
+"""megasft's Triton kernels give what torch's operators give, in Triton's interpreter, and compile for sm_90."""
+
+import pytest
+import torch
+
+from megasft.lora import factors
+from megasft.lora.dropout import Dropout, key, share
+from megasft.model.swiglu import swiglu
+from tests.unit.triton_modules import compiled_for_hopper, load
+
+SCALING = 2.5
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# T rows or those of each expert, K, r, the adapted columns, N, first feature, dtype
+CASES = {
+    "q, k, v": (70, 96, 16, [(0, 130), (130, 20), (150, 64)], 214, 0, torch.float32),
+    "one, a rank that is no power of two": (33, 130, 12, [(3, 65)], 80, 64, torch.float32),
+    "experts, some without rows": ([40, 0, 1, 0, 65, 32, 0], 72, 8, [(0, 48), (48, 48)], 96, 0, torch.float32),
+    "experts, a large rank and an odd first feature": ([3, 70], 65, 72, [(0, 5), (70, 33)], 103, 7, torch.float32),
+    "experts without any row": ([0, 0, 0], 32, 8, [(0, 16)], 16, 0, torch.float32),
+    "no row": (0, 32, 8, [(0, 16)], 16, 0, torch.float32),
+    "fp16": ([33, 0, 40], 96, 16, [(0, 64), (64, 64)], 128, 32, torch.float16),
+}
+
+
+def close(got, want, dtype):
+    # Sums of at most 130 terms, in fp32 in another order; in fp16 torch rounds between products.
+    bound = (want.abs().max().item() if want.numel() else 0.0) * (1e-5 if dtype == torch.float32 else 2e-2)
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    torch.testing.assert_close(got, want, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["all", "dropped"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_compute_what_torchs_products_do(monkeypatch, case, dropped):
+    rows, k, r, parts, n, first, dtype = CASES[case]
+    module = load(monkeypatch, "factors", interpreted=True)
+    experts = (len(rows),) if isinstance(rows, list) else ()
+    offsets = torch.tensor(rows).cumsum(0).int() if experts else None
+    t = sum(rows) if experts else rows
+    x, gy, gx = (random(t, size, seed=i).to(dtype) for i, size in enumerate((k, n, k)))
+    A = random(*experts, r * len(parts), k, seed=3).to(dtype)
+    B = [random(*experts, width, r, seed=4 + i).to(dtype) for i, (_, width) in enumerate(parts)]
+    columns = [slice(start, start + width) for start, width in parts]
+    starts = [start for start, _ in parts]
+    drop = Dropout.of(torch.arange(t) * 3, key(1, case), first, share(0.3)) if dropped else None
+    counters = (drop.rows, drop.first, drop.share) if drop else (None, 0, 0)
+
+    h = factors.down(x, A, SCALING, drop, offsets)
+    close(module.down(x, A, SCALING, *counters, offsets), h, dtype)
+    wide = random(t, n + 7, seed=9).to(dtype)  # rows that do not follow each other
+    want = wide.clone()[:, 3 : 3 + n].contiguous()
+    factors.add_up(want, h, B, columns, offsets)
+    module.add_up(wide[:, 3 : 3 + n], h, B, starts, offsets)
+    close(wide[:, 3 : 3 + n], want, dtype)
+    gh, gB = factors.up_gradients(gy, h, B, columns, SCALING, offsets)
+    close(module.up_gradient_h(gy, B, starts, SCALING, offsets), gh, dtype)
+    for got, one in zip(module.up_gradient_B(gy, h, B, starts, offsets), gB, strict=True):
+        close(got, one, dtype)
+    want = gx.clone()
+    gA = factors.down_gradients(want, gh, x, A, drop, offsets)
+    close(module.down_gradient_A(gh, x, A, *counters, offsets), gA, dtype)
+    module.down_gradient_x(gx, gh, A, *counters, offsets)
+    close(gx, want, dtype)
+
+
+def test_columns_between_the_adapted_ones_are_left_alone(monkeypatch):
+    module = load(monkeypatch, "factors", interpreted=True)
+    y = torch.zeros(5, 100)
+    module.add_up(y, torch.ones(5, 32), [torch.ones(10, 16), torch.ones(20, 16)], [0, 70], None)
+    assert y[0].nonzero().flatten().tolist() == [*range(10), *range(70, 90)]
+
+
+LAUNCHES = {  # the types of what is no constant, in the order of the kernel
+    "_down": "x:*bf16 A:*bf16 rows:*i32 offsets:*i32 h:*bf16 T K R experts scaling:fp32 first share stride",
+    "_add_up": "y:*bf16 h:*bf16 b0:*bf16 b1:*bf16 b2:*bf16 offsets:*i32 T R r stride n0 n1 n2 c0 c1 c2 experts",
+    "_gradient_h": "gy:*bf16 b0:*bf16 b1:*bf16 b2:*bf16 gh:*bf16 offsets:*i32 T R r stride n0 n1 n2 c0 c1 c2 experts scaling:fp32",
+    "_gradient_B": "gy:*bf16 h:*bf16 g0:*bf16 g1:*bf16 g2:*bf16 offsets:*i32 T R r stride n0 n1 n2 c0 c1 c2",
+    "_gradient_A": "gh:*bf16 x:*bf16 rows:*i32 offsets:*i32 gA:*bf16 T K R first share stride",
+    "_gradient_x": "gx:*bf16 gh:*bf16 A:*bf16 rows:*i32 offsets:*i32 T K R experts first share stride",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_the_kernels_compile_for_hopper_without_spilling(monkeypatch, name):
+    module = load(monkeypatch, "factors", interpreted=False)
+    constants = {"DROP": True, "ODD": 0, "GROUPED": True, "E": 128, "BR": 32}
+    constants |= {"BM": module.TALL, "BN": module.WIDE, "BK": module.WIDE}
+    any_number = ("T", "experts", "first", "share", "scaling")
+    ptx = compiled_for_hopper(getattr(module, name), LAUNCHES[name], constants, any_number)
+    assert "wgmma" in ptx or "mma.sync" in ptx, "products are of tensor cores"
+
+
+# --- SwiGLU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(35, 200), (16, 128), (1, 3), (0, 8)])
+def test_swiglu_is_what_torch_computes(monkeypatch, rows, width, weighted):
+    module = load(monkeypatch, "swiglu", interpreted=True)
+    gate_up, gy = random(rows, 2 * width, seed=0), random(rows, width, seed=1)
+    weight = random(rows, seed=2) if weighted else None
+    inputs = [one.requires_grad_() for one in (gate_up, weight) if one is not None]
+    y = swiglu(gate_up, weight)
+    want = torch.autograd.grad((y * gy).sum(), inputs)
+    with torch.no_grad():
+        close(module.swiglu(gate_up, weight), y.detach(), torch.float32)
+        g, g_weight = module.gradients(gy, gate_up, weight)
+        close(g, want[0], torch.float32)
+        assert g_weight.shape == ((rows,) if weighted else (0,))
+        if weighted:
+            close(g_weight, want[1], torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [
+        ("_forward", "gate_up:*bf16 weight:*fp32 y:*bf16 rows width"),
+        ("_backward", "gy:*bf16 gate_up:*bf16 weight:*fp32 g:*bf16 g_weight:*fp32 rows width"),
+    ],
+)
+def test_swiglu_compiles_for_hopper_without_spilling(monkeypatch, name, types):
+    module = load(monkeypatch, "swiglu", interpreted=False)
+    compiled_for_hopper(
+        getattr(module, name), types, {"WEIGHTED": True, "ROWS": module.ROWS, "WIDE": module.WIDE}, ("rows",)
+    )
