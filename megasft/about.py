@@ -17,16 +17,23 @@ from megasft.messages import say
 from megasft.train.trainer import Trainer
 
 FILE = "about.json"
+OF_THE_END = ("answers.json", "report.html")
 PACKAGES = ("megasft", "torch", "megatron-core", "transformers", "peft", "tokenizers", "safetensors", "triton")
 OPTIONAL = ("transformer-engine", "bitsandbytes", "flash-attn")
 
 
 def write_about(trainer: Trainer, topology: Topology) -> None:
-    """Write `about.json`; rank 0 does. A folder that cannot be written does not end the run."""
+    """Write `about.json`; rank 0 does. A folder that cannot be written does not end the run.
+
+    Answers and report of an earlier run in the folder, or of an earlier end of this one, are removed.
+    """
     if not topology.is_first:
         return
     path = Path(trainer.config.job.output_dir) / FILE
     try:
+        if trainer.step < trainer.total_steps:
+            for name in OF_THE_END:
+                path.with_name(name).unlink(missing_ok=True)
         path.write_text(json.dumps(describe(trainer, topology), indent=1) + "\n")
     except OSError as error:
         say(f"{path}: cannot be written ({error.strerror}); training continues")

@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +36,12 @@ def run_with_answers(run_file, ranks):
     topology = regroup(resolve_topology(config.data.topology, ranks), config.job.seed)
     train, validation = load_data(config, topology)
     trainer = Trainer(config, topology, build_model(config, topology), train, validation)
+    stale = Path(config.job.output_dir) / "answers.json"  # of an earlier run in this folder
+    if topology.is_first:
+        stale.parent.mkdir()
+        stale.write_text('{"answers": []}')
     trainer.fit(lambda: write_about(trainer, topology))
+    assert not (topology.is_first and stale.exists())
     answers.write_answers(trainer, topology)
 
 
