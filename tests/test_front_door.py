@@ -96,6 +96,7 @@ def test_torchrun_trains_on_four_ranks_and_leaves_what_the_readme_lists(tmp_path
     for line in records(folder):
         kinds.setdefault(line["kind"], set()).update(line.keys() - {"kind", "step", "time"})
     page = documented_keys()
+    assert kinds.pop("event", set()) <= page["event"]
     assert page.keys() == kinds.keys() | {"event"}
     for kind, found in kinds.items():
         assert found == page[kind] - ELSEWHERE, kind

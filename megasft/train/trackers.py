@@ -5,6 +5,7 @@ goes on. A resumed run continues the run of each tracker, whose name is kept in 
 """
 
 import contextlib
+import errno
 import importlib.util
 import json
 import netrc
@@ -13,7 +14,9 @@ import queue
 import re
 import secrets
 import shlex
+import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,27 +122,52 @@ class TrackedRun:
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` of the run directory. A full disk leaves gaps."""
+    """An event file in `tensorboard/` of the run directory, written at once. A full disk leaves gaps.
+
+    Not by SummaryWriter, whose thread ends where a disk is full.
+    """
 
     def __init__(self, run: TrackedRun) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard.summary import histogram
 
-        self._summary = Summary
-        self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
+        self._events, self._summaries, self._histogram = event_pb2, summary_pb2, histogram
+        folder, now = run.folder / "tensorboard", time.time()
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = open(folder / name, "wb", buffering=0)  # noqa: SIM115 (closed by close)
+        self._packed = RecordWriter(self._file)
+        self._write(wall_time=now, file_version="brain.Event:2")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(
+            wall_time=now, step=run.step + 1, session_log=start
+        )  # of steps from this one on, the last ones count
 
     def log(self, line: Line) -> None:
         """All numbers as one event; a table of numbers as a histogram."""
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in line.numbers.items()]
-        with contextlib.suppress(OSError):
-            self._board._get_file_writer().add_summary(self._summary(value=values), line.step)
-            if line.kind == "experts":
-                self._board.add_histogram("experts/tokens", np.array(line.values["tokens"]), line.step)
+        values = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in line.numbers.items()]
+        summary = self._summaries.Summary(value=values)
+        if line.kind == "experts":
+            summary.MergeFrom(self._histogram("experts/tokens", np.array(line.values["tokens"]), 30))
+        self._write(wall_time=line.time, step=line.step, summary=summary)
+
+    def _write(self, **event: Any) -> None:
+        """One record, complete or not at all."""
+        length = self._file.tell()
+        try:
+            data = self._events.Event(**event).SerializeToString()
+            self._packed.write(data)
+            if self._file.tell() != length + len(data) + 16:  # of the record's own; a full disk takes a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(length)
+                self._file.seek(length)
 
     def close(self) -> None:
-        """Flush."""
-        with contextlib.suppress(OSError):
-            self._board.close()
+        """Close the file."""
+        self._file.close()
 
 
 class Wandb:

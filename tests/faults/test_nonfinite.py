@@ -110,9 +110,11 @@ def blind(settings: dict[str, Any], samples: list, held_out: list) -> None:
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples), on_ranks.as_samples(held_out))
     loss_of = forward_backward._loss
-    forward_backward._loss = lambda batch, loss_sum: loss_of(
-        batch, loss_sum if model.training else loss_sum * torch.nan
-    )
+
+    def loss(batch: Any, output: tuple[torch.Tensor, torch.Tensor]) -> tuple:
+        return loss_of(batch, output if model.training else (output[0] * torch.nan, output[1]))
+
+    forward_backward._loss = loss
     trainer.fit()
 
 
