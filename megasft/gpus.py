@@ -6,7 +6,8 @@ from transformers import Qwen3MoeConfig
 from megasft import host
 from megasft.config.schema import RunConfig
 from megasft.messages import UserError, say_once, warn
-from megasft.model.hf_config import DTYPES, weights
+from megasft.model.hf_config import DTYPES
+from megasft.model.shape import weights
 
 CPU_WEIGHTS = 1e9  # a larger model is trained on CPUs only if the run file says so
 ON_CPUS = "--set compute.gpu_count=0 trains on CPUs"

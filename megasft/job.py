@@ -25,10 +25,11 @@ from megasft.messages import say
 from megasft.model import quantized_base as quantized
 from megasft.model import qwen3_moe
 from megasft.model.hf_checkpoint import Checkpoint, untie_different_head
-from megasft.model.hf_config import DTYPES, check_fits, read_config
+from megasft.model.hf_config import DTYPES, read_config
 from megasft.model.hub import find_model
 from megasft.model.load_base import load_base
 from megasft.model.positions import longest_input
+from megasft.model.shape import check_fits
 from megasft.train.checkpoint import resume, run_lock
 from megasft.train.trainer import Summary, Trainer, global_batches
 

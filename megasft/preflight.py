@@ -22,7 +22,8 @@ def topology_sizes(config: RunConfig, ranks: int) -> TopologySizes:
     except ValueError as error:
         asks = str(error).partition("; ")[0]
     _check_paths(config)
-    from megasft.model.hf_config import check_fits, read_config
+    from megasft.model.hf_config import read_config
+    from megasft.model.shape import check_fits
 
     hf_config = read_config(find_model(config.job.model))
 
@@ -45,7 +46,8 @@ def check(config: RunConfig, sizes: TopologySizes) -> None:
     from megasft import gpus
     from megasft.data.tokenizer import load_tokenizer
     from megasft.model.hf_checkpoint import fingerprint
-    from megasft.model.hf_config import check_fits, read_config
+    from megasft.model.hf_config import read_config
+    from megasft.model.shape import check_fits
     from megasft.train.checkpoint import resume
 
     folder = find_model(config.job.model)

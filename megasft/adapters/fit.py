@@ -15,8 +15,8 @@ from megasft.config.schema import LoraSettings
 from megasft.config.values import short_targets
 from megasft.messages import UserError, warn
 from megasft.model.hf_checkpoint import fingerprint
-from megasft.model.hf_config import head_dim, sparse_layers
 from megasft.model.hub import base_name, local_folder
+from megasft.model.shape import head_dim, sparse_layers
 from megasft.storage.shards import leaf
 
 

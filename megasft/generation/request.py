@@ -77,7 +77,8 @@ class Request:
         from megasft.adapters.fit import fitting_pairs, warn_of_other_base
         from megasft.data.tokenizer import load_tokenizer
         from megasft.model.hf_checkpoint import Checkpoint
-        from megasft.model.hf_config import check_fits, read_config
+        from megasft.model.hf_config import read_config
+        from megasft.model.shape import check_fits
 
         folder = find_model(self.model)
         config = read_config(folder)

@@ -16,7 +16,8 @@ from transformers import Qwen3MoeConfig
 
 from megasft.messages import UserError, warn
 from megasft.model import fp8
-from megasft.model.hf_config import read_config, read_json, sparse_layers
+from megasft.model.hf_config import read_config, read_json
+from megasft.model.shape import sparse_layers
 from megasft.storage.safetensors import TensorFile, TensorSpec
 from megasft.storage.shards import Index, Shard, full_index
 

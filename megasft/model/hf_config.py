@@ -1,4 +1,4 @@
-"""Read Qwen3-MoE's `config.json`, and check that we can train the model and shard it over a topology."""
+"""Read Qwen3-MoE's `config.json`, and check that we can train the model."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from transformers import Qwen3MoeConfig
 
-from megasft.config.parallelism import TopologySizes
-from megasft.config.schema import QuantSettings
-from megasft.config.values import BLOCK_SIZES
 from megasft.messages import UserError
 from megasft.model import fp8
+from megasft.model.shape import head_dim
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -106,91 +104,3 @@ def _check_rope(rope: dict[str, Any]) -> None:
         number = isinstance(value, int | float) and (value > 0 or isinstance(value, bool))
         if not (number or key in ("rope_type", "type") or (value is None and key != "rope_theta")):
             raise UserError(f"rope_parameters: {key} = {value!r} is not supported; it must be a positive number")
-
-
-def stage_layers(layers: int, stages: int) -> list[int]:
-    """The number of layers of each pipeline stage. Where they are not all alike, those between the first, which has the
-    embedding, and the last, which has the head and the loss, have more. megatron-core wants these alike.
-    """
-    if stages == 1:
-        return [layers]
-    middle = -(-layers // stages)
-    if layers - middle * (stages - 2) < 2:
-        middle = layers // stages
-    outer = layers - middle * (stages - 2)
-    return [outer - outer // 2, *[middle] * (stages - 2), outer // 2]
-
-
-def check_fits(config: Qwen3MoeConfig, sizes: TopologySizes, quant: QuantSettings | None = None) -> None:
-    """Raise UserError, naming the size that does not fit, if the topology cannot shard the model; with `quant`, also if
-    a shard would cut a quantization block.
-    """
-    if sizes.pipeline > config.num_hidden_layers:
-        raise UserError(
-            f"[data.topology] pipeline_parallel = {sizes.pipeline} is more than the model's num_hidden_layers = "
-            f"{config.num_hidden_layers}; every stage needs a layer"
-        )
-    dense = any(not sparse for sparse in sparse_layers(config))
-    for key, n, name, by in (
-        ("num_attention_heads", config.num_attention_heads, "tensor_parallel", sizes.tensor),
-        ("num_key_value_heads", config.num_key_value_heads, "tensor_parallel", sizes.tensor),
-        ("intermediate_size", config.intermediate_size if dense else 0, "tensor_parallel", sizes.tensor),
-        ("num_experts", config.num_experts, "expert_parallel", sizes.expert),
-        ("moe_intermediate_size", config.moe_intermediate_size, "expert_tensor_parallel", sizes.expert_tensor),
-    ):
-        if n % by:
-            fitting = ", ".join(str(d) for d in range(1, by) if n % d == 0)
-            raise UserError(
-                f"[data.topology] {name} = {by} does not divide the model's {key} = {n}; "
-                f"smaller sizes that divide it: {fitting}"
-            )
-    if quant:
-        _check_blocks(config, sizes, quant.block_size)
-
-
-def _check_blocks(config: Qwen3MoeConfig, sizes: TopologySizes, size: int) -> None:
-    """Raise UserError unless `size` divides the inputs of every linear layer on a rank."""
-    sparse = sparse_layers(config)
-    for layers, key, n, name, by in (
-        ("q_proj, k_proj, v_proj, gate_proj and up_proj", "hidden_size", config.hidden_size, "", 1),
-        ("o_proj", "num_attention_heads x head_dim", config.num_attention_heads * head_dim(config),
-         "tensor_parallel", sizes.tensor),
-        ("dense down_proj", "intermediate_size", 0 if all(sparse) else config.intermediate_size,
-         "tensor_parallel", sizes.tensor),
-        ("experts' down_proj", "moe_intermediate_size", config.moe_intermediate_size if any(sparse) else 0,
-         "expert_tensor_parallel", sizes.expert_tensor),
-    ):  # fmt: skip
-        if n // by % size:
-            cut = f" / {name} {by}" if by > 1 else ""
-            fitting = [d for d in range(1, by) if by % d == 0 and n // d % size == 0]
-            blocks = [b for b in BLOCK_SIZES if n // by % b == 0]
-            remedies = [f"block_size = {blocks[-1]}"] if blocks and blocks[-1] < size else []
-            remedies += [f"[data.topology] {name} = {fitting[-1]}"] if fitting else []
-            remedies += ["[training] use_qlora = false"] if not remedies else []
-            raise UserError(
-                f"[quant] block_size = {size} does not divide the {n // by} inputs that a rank holds of {layers} "
-                f"({key} {n}{cut}); set {' or '.join(remedies)}"
-            )
-
-
-def head_dim(config: Qwen3MoeConfig) -> int:
-    """Width of an attention head. config.json may omit `head_dim`."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def weights(config: Qwen3MoeConfig) -> int:
-    """The number of weights in the matrices of the model: embedding, head, attention and feed-forward layers."""
-    h, d = config.hidden_size, head_dim(config)
-    attention = 2 * h * d * (config.num_attention_heads + config.num_key_value_heads)
-    experts = h * config.num_experts * (3 * config.moe_intermediate_size + 1)
-    feed_forward = sum(experts if sparse else 3 * h * config.intermediate_size for sparse in sparse_layers(config))
-    vocabulary = config.vocab_size * h * (1 if config.tie_word_embeddings else 2)
-    return vocabulary + config.num_hidden_layers * attention + feed_forward
-
-
-def sparse_layers(config: Qwen3MoeConfig) -> list[bool]:
-    """For each layer, whether it has experts; if not, it is dense."""
-    return [
-        i not in (config.mlp_only_layers or []) and (i + 1) % config.decoder_sparse_step == 0
-        for i in range(config.num_hidden_layers)
-    ]

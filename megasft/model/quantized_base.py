@@ -27,7 +27,7 @@ from transformers import Qwen3MoeConfig
 from megasft.config.schema import QuantSettings
 from megasft.messages import UserError, say_once
 from megasft.model.hf_checkpoint import Checkpoint
-from megasft.model.hf_config import head_dim, sparse_layers
+from megasft.model.shape import head_dim, sparse_layers
 from megasft.quant import kernels, nf4
 from megasft.quant.nf4 import Quantized
 from megasft.storage.digests import cached_sha256

@@ -23,11 +23,11 @@ from megasft.lora.dropout import Draw
 from megasft.lora.sharded import ShardedLinear
 from megasft.model.attention import SelfAttention
 from megasft.model.batch import MicroBatch, Segments
-from megasft.model.hf_config import check_fits, head_dim, sparse_layers, stage_layers
 from megasft.model.loss import supervised_loss
 from megasft.model.mlp import DenseMLP, Router, SparseMLP
 from megasft.model.norm import RMSNorm
 from megasft.model.rotary import RotaryEmbedding
+from megasft.model.shape import check_fits, head_dim, sparse_layers, stage_layers
 from megasft.storage.shards import Shard, full_index, part
 
 

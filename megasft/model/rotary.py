@@ -8,7 +8,7 @@ from transformers import Qwen3MoeConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megasft import host
-from megasft.model.hf_config import head_dim
+from megasft.model.shape import head_dim
 
 
 class RotaryEmbedding:

@@ -26,8 +26,8 @@ from torch import Tensor
 from megasft import host
 from megasft.data.micro_batches import MicroBatches
 from megasft.model.batch import MicroBatch
-from megasft.model.hf_config import sparse_layers
 from megasft.model.qwen3_moe import Qwen3Moe
+from megasft.model.shape import sparse_layers
 
 
 class ExpertLoad:

@@ -4,7 +4,7 @@ from transformers import Qwen3MoeConfig
 
 from megasft.config.parallelism import TopologySizes
 from megasft.config.schema import QuantSettings
-from megasft.model.hf_config import sparse_layers
+from megasft.model.shape import sparse_layers
 from megasft.quant.kernels import GROUP
 
 

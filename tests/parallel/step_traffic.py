@@ -14,7 +14,7 @@ from typing import Any
 from transformers import Qwen3MoeConfig
 
 from megasft.config.parallelism import TopologySizes, choose_dispatcher
-from megasft.model.hf_config import sparse_layers
+from megasft.model.shape import sparse_layers
 from megasft.train.trainer import Trainer
 from tests.support import on_ranks
 from tests.support.traffic import Traffic

@@ -11,7 +11,7 @@ from megasft import cli, gpus, host, job
 from megasft.config.schema import RunConfig
 from megasft.launch import launcher
 from megasft.messages import UserError
-from megasft.model.hf_config import weights
+from megasft.model.shape import weights
 from tests.parity.reference import tiny_config
 from tests.support.world import make_world
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megasft.model.hf_config import stage_layers
+from megasft.model.shape import stage_layers
 
 
 @pytest.mark.parametrize(
