@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import Qwen3MoeConfig
 
+from megasft.config.schema import RunConfig
+from megasft.plan.job import Job
 from tests.support.fake_cuda.walk import qwen3_30b, settings
 
 R, TOKENS = 8, 64
@@ -43,6 +45,10 @@ class Case:
             made["lora"]["target_modules"] = ["all-linear", "gate"]
         made["hyperparameters"] |= self.hyper
         return made
+
+    def job(self) -> Job:
+        """As the plan sees it."""
+        return Job.of(RunConfig.from_dict(self.settings("/tmp")), self.config(), self.world).of_rank(self.rank)
 
     def __str__(self) -> str:
         return self.name
@@ -93,12 +99,15 @@ FULL = Case("reference job", changes=TP2 | {"tokens": 4096, "r": 16}, lengths=(4
 
 @dataclass
 class Walked:
-    """What one case counted. `phases`: of its last step; `state`: bytes of what stays, by kind; `made`: micro batches."""
+    """What one case counted. `phases`: of its last step; `state`: bytes of what stays, by kind; `made`: micro batches;
+    `peak`: bytes of the step at most.
+    """
 
     phases: dict[str, Any]
     state: dict[str, int]
     live: int
     made: list[tuple[int, int]]
+    peak: int = 0
     error: str = ""
 
 
@@ -135,9 +144,10 @@ def walk_all(path: str, names: list[str]) -> None:
                     job.evaluate()
                     job.generate(list(range(1, 20)), 3)
             except Exception:
-                found[case.name] = Walked({}, {}, 0, [], traceback.format_exc())
+                found[case.name] = Walked({}, {}, 0, [], error=traceback.format_exc())
                 continue
-            found[case.name] = Walked(job.phases, job.state(), walk.watch.live - job.before, job.made())
+            peak = max(job.phases[phase].peak for phase in ("batch", "compute", "update")) - job.before
+            found[case.name] = Walked(job.phases, job.state(), walk.watch.live - job.before, job.made(), peak)
         del job
     with open(path, "wb") as file:
         pickle.dump(found, file)

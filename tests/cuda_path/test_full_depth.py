@@ -2,10 +2,8 @@
 
 import pytest
 
-from megasft.config.parallelism import TopologySizes
+from megasft.plan.state import state_bytes
 from tests.cuda_path.cases import FULL, in_a_process
-from tests.cuda_path.formulas import frozen_bytes
-from tests.parallel.step_traffic import StepTraffic
 
 pytestmark = pytest.mark.slow
 
@@ -25,14 +23,9 @@ def test_a_micro_batch_launches_and_waits_no_more_than_committed(walked):
     ]
 
 
-def test_memory_is_what_the_formulas_say_and_leaves_room_on_a_card_of_80_gb(walked):
-    sizes = TopologySizes(2, 1, 2, 1, 2)
-    config = FULL.config()
-    dense, _, experts, _ = StepTraffic(config, sizes, 0, 16, "allgather").adapters()
-    routers = 16 * (config.num_experts + config.hidden_size) * config.num_hidden_layers  # counted, but not adapted here
-    adapters = sum(dense) + sum(experts) - routers
-    assert walked.state["frozen"] == frozen_bytes(config, sizes, 0, False)[0]
-    assert walked.state["adapters"] == 2 * adapters
-    assert walked.state["gradient buffers"] == pytest.approx(4 * adapters, rel=1e-5)
-    assert walked.state["optimizer"] == pytest.approx(12 * adapters / 2, rel=1e-4)
-    assert walked.phases["compute"].peak < 39.5 * 2**30
+def test_state_is_what_the_plan_says_to_the_byte(walked):
+    planned = state_bytes(FULL.job())
+    assert walked.state["frozen"] == planned["frozen weights"]
+    assert walked.state["adapter buffers"] == planned["adapters"]
+    assert walked.state["gradient buffers"] == planned["gradients"]
+    assert walked.state["optimizer"] == planned["optimizer states"]

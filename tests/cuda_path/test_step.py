@@ -2,15 +2,17 @@
 
 import inspect
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megasft.config.parallelism import choose_dispatcher, resolve_topology
 from megasft.config.schema import RunConfig
-from tests.cuda_path.cases import CASES, R, in_a_process
-from tests.cuda_path.formulas import frozen_bytes
-from tests.parallel.step_traffic import StepTraffic, buffer_elements
+from megasft.plan.memory import memory
+from megasft.plan.state import state_bytes
+from megasft.plan.traffic import StepTraffic
+from tests.cuda_path.cases import CASES, in_a_process
 
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 BY_NAME = {case.name: case for case in CASES}
@@ -66,13 +68,9 @@ def test_the_host_waits_for_the_device_nowhere_else(walked, case):
 @by_case
 def test_its_collectives_are_those_of_the_formulas_that_hold_on_cpus(walked, case):
     """`StepTraffic`, which `tests/parallel/test_step_collectives.py` compares with ranks that send."""
-    found, (sizes, dispatcher) = walked[case.name], topology_of(case)
-    expected = StepTraffic(
-        case.config(), sizes, case.rank * sizes.pipeline // case.world, R, dispatcher,
-        forwards=1 if case.changes.get("recompute") is False else 2,
-        counts_first="router_aux_loss_coef" in case.hyper, b=2, w=4 if case.changes.get("dropout") == 0 else 8,
-        uneven=dispatcher == "alltoall" and sizes.expert_tensor > 1,
-    ).of(found.made)  # fmt: skip
+    found, job = walked[case.name], case.job()
+    uneven = job.dispatcher == "alltoall" and job.sizes.expert_tensor > 1
+    expected = StepTraffic(job, uneven).of(found.made)
     calls, sent = Counter(), Counter()
     for phase in ("compute", "update"):
         calls += found.phases[phase].calls
@@ -114,23 +112,24 @@ def test_nothing_is_summed_by_atomics(walked):
 
 
 @by_case
-def test_what_stays_in_memory_is_what_the_formulas_say(walked, case):
+def test_what_stays_in_memory_is_what_the_plan_says_to_the_byte(walked, case):
     """Frozen weights, adapters, their gradients in fp32, and for each element of a rank's share master and two moments."""
-    state, (sizes, dispatcher) = walked[case.name].state, topology_of(case)
-    stage = case.rank * sizes.pipeline // case.world
-    traffic = StepTraffic(case.config(), sizes, stage, R, dispatcher)
-    dense, _, experts, _ = traffic.adapters()
-    expert_data = case.world // (sizes.expert * sizes.expert_tensor * sizes.pipeline)
-    padded = buffer_elements(dense, sizes.data) + buffer_elements(experts, expert_data)
-    assert state["adapters"] == 2 * sum(dense + experts)
-    assert state["adapter buffers"] == 2 * padded
-    assert state["gradient buffers"] == 4 * padded
-    share = sum(dense) / sizes.data + sum(experts) / expert_data
-    # A rank owns its part of the padded buffer; padding is nobody's.
-    assert abs(state["optimizer"] - 12 * share) <= 12 * (padded - sum(dense + experts))
-    frozen, four_bits = frozen_bytes(case.config(), sizes, stage, bool(case.changes.get("quant")))
-    assert state["frozen"] == frozen
-    assert state["4-bit"] == four_bits
+    state, planned = walked[case.name].state, state_bytes(case.job())
+    for kind, walked_as in (
+        ("frozen weights", "frozen"), ("4-bit weights", "4-bit"), ("dequantization workspace", "workspace"),
+        ("adapters", "adapter buffers"), ("gradients", "gradient buffers"), ("optimizer states", "optimizer"),
+    ):  # fmt: skip
+        assert state[walked_as] == planned[kind], kind
+
+
+@by_case
+def test_the_peak_is_within_5_percent_of_the_plan(walked, case):
+    found = walked[case.name]
+    tokens, supervised = max(found.made)
+    job = replace(case.job(), tokens=tokens, supervised=supervised)
+    if case.without_rows:
+        job = replace(job, imbalance=0.0)
+    assert memory(job).peak == pytest.approx(found.peak, rel=0.05)
 
 
 def test_memory_between_steps_is_state_and_little_else(walked):

@@ -1,0 +1,52 @@
+"""`megasft plan`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megasft.commands.app import ConfigOption, SetOption, app
+from megasft.config.schema import load_config
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  megasft plan --config run.toml
+  megasft plan --config run.toml --gpu H100 --gpus 8 --data conversations.jsonl
+  megasft plan --config run.toml --plot memory.svg
+"""
+)
+def plan(
+    config: ConfigOption,
+    set_: SetOption = [],  # noqa: B006
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A100, H100, H200 or B200.  [default: [compute] gpu_type, or H200]"),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="GPUs of a node.  [default: [compute] gpu_count]")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Nodes.  [default: [compute] nodes]")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="Conversations (.jsonl): also give steps, hours and energy.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Write a picture of the memory.")] = None,
+) -> None:
+    """Say what a job will take, before it is launched: memory of a GPU, traffic, time.
+
+    Reads the run file and the model's config.json, no weights. Memory is counted; times are estimates.
+    """
+    from megasft.plan import report
+    from megasft.plan.plan import find_shape, gpu_of, make_plan, read_dataset
+
+    settings = load_config(config, set_)
+    shape, kind = find_shape(settings.job.model), gpu_of(settings, gpu)
+    per_node = gpus or settings.compute.gpu_count or settings.world_size() or 1
+    ranks = per_node * (nodes or settings.compute.nodes)
+    found = make_plan(settings, shape, ranks, kind, per_node, read_dataset(data) if data else None)
+    if plot:
+        plot.write_text(report.as_svg({config.stem: found}), encoding="utf-8")
+    print(json.dumps(report.as_json(found), indent=2) if as_json else report.as_text(found))

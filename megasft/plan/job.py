@@ -1,0 +1,145 @@
+"""A rank's part of a job: sizes of the model, topology, batch."""
+
+from dataclasses import dataclass, replace
+
+from megasft.config.parallelism import TopologySizes, choose_dispatcher, fit
+from megasft.config.schema import QuantSettings, RunConfig
+from megasft.model.shape import Shape, head_dim, sparse_layers, stage_layers
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the formulas need of a run file, for the rank `rank` of its world.
+
+    Attributes:
+        targets: names of the adapted layers; "gate" is the router.
+        width: bytes of a weight or activation, 2 or 4.
+        tokens: T, of a micro batch. supervised: positions among them that have a loss. longest: of a conversation.
+        micro_batches: of a data-parallel rank in an optimizer step.
+        imbalance: rows of the busiest rank's experts, as a multiple of the mean.
+    """
+
+    shape: Shape
+    sizes: TopologySizes
+    r: int
+    targets: frozenset[str]
+    dispatcher: str
+    tokens: int
+    supervised: int
+    longest: int
+    micro_batches: int
+    dropout: bool = True
+    width: int = 2
+    recompute: bool = True
+    counts_first: bool = False
+    quant: QuantSettings | None = None
+    imbalance: float = 1.0
+    rank: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig, shape: Shape, ranks: int) -> "Job":
+        """The job of a run file on `ranks` ranks, with full micro batches, all of whose tokens are supervised.
+
+        Raises ValueError with the rest of a sentence where the topology does not fit the ranks.
+        """
+        hyper, parallel = config.hyperparameters, config.hyperparameters.parallelism
+        sizes = fit(config.data.topology, ranks)
+        length = hyper.sequence_length - 1  # the last token of a sample is only a target
+        tokens = -(-hyper.per_device_batch * length // sizes.tensor) * sizes.tensor
+        return cls(
+            shape=shape, sizes=sizes, r=config.lora.r, targets=config.lora.targets,
+            dispatcher=choose_dispatcher(parallel.token_dispatcher, sizes),
+            tokens=tokens, supervised=hyper.per_device_batch * length, longest=length,
+            micro_batches=hyper.gradient_accumulation_steps, dropout=config.lora.dropout > 0,
+            width=2 if parallel.bf16 else 4, recompute=parallel.activation_checkpointing,
+            counts_first=bool(hyper.router_aux_loss_coef), quant=config.quant if config.training.use_qlora else None,
+        )  # fmt: skip
+
+    def of_rank(self, rank: int) -> "Job":
+        """The same job as another rank sees it."""
+        return replace(self, rank=rank)
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        return self.sizes.tensor * self.sizes.pipeline * self.sizes.data
+
+    @property
+    def stage(self) -> int:
+        """This rank's pipeline stage."""
+        return self.rank * self.sizes.pipeline // self.world
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank holds the head."""
+        return self.stage == self.sizes.pipeline - 1
+
+    @property
+    def layers(self) -> list[bool]:
+        """For each layer of this stage, whether it has experts."""
+        everywhere, stages = sparse_layers(self.shape), stage_layers(self.shape.num_hidden_layers, self.sizes.pipeline)
+        first = sum(stages[: self.stage])
+        return everywhere[first : first + stages[self.stage]]
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts."""
+        s = self.sizes
+        return self.world // (s.expert * s.expert_tensor * s.pipeline)
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among those that hold the same layers."""
+        return self.rank // self.sizes.tensor % self.sizes.data
+
+    @property
+    def expert_data_rank(self) -> int:
+        """This rank's place among those that hold the same experts."""
+        return self.rank // (self.sizes.expert * self.sizes.expert_tensor) % self.expert_data
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return head_dim(self.shape)
+
+    @property
+    def queries(self) -> int:
+        """Outputs of q_proj on this rank."""
+        return self.shape.num_attention_heads * self.head_dim // self.sizes.tensor
+
+    @property
+    def keys(self) -> int:
+        """Outputs of k_proj, and of v_proj, on this rank."""
+        return self.shape.num_key_value_heads * self.head_dim // self.sizes.tensor
+
+    @property
+    def experts(self) -> int:
+        """Experts on this rank, in each layer."""
+        return int(self.shape.num_experts) // self.sizes.expert
+
+    @property
+    def expert_width(self) -> int:
+        """Intermediate size of an expert on this rank."""
+        return int(self.shape.moe_intermediate_size) // self.sizes.expert_tensor
+
+    @property
+    def dense_width(self) -> int:
+        """Intermediate size of a dense layer on this rank."""
+        return int(self.shape.intermediate_size) // self.sizes.tensor
+
+    @property
+    def padded_r(self) -> int:
+        """Rank of the experts' adapters in memory: grouped kernels want a multiple of 8."""
+        return -(-self.r // 8) * 8
+
+    @property
+    def rows(self) -> int:
+        """Rows that the experts of this rank multiply in a layer: copies of tokens, `imbalance` times the mean."""
+        s = self.sizes
+        mean = self.tokens * int(self.shape.num_experts_per_tok) * s.expert_tensor // s.tensor
+        return round(mean * (self.imbalance if s.expert > 1 else 1.0))

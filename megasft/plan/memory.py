@@ -1,0 +1,161 @@
+"""What a rank needs at most in a step: state, saved activations, and the worst moment's own tensors.
+
+T: tokens of a micro batch, S: of a sequence shard; n: rows of the experts; H, F: hidden and expert width; b: bytes of one
+activation. It follows what `lora.functional`, `model.mlp`, `model.attention` and `model.loss` save for backward;
+`tests/cuda_path` compares with steps on fake CUDA tensors.
+"""
+
+from dataclasses import dataclass
+
+from megasft.plan.job import Job
+from megasft.plan.state import adapters, elements, owned_elements, state_bytes
+
+LOSS_CHUNK_BYTES, MIN_CHUNK, MAX_CHUNK = 256 * 2**20, 64, 4096  # of `model.loss`
+COPY_BYTES = 32  # of each copy of a token: four 64-bit numbers (`model.dispatch.Copies`)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank. `state` stays between steps; of `moments`, the tensors of each that are there beside it."""
+
+    state: dict[str, int]
+    moments: dict[str, dict[str, int]]
+
+    @property
+    def between_steps(self) -> int:
+        """Bytes that stay."""
+        return sum(self.state.values())
+
+    @property
+    def worst(self) -> str:
+        """The moment that needs most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def activations(self) -> dict[str, int]:
+        """What the worst moment needs beside the state."""
+        return self.moments[self.worst]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at most."""
+        return self.between_steps + sum(self.activations.values())
+
+
+def memory(job: Job) -> Memory:
+    """What the job's rank needs."""
+    return Memory(state_bytes(job), _moments(job))
+
+
+def worst_rank(job: Job) -> Memory:
+    """What the rank needs that needs most: the first of a pipeline stage, whose share of the states is complete."""
+    stages, world = job.sizes.pipeline, job.world
+    return max((memory(job.of_rank(stage * world // stages)) for stage in range(stages)), key=lambda found: found.peak)
+
+
+def host_bytes(job: Job) -> int:
+    """Page-locked host memory for a checkpoint's copy of master weights and moments."""
+    dense, experts = (elements(matrices) for matrices in adapters(job))
+    owned = owned_elements(dense, job.sizes.data, job.data_rank)
+    return 12 * (owned + owned_elements(experts, job.expert_data, job.expert_data_rank))
+
+
+def _moments(job: Job) -> dict[str, dict[str, int]]:
+    b, h, s = job.width, job.shape.hidden_size, job.tokens // job.sizes.tensor
+    layer_input = b * s * h
+    attention = _attention(job)
+    mlps = [(_experts if sparse else _dense)(job) for sparse in job.layers]
+    in_flight = min(job.sizes.pipeline - job.stage, job.micro_batches)
+    if job.recompute:  # a layer's dispatcher keeps the numbers of its copies of tokens until its next forward
+        kept, last = len(job.layers) * layer_input + sum(job.layers) * job.rows * COPY_BYTES, 0
+    else:
+        kept = sum(layer_input + attention + saved for saved, _ in mlps)
+        last = layer_input + attention + mlps[-1][0]
+    waiting = (in_flight - 1) * (len(job.layers) * layer_input if job.recompute else kept)
+    saved, transient = max(mlps, key=sum)
+    residual = {"residual and its gradient": 2 * layer_input}
+    moments = {
+        "backward of a layer": {
+            "saved activations": waiting + kept - last, "recomputed layer" if job.recompute else "last layer":
+            attention + saved + (0 if job.recompute else layer_input), "products in flight": transient,
+            **residual, "gradients of a layer's adapters": _layer_gradients(job),
+        },
+        "sums of gradients": {"flattened gradients": _flattened(job)},
+        "optimizer": {"Adam's temporaries": _adam(job)},
+    }  # fmt: skip
+    if job.is_last:
+        moments["loss head"] = {"saved activations": waiting + kept, **_head(job)}
+    return moments
+
+
+def _attention(job: Job) -> int:
+    """Saved by attention and its norms, without the layer's input."""
+    b, t, h, q, kv, d = job.width, job.tokens, job.shape.hidden_size, job.queries, job.keys, job.head_dim
+    shard = t // job.sizes.tensor
+    adapted = len(job.targets & {"q_proj", "k_proj", "v_proj"}), len(job.targets & {"o_proj"})
+    found = b * t * h  # the gathered input of q, k, v
+    found += b * t * (q + 2 * kv) + b * t * (q + 2 * kv) + b * t * q  # q, k, v; rotated; the result
+    found += 4 * t * (2 * q + kv) // d  # softmax's sums, and those of the norms of q and k
+    found += b * t * job.r * sum(adapted) + 4 * t * sum(map(bool, adapted)) * job.dropout
+    return found + b * shard * h + 2 * 4 * shard  # the input of the norm after it
+
+
+def _experts(job: Job) -> tuple[int, int]:
+    """(saved by router and experts, tensors in flight at the worst point of the backward)."""
+    b, h, f, n, shape = job.width, job.shape.hidden_size, job.expert_width, job.rows, job.shape
+    shard = job.tokens // job.sizes.tensor
+    adapted = len(job.targets & {"gate_proj", "up_proj"}), len(job.targets & {"down_proj"})
+    saved = 4 * shape.num_experts * h  # the router's weight in fp32
+    saved += shard * (4 * h * ("gate" in job.targets) + shape.num_experts * 5 + 24 * shape.num_experts_per_tok)
+    saved += n * (COPY_BYTES * (not job.recompute) + 4 + (16 if job.dropout else 0))  # weights, places, hashes
+    saved += b * n * (h + 2 * f) + b * n * job.padded_r * adapted[0]
+    down = b * n * f + b * n * job.padded_r * adapted[1]
+    # The gradient of the rows: of the frozen branch, of the adapters, and that of the adapters after dropout.
+    of_rows = b * n * h * (1 + bool(adapted[0]) * (1 + job.dropout)) + b * n * (2 * f + job.padded_r * adapted[0])
+    # Forward of `down`: its input and two results; the frozen one and that of the adapters.
+    of_down = down + b * n * h * (1 + bool(adapted[1]))
+    return saved, max(of_rows, of_down)
+
+
+def _dense(job: Job) -> tuple[int, int]:
+    b, t, h, f = job.width, job.tokens, job.shape.hidden_size, job.dense_width
+    saved = b * t * (h + 2 * f + f + job.r * len(job.targets & {"gate_proj", "up_proj", "down_proj"}))
+    return saved, b * t * (2 * f + h * (2 + job.dropout))
+
+
+def _layer_gradients(job: Job) -> int:
+    """Gradients of a layer's experts' adapters, until they are added to the buffer."""
+    _, experts = adapters(job)
+    layers = max(1, sum(job.layers))
+    return job.width * sum(elements(experts)) // layers
+
+
+def _flattened(job: Job) -> int:
+    """A copy of the gradients that tensor or expert-tensor ranks add up."""
+    dense, experts = adapters(job)
+    over_tensor = sum(size for size, same in dense if same) if job.sizes.tensor > 1 else 0
+    over_expert = sum(size for size, same in experts if same) if job.sizes.expert_tensor > 1 else 0
+    return 4 * max(over_tensor, over_expert)
+
+
+def _adam(job: Job) -> int:
+    """torch's Adam; that of Transformer Engine needs none."""
+    dense, experts = (elements(matrices) for matrices in adapters(job))
+    owned = owned_elements(dense, job.sizes.data, job.data_rank)
+    return 4 * max(owned, owned_elements(experts, job.expert_data, job.expert_data_rank))
+
+
+def loss_chunk(job: Job) -> int:
+    """Positions whose logits exist together."""
+    rows = -(-job.shape.vocab_size // job.sizes.tensor)
+    return min(job.supervised, MAX_CHUNK, max(MIN_CHUNK, LOSS_CHUNK_BYTES // (4 * rows)))
+
+
+def _head(job: Job) -> dict[str, int]:
+    b, t, h = job.width, job.tokens, job.shape.hidden_size
+    rows, chunk = -(-job.shape.vocab_size // job.sizes.tensor), loss_chunk(job)
+    several = job.supervised > chunk  # then the gradient of the chunk before is still there
+    logits = chunk * rows * (4 + 4 * several + (b if b < 4 else 0))
+    shard = t // job.sizes.tensor
+    hidden = b * h * (shard + shard + (t if t > shard else 0) + chunk + job.supervised)
+    return {"logits of a chunk": logits, "hidden states and their gradient": hidden}

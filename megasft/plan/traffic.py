@@ -1,0 +1,132 @@
+"""Traffic of one optimizer step: calls and bytes of one rank, per group and kind of collective.
+
+Gradients are reduced in fp32. A routing weight travels in fp32, or with dropout in fp64, which holds the place of its
+token too. Groups of one rank send nothing and are left out. Bytes are those of the larger side: the gathered tensor, or
+the tensor to scatter; for an all-to-all, the rank's input.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from megasft.model.shape import sparse_layers
+from megasft.plan.job import Job
+from megasft.plan.state import adapters, buffer_elements, elements
+
+SHAPE_MESSAGE = 3 * 8  # a pipeline stage tells the next the shape of what it sends, int64
+
+
+@dataclass
+class StepTraffic:
+    """Traffic of a job's rank. `calls` and `bytes` are by (group, kind)."""
+
+    job: Job
+    uneven: bool = False  # with an all-to-all and expert-tensor ranks: count calls of gathers of uneven length only
+
+    def __post_init__(self) -> None:
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+        job = self.job
+        self.config, self.sizes, self.dispatcher = job.shape, job.sizes, job.dispatcher
+        self.counts_first = job.counts_first
+        self.forwards = 1 + job.recompute  # how often a layer runs forward per micro batch
+        self.b, self.w = job.width, 8 if job.dropout and job.targets & {"gate_proj", "up_proj", "down_proj"} else 4
+        self.sparse_everywhere = sum(sparse_layers(job.shape))
+        self.layers, self.sparse = len(job.layers), sum(job.layers)
+        self.is_first, self.is_last = job.is_first, job.is_last
+
+    def of(self, micro_batches: list[tuple[int, int]]) -> "StepTraffic":
+        """Add the traffic of a step whose micro batches have these (T, n) on this rank."""
+        for tokens, supervised in micro_batches:
+            self._layers(tokens, self.forwards + self.counts_first)
+            self._ends(tokens, supervised)
+            self._pipeline(tokens)
+        self._gradients()
+        self._sums()
+        return self
+
+    def _add(self, group: str, ranks: int, kind: str, size: int, times: int = 1) -> None:
+        if ranks > 1 and times:
+            self.calls[group, kind] += times
+            self.bytes[group, kind] += times * size
+
+    def _layers(self, tokens: int, forwards: int) -> None:
+        """Forward: gather before a column-parallel product, scatter after a row-parallel one; backward: the reverse."""
+        s, config = self.sizes, self.config
+        hidden = tokens * config.hidden_size * self.b
+        pairs = self.layers + (self.layers - self.sparse)  # attention everywhere, the MLP of dense layers
+        self._add("tp", s.tensor, "all-gather", hidden, pairs * (forwards + 1))
+        # Without recomputation the first product asks no gradient of the embedding, which is frozen.
+        asked_by_none = self.is_first and self.forwards == 1
+        self._add("tp", s.tensor, "reduce-scatter", hidden, pairs * (forwards + 1) - asked_by_none)
+        sharing = s.expert * s.expert_tensor
+        group = ("expert tp x ep", sharing)
+        if self.dispatcher == "allgather":
+            tokens = tokens * sharing // s.tensor
+            hidden, weights = tokens * config.hidden_size, tokens * config.num_experts * self.w
+            # to the experts in the dtype of activations; their outputs are summed in fp32
+            for kind, times in (("all-gather", forwards), ("reduce-scatter", 1)):
+                self._add(*group, kind, hidden * self.b, self.sparse * times)
+            for kind, times in (("reduce-scatter", forwards), ("all-gather", 1)):
+                self._add(*group, kind, hidden * 4, self.sparse * times)
+            self._add(*group, "all-gather", weights, self.sparse * forwards)
+            self._add(*group, "reduce-scatter", weights, self.sparse)
+            self._add(*group, "all-gather", tokens * config.num_experts, self.sparse * forwards)  # the choices, bool
+        else:
+            assert s.expert_tensor == 1 or self.uneven, (
+                "gathers of uneven length are made of even ones on gloo: their bytes say nothing"
+            )
+            if self.uneven:
+                self._add("expert tp", s.expert_tensor, "all-gather", 0, self.sparse * (2 * forwards + 1))
+                self._add("expert tp", s.expert_tensor, "reduce-scatter", 0, self.sparse * (forwards + 2))
+            rows = tokens // s.tensor * config.num_experts_per_tok
+            self._add(*group, "all-gather", s.expert * config.num_experts * 8, self.sparse * forwards)  # counts, int64
+            there_and_back = 2 * self.sparse * (forwards + 1)
+            self._add("ep", s.expert, "all-to-all", rows * config.hidden_size * self.b, there_and_back)
+            self._add("ep", s.expert, "all-to-all", rows * self.w, self.sparse * (forwards + 1))  # routing weights
+
+    def _ends(self, tokens: int, supervised: int) -> None:
+        """The embedding's sum over the vocabulary's shards; the head's gather, and its sums over supervised tokens."""
+        t, hidden = self.sizes.tensor, tokens * self.config.hidden_size * self.b
+        if self.is_first:
+            self._add("tp", t, "reduce-scatter", hidden, 1 + self.counts_first)
+        if self.is_last:
+            self._add("tp", t, "all-gather", hidden)
+            self._add("tp", t, "reduce-scatter", hidden)
+            self._add("tp", t, "all-reduce", supervised * 4)
+            self._add("tp", t, "all-reduce", 2 * supervised * 4)
+
+    def _pipeline(self, tokens: int) -> None:
+        """Hidden states in one direction and their gradients in the other, each preceded by its shape."""
+        shard = tokens // self.sizes.tensor * self.config.hidden_size * self.b
+        for size in (SHAPE_MESSAGE, shard):
+            forwards = 1 + self.counts_first
+            if not self.is_last:
+                self._add("pp", self.sizes.pipeline, "send", size, forwards)
+                self._add("pp", self.sizes.pipeline, "receive", size)
+            if not self.is_first:
+                self._add("pp", self.sizes.pipeline, "receive", size, forwards)
+                self._add("pp", self.sizes.pipeline, "send", size)
+
+    def _gradients(self) -> None:
+        """Once per step: sum partial gradients of replicated matrices, scatter gradients, gather weights."""
+        s = self.sizes
+        matrices = adapters(self.job)
+        dense, experts = map(elements, matrices)
+        whole, whole_experts = ([size for size, same in kind if same] for kind in matrices)
+        self._add("tp", s.tensor, "all-reduce", 4 * sum(whole), bool(whole))
+        self._add("expert tp", s.expert_tensor, "all-reduce", 4 * sum(whole_experts), bool(whole_experts))
+        for group, ranks, sizes in (("dp", s.data, dense), ("expert dp", self.job.expert_data, experts)):
+            size = buffer_elements(sizes, ranks)
+            self._add(group, ranks, "reduce-scatter", 4 * size, bool(sizes))
+            self._add(group, ranks, "all-gather", self.b * size, bool(sizes))
+
+    def _sums(self) -> None:
+        """A few numbers: supervised tokens, the gradient norm, the loss, the experts' counts and dropped choices."""
+        s, experts = self.sizes, self.config.num_experts
+        world = s.tensor * s.pipeline * s.data
+        self._add("dp", s.data, "all-reduce", 4)
+        self._add("pp", s.pipeline, "broadcast", 4)
+        self._add("norm", world, "all-reduce", 4)
+        self._add("world", world, "all-reduce", 8 * (3 + (self.sparse_everywhere + 1) * experts))
+        if self.counts_first:
+            self._add("world", world, "all-reduce", 8 * (2 + (self.sparse_everywhere + 1) * experts))
