@@ -32,6 +32,10 @@ def plan(
     data: Annotated[
         Path | None, typer.Option(metavar="DATA", help="Conversations (.jsonl): also give steps, hours and energy.")
     ] = None,
+    imbalance: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="X", help="Tokens of the busiest experts' rank over the mean.  [default: 1.5]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Write a picture of the memory.")] = None,
 ) -> None:
@@ -40,13 +44,15 @@ def plan(
     Reads the run file and the model's config.json, no weights. Memory is counted; times are estimates.
     """
     from megasft.plan import report
+    from megasft.plan.devices import IMBALANCE
     from megasft.plan.plan import find_shape, gpu_of, make_plan, read_dataset
 
     settings = load_config(config, set_)
     shape, kind = find_shape(settings.job.model), gpu_of(settings, gpu)
     per_node = gpus or settings.compute.gpu_count or settings.world_size() or 1
     ranks = per_node * (nodes or settings.compute.nodes)
-    found = make_plan(settings, shape, ranks, kind, per_node, read_dataset(data) if data else None)
+    dataset = read_dataset(data) if data else None
+    found = make_plan(settings, shape, ranks, kind, per_node, dataset, imbalance or IMBALANCE)
     if plot:
         plot.write_text(report.as_svg({config.stem: found}), encoding="utf-8")
     print(json.dumps(report.as_json(found), indent=2) if as_json else report.as_text(found))

@@ -18,23 +18,35 @@ from megasft.messages import UserError
 class Shape(Protocol):
     """The sizes of a Qwen3-MoE, under transformers' names."""
 
-    vocab_size: Any
-    hidden_size: Any
-    intermediate_size: Any
-    num_hidden_layers: Any
-    num_attention_heads: Any
-    num_key_value_heads: Any
-    num_experts: Any
-    num_experts_per_tok: Any
-    moe_intermediate_size: Any
-    decoder_sparse_step: Any
-    mlp_only_layers: Any
-    tie_word_embeddings: Any
+    @property
+    def vocab_size(self) -> Any: ...
+    @property
+    def hidden_size(self) -> Any: ...
+    @property
+    def intermediate_size(self) -> Any: ...
+    @property
+    def num_hidden_layers(self) -> Any: ...
+    @property
+    def num_attention_heads(self) -> Any: ...
+    @property
+    def num_key_value_heads(self) -> Any: ...
+    @property
+    def num_experts(self) -> Any: ...
+    @property
+    def num_experts_per_tok(self) -> Any: ...
+    @property
+    def moe_intermediate_size(self) -> Any: ...
+    @property
+    def decoder_sparse_step(self) -> Any: ...
+    @property
+    def mlp_only_layers(self) -> Any: ...
+    @property
+    def tie_word_embeddings(self) -> Any: ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlainShape:
-    """A `Shape` without transformers, with its defaults."""
+    """A `Shape` without transformers, with its defaults; hashable."""
 
     vocab_size: int = 151936
     hidden_size: int = 2048
@@ -46,9 +58,15 @@ class PlainShape:
     num_experts_per_tok: int = 8
     moe_intermediate_size: int = 768
     decoder_sparse_step: int = 1
-    mlp_only_layers: list[int] | None = None
+    mlp_only_layers: tuple[int, ...] | None = None
     tie_word_embeddings: bool = False
     head_dim: int | None = None
+
+    @classmethod
+    def of(cls, shape: Shape) -> "PlainShape":
+        """The same sizes."""
+        found = {field.name: getattr(shape, field.name, None) for field in fields(cls)}
+        return cls(**found | {"mlp_only_layers": tuple(found["mlp_only_layers"] or ())})
 
 
 # Released models, so that they can be planned where neither the model nor a network is at hand (their config.json).
@@ -71,8 +89,10 @@ def read_shape(folder: str | Path) -> PlainShape:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         kind = raw.get("model_type")
-        shape = PlainShape(**{field.name: raw[field.name] for field in fields(PlainShape) if field.name in raw})
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raw["num_experts"] = raw.get("num_experts", raw.get("num_local_experts", PlainShape.num_experts))
+        found = {field.name: raw[field.name] for field in fields(PlainShape) if field.name in raw}
+        shape = PlainShape(**found | {"mlp_only_layers": tuple(found.get("mlp_only_layers") or ())})
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as a model configuration ({error})") from None
     if kind != "qwen3_moe":
         raise UserError(f"{path}: model_type = {kind!r} is not supported; megasft trains 'qwen3_moe' models")

@@ -55,10 +55,10 @@ CONSTANTS = Constants()
 IMBALANCE = 1.5  # rows of the busiest expert-parallel rank over the mean: a bad case, assumed
 
 
-def find_gpu(name: str) -> Gpu:
-    """The GPU whose model `name` mentions, as "NVIDIA H200 NVL". Raises UserError."""
+def find_gpu(name: str, asked: str = "--gpu") -> Gpu:
+    """The GPU whose model `name` mentions, as "NVIDIA H200 NVL". Raises UserError that begins with `asked`."""
     words = name.upper().replace("-", " ").replace("_", " ").split()
     for model, gpu in GPUS.items():
         if any(model in word for word in words):
             return gpu
-    raise UserError(f"--gpu {name}: its data sheet is not in the plan; name one of {', '.join(GPUS)}")
+    raise UserError(f"{asked} {name}: its data sheet is not in the plan; --gpu takes {', '.join(GPUS)}")

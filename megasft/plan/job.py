@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from megasft.config.parallelism import TopologySizes, choose_dispatcher, fit
 from megasft.config.schema import QuantSettings, RunConfig
-from megasft.model.shape import Shape, head_dim, sparse_layers, stage_layers
+from megasft.model.shape import PlainShape, Shape, head_dim, sparse_layers, stage_layers
 
 
 @dataclass(frozen=True)
@@ -14,19 +14,20 @@ class Job:
     Attributes:
         targets: names of the adapted layers; "gate" is the router.
         width: bytes of a weight or activation, 2 or 4.
-        tokens: T, of a micro batch. supervised: positions among them that have a loss. longest: of a conversation.
+        tokens: T, of a micro batch of `samples`. supervised: positions among them that have a loss. length: of a
+            conversation, for attention.
         micro_batches: of a data-parallel rank in an optimizer step.
         imbalance: rows of the busiest rank's experts, as a multiple of the mean.
     """
 
-    shape: Shape
+    shape: PlainShape
     sizes: TopologySizes
     r: int
     targets: frozenset[str]
     dispatcher: str
     tokens: int
     supervised: int
-    longest: int
+    length: int
     micro_batches: int
     dropout: bool = True
     width: int = 2
@@ -35,6 +36,7 @@ class Job:
     quant: QuantSettings | None = None
     imbalance: float = 1.0
     rank: int = 0
+    samples: int = 1
 
     @classmethod
     def of(cls, config: RunConfig, shape: Shape, ranks: int) -> "Job":
@@ -47,10 +49,11 @@ class Job:
         length = hyper.sequence_length - 1  # the last token of a sample is only a target
         tokens = -(-hyper.per_device_batch * length // sizes.tensor) * sizes.tensor
         return cls(
-            shape=shape, sizes=sizes, r=config.lora.r, targets=config.lora.targets,
+            shape=PlainShape.of(shape), sizes=sizes, r=config.lora.r, targets=config.lora.targets,
             dispatcher=choose_dispatcher(parallel.token_dispatcher, sizes),
-            tokens=tokens, supervised=hyper.per_device_batch * length, longest=length,
-            micro_batches=hyper.gradient_accumulation_steps, dropout=config.lora.dropout > 0,
+            tokens=tokens, supervised=hyper.per_device_batch * length, length=length,
+            micro_batches=hyper.gradient_accumulation_steps, samples=hyper.per_device_batch,
+            dropout=config.lora.dropout > 0,
             width=2 if parallel.bf16 else 4, recompute=parallel.activation_checkpointing,
             counts_first=bool(hyper.router_aux_loss_coef), quant=config.quant if config.training.use_qlora else None,
         )  # fmt: skip
@@ -63,6 +66,11 @@ class Job:
     def world(self) -> int:
         """Ranks."""
         return self.sizes.tensor * self.sizes.pipeline * self.sizes.data
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of an optimizer step."""
+        return self.samples * self.micro_batches * self.sizes.data
 
     @property
     def stage(self) -> int:

@@ -1,7 +1,7 @@
 """What a rank needs at most in a step: state, saved activations, and the worst moment's own tensors.
 
-T: tokens of a micro batch, S: of a sequence shard; n: rows of the experts; H, F: hidden and expert width; b: bytes of one
-activation. It follows what `lora.functional`, `model.mlp`, `model.attention` and `model.loss` save for backward;
+T: tokens of a micro batch, S: of a sequence shard; n: rows of the experts; H, F: hidden and expert width; b: bytes of
+an activation. It follows what `lora.functional`, `model.mlp`, `model.attention` and `model.loss` save for backward;
 `tests/cuda_path` compares with steps on fake CUDA tensors.
 """
 

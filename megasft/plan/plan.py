@@ -7,10 +7,10 @@ from megasft.config.schema import RunConfig
 from megasft.messages import UserError
 from megasft.model.hub import check_name, local_folder
 from megasft.model.shape import PlainShape, Shape, check_fits, read_shape, released
+from megasft.plan import parameters
 from megasft.plan.devices import CONSTANTS, IMBALANCE, PER_NODE, Gpu, find_gpu
 from megasft.plan.job import Job
 from megasft.plan.memory import Memory, host_bytes, worst_rank
-from megasft.plan.state import adapters, elements
 from megasft.plan.time import Time, estimate
 
 CHARACTERS = 4.0  # bytes of a conversation file for each token, assumed
@@ -24,21 +24,35 @@ class Dataset:
     conversations: int
     tokens: int
 
+    def fills(self, job: Job, packing: bool) -> Job:
+        """The job with mean micro batches: complete rows with packing, else conversations of mean length."""
+        mean = min(job.length, max(1, self.tokens // self.conversations))
+        if packing:
+            return replace(job, length=mean)
+        tokens = -(-job.samples * mean // job.sizes.tensor) * job.sizes.tensor
+        return replace(job, tokens=tokens, supervised=job.samples * mean, length=mean)
+
+    def steps(self, job: Job, packing: bool, epochs: int) -> int:
+        """Optimizer steps; samples are conversations, or packed rows."""
+        samples = -(-self.tokens // job.length) if packing else self.conversations
+        return max(1, -(-samples * epochs // job.global_batch))
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A job on GPUs: memory of the rank that needs most, with balanced experts and with an imbalance; an estimate of its
-    time.
+    """A job on GPUs: memory of the rank that needs most, with balanced experts and with `imbalance`, for the longest
+    micro batch; an estimate of its time, for mean ones. `steps` of the data set, if one was given.
     """
 
     job: Job
     gpu: Gpu
     per_node: int
     memory: Memory
+    imbalance: float
     imbalanced: Memory
     time: Time
     dataset: Dataset | None = None
-    epochs: int = 1
+    steps: int | None = None
 
     @property
     def usable(self) -> int:
@@ -61,30 +75,39 @@ class Plan:
         return host_bytes(self.job)
 
     @property
-    def trained(self) -> int:
-        """Adapter parameters of the whole model."""
-        whole = replace(
-            self.job, sizes=replace(self.job.sizes, tensor=1, pipeline=1, data=1, expert=1, expert_tensor=1)
-        )
-        dense, experts = map(elements, adapters(whole))
-        return sum(dense) + sum(experts) * self.job.r // self.job.padded_r
+    def parameters(self) -> dict[str, int]:
+        """All parameters of the base, by kind of module."""
+        return parameters.parameters(self.job.shape)
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Those of the adapters."""
+        return parameters.trained(self.job.shape, self.job.targets, self.job.r)
 
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint on disk: master weights, two moments, and an adapter in the model's precision."""
-        return self.trained * (12 + self.job.width)
+        return sum(self.trained.values()) * (12 + self.job.width)
 
     @property
-    def steps(self) -> int | None:
-        """Optimizer steps of all epochs of the data set; samples are conversations, or packed rows."""
-        if self.dataset is None:
-            return None
-        batch = self.job.sizes.data * self.job.micro_batches * self.job.tokens // max(1, self.job.longest)
-        return max(1, -(-self.dataset.conversations * self.epochs // max(1, batch)))
+    def hours(self) -> float | None:
+        """Of the data set."""
+        return None if self.steps is None else self.steps * self.time.seconds / 3600
+
+    @property
+    def kilowatt_hours(self) -> float | None:
+        """Of the GPUs, for the data set."""
+        return self.hours and self.hours * self.job.world * self.gpu.watts * CONSTANTS.power / 1000
 
 
 def make_plan(
-    config: RunConfig, shape: Shape, ranks: int, gpu: Gpu, per_node: int = PER_NODE, dataset: Dataset | None = None
+    config: RunConfig,
+    shape: Shape,
+    ranks: int,
+    gpu: Gpu,
+    per_node: int = PER_NODE,
+    dataset: Dataset | None = None,
+    imbalance: float = IMBALANCE,
 ) -> Plan:
     """The plan of a run file. Raises UserError where the topology does not fit the ranks or the model."""
     try:
@@ -92,12 +115,14 @@ def make_plan(
     except ValueError as error:
         raise UserError(f"{ranks} GPUs, but [data.topology] {error}") from None
     check_fits(shape, job.sizes, job.quant)
-    if dataset is not None:
-        job, dataset = _filled(job, dataset, config.data.packing)
-    uneven = replace(job, imbalance=IMBALANCE)
+    packing, epochs = config.data.packing, config.hyperparameters.n_epochs
+    mean = dataset.fills(job, packing) if dataset else job
+    steps = dataset.steps(job, packing, epochs) if dataset else None
+    if steps and config.hyperparameters.max_steps:
+        steps = min(steps, config.hyperparameters.max_steps)
+    uneven = worst_rank(replace(job, imbalance=imbalance))
     return Plan(
-        job, gpu, per_node, worst_rank(job), worst_rank(uneven), estimate(job, gpu, per_node), dataset,
-        config.hyperparameters.n_epochs,
+        job, gpu, per_node, worst_rank(job), imbalance, uneven, estimate(mean, gpu, per_node), dataset, steps
     )  # fmt: skip
 
 
@@ -116,7 +141,9 @@ def find_shape(name: str) -> PlainShape:
 
 def gpu_of(config: RunConfig, named: str | None) -> Gpu:
     """The GPU that the command line or else the run file names."""
-    return find_gpu(named or config.compute.gpu_type or DEFAULT_GPU)
+    if named:
+        return find_gpu(named, "--gpu")
+    return find_gpu(config.compute.gpu_type or DEFAULT_GPU, "[compute] gpu_type =")
 
 
 def read_dataset(path: str | Path) -> Dataset:
@@ -134,14 +161,3 @@ def read_dataset(path: str | Path) -> Dataset:
     if not lines:
         raise UserError(f"--data {path}: holds no conversation")
     return Dataset(lines, round(size / CHARACTERS))
-
-
-def _filled(job: Job, dataset: Dataset, packing: bool) -> tuple[Job, Dataset]:
-    """The job with micro batches as long as the data fill them: complete rows with packing, else mean conversations."""
-    samples = job.tokens // max(1, job.longest)
-    if packing:
-        rows = -(-dataset.tokens // job.longest)
-        return job, replace(dataset, conversations=rows)
-    mean = min(job.longest, max(1, dataset.tokens // dataset.conversations))
-    tokens = -(-samples * mean // job.sizes.tensor) * job.sizes.tensor
-    return replace(job, tokens=tokens, supervised=samples * mean, longest=mean), dataset

@@ -1,10 +1,12 @@
 """A plan as text, as JSON, and as a picture."""
 
 from dataclasses import asdict
+from html import escape
 from typing import Any
 
-from megasft.model.shape import weights
-from megasft.plan.devices import CONSTANTS, IMBALANCE
+from megasft.config.parallelism import TopologySizes
+from megasft.plan.devices import CONSTANTS
+from megasft.plan.job import Job
 from megasft.plan.plan import CHARACTERS, Plan
 
 GiB = 2**30
@@ -19,7 +21,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "ranks": job.world,
         "topology": asdict(job.sizes),
         "dispatcher": job.dispatcher,
-        "parameters": {"total": weights(job.shape), "trained": plan.trained},
+        "parameters": {"total": plan.parameters, "trained": plan.trained},
         "memory": {
             "state": plan.memory.state,
             "moments": plan.memory.moments,
@@ -36,63 +38,94 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "tokens": time.tokens,
             "seconds": time.seconds,
             "parts": time.parts,
+            "sent": time.sent,
             "tokens_per_second_per_gpu": time.tokens_per_second,
             "mfu": time.mfu,
-            "flops_per_rank": asdict(time.flops),
+            "flops_per_token": time.flops_per_token,
         },
         "checkpoint": plan.checkpoint,
         "steps": plan.steps,
-        "constants": asdict(CONSTANTS) | {"imbalance": IMBALANCE},
+        "hours": plan.hours,
+        "kilowatt_hours": plan.kilowatt_hours,
+        "constants": asdict(CONSTANTS) | {"imbalance": plan.imbalance},
     }
 
 
 def as_text(plan: Plan) -> str:
     """Tables for the terminal."""
-    job, time, sizes = plan.job, plan.time, plan.job.sizes
-    lines = [
-        f"{weights(job.shape) / 1e9:.2f} billion weights, {plan.trained / 1e6:.1f} million trained; {job.world} x "
-        f"{plan.gpu.name}, TP={sizes.tensor} x PP={sizes.pipeline} x DP={sizes.data}, experts: EP={sizes.expert} x "
-        f"expert-TP={sizes.expert_tensor} ({job.dispatcher})",
-        f"micro batch of {job.tokens:,} tokens, {'with' if job.recompute else 'without'} recomputation, "
-        f"{'4-bit base' if job.quant else 'bf16' if job.width == 2 else 'fp32'}",
+    return "\n".join([*_job(plan), "", *_memory(plan), "", *_step(plan), "", _assumed(plan)])
+
+
+def topology(sizes: TopologySizes) -> str:
+    """The sizes on one line; of the experts where they are not as the rest."""
+    experts = f", experts EP={sizes.expert} x expert-TP={sizes.expert_tensor}"
+    return f"TP={sizes.tensor} x PP={sizes.pipeline} x DP={sizes.data}{experts}"
+
+
+def _job(plan: Plan) -> list[str]:
+    job, total, trained = plan.job, plan.parameters, plan.trained
+    return [
+        f"{job.world} x {plan.gpu.name}, {topology(job.sizes)} ({job.dispatcher}); micro batch of {job.tokens:,} "
+        f"tokens, {'with' if job.recompute else 'without'} recomputation, {precision(job)}",
         "",
+        f"{'parameters':<58} {'millions':>9} {'trained':>9}",
+        *(f"  {kind:<56} {number / 1e6:9,.1f} {trained.get(kind, 0) / 1e6:9,.1f}" for kind, number in total.items()),
+        f"  {'all':<56} {sum(total.values()) / 1e6:9,.1f} {sum(trained.values()) / 1e6:9,.1f}",
+    ]
+
+
+def precision(job: Job) -> str:
+    """Of the base."""
+    return "4-bit base" if job.quant else "bf16" if job.width == 2 else "fp32"
+
+
+def _memory(plan: Plan) -> list[str]:
+    memory = plan.memory
+    return [
         "GiB of the rank that needs most",
-        *(_line(name, size / GiB) for name, size in plan.memory.state.items() if size),
-        _line("between steps", plan.memory.between_steps / GiB),
-        *(_line(f"{plan.memory.worst}: {name}", size / GiB) for name, size in plan.memory.activations.items() if size),
-        _line("peak", plan.memory.peak / GiB),
-        _line(f"peak, busiest experts {IMBALANCE} x the mean", plan.imbalanced.peak / GiB),
-        _line(f"of {plan.gpu.memory / 1e9:.0f} GB usable", plan.usable / GiB),
-        _line("headroom" if plan.fits else "DOES NOT FIT, missing", abs(plan.headroom) / GiB),
-        _line("host memory, page-locked, for checkpoints", plan.host / GiB),
-        "",
-        "estimate of a step, by roofline; not measured",
-        *(_line(name, seconds, "s") for name, seconds in time.parts.items() if seconds > 5e-4 * time.seconds),
-        _line("step", time.seconds, "s"),
-        f"{time.tokens_per_second:,.0f} tokens/s a GPU, MFU {time.mfu:.1%}; {time.flops.model / 1e12:,.0f} TFLOP a rank"
-        f" and step, and {time.flops.recomputed / 1e12:,.0f} of recomputation",
-        f"a checkpoint takes {plan.checkpoint / 1e9:.2f} GB on disk",
+        *(_line(name, size / GiB) for name, size in memory.state.items() if size),
+        _line("between steps", memory.between_steps / GiB),
+        *(_line(f"{memory.worst}: {name}", size / GiB) for name, size in memory.activations.items() if size),
+        _line("peak", memory.peak / GiB),
+        _line(f"peak, busiest experts {plan.imbalance:g} x the mean", plan.imbalanced.peak / GiB),
+        _line(f"usable of {plan.gpu.memory / 1e9:.0f} GB", plan.usable / GiB),
+        _line("headroom" if plan.fits else "DOES NOT FIT: missing", abs(plan.headroom) / GiB),
+        _line("on the host, page-locked: a checkpoint's copy", plan.host / GiB),
+        "  dropout stores no mask",
+    ]
+
+
+def _step(plan: Plan) -> list[str]:
+    time = plan.time
+    per_token = ", ".join(f"{name} {work / 1e9:.2f}" for name, work in time.flops_per_token.items() if work)
+    links = ", ".join(f"{group} {size / 1e9:.2f}" for group, size in time.sent.items() if size > 1e6)
+    lines = [
+        "seconds of a step: estimated by roofline, not measured",
+        *(_line(name, seconds) for name, seconds in time.parts.items() if seconds > 5e-4 * time.seconds),
+        _line(f"step of {time.tokens:,} tokens", time.seconds),
+        f"  {time.tokens_per_second:,.0f} tokens/s a GPU, MFU {time.mfu:.1%}",
+        f"  GFLOP a token: {per_token}",
+        *([f"  GB that a rank sends in a step: {links}"] if links else []),
+        f"  a checkpoint takes {plan.checkpoint / 1e9:.2f} GB on disk",
     ]
     if plan.dataset is not None and plan.steps is not None:
-        hours = plan.steps * time.seconds / 3600
-        energy = hours * job.world * plan.gpu.watts * CONSTANTS.power / 1000
         lines.append(
-            f"data: {plan.dataset.tokens:,} tokens at {CHARACTERS:.0f} bytes each, {plan.steps:,} steps, {hours:.1f} h, "
-            f"{energy:.0f} kWh of the GPUs"
+            f"  data: some {plan.dataset.tokens:,} tokens ({CHARACTERS:.0f} bytes each), {plan.steps:,} steps, "
+            f"{plan.hours:.1f} h, {plan.kilowatt_hours:.0f} kWh of the GPUs"
         )
-    constants = ", ".join(f"{name} {value:g}" for name, value in asdict(CONSTANTS).items())
-    data_sheet = plan.gpu
-    lines += [
-        "",
-        f"assumed: {data_sheet.flops / 1e12:.0f} TFLOP/s, HBM {data_sheet.hbm / 1e12:.2f} TB/s, link "
-        f"{data_sheet.link / 1e9:.0f} GB/s within {plan.per_node} GPUs, network {data_sheet.network / 1e9:.0f} GB/s; "
-        f"shares reached: {constants}",
-    ]
-    return "\n".join(lines)
+    return lines
 
 
-def _line(name: str, value: float, unit: str = "") -> str:
-    return f"  {name:<58} {value:9.3f} {unit}".rstrip()
+def _assumed(plan: Plan) -> str:
+    gpu, shares = plan.gpu, ", ".join(f"{name} {value:g}" for name, value in asdict(CONSTANTS).items())
+    return (
+        f"assumed: {gpu.flops / 1e12:.0f} TFLOP/s, HBM {gpu.hbm / 1e12:.2f} TB/s, link {gpu.link / 1e9:.0f} GB/s "
+        f"within {plan.per_node} GPUs, network {gpu.network / 1e9:.0f} GB/s; shares reached: {shares}"
+    )
+
+
+def _line(name: str, value: float) -> str:
+    return f"  {name:<76} {value:9.3f}"
 
 
 def as_svg(plans: dict[str, Plan]) -> str:
@@ -106,12 +139,11 @@ def as_svg(plans: dict[str, Plan]) -> str:
     kinds = list(dict.fromkeys(kind for bar in bars.values() for kind in bar))
     colors = {kind: COLORS[i % len(COLORS)] for i, kind in enumerate(kinds)}
     height = 40 * len(bars) + 20 * len(kinds) + 50
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}" font-family="sans-serif" font-size="12">'
-    ]
+    style = 'font-family="sans-serif" font-size="12"'
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}" {style}>']
     for row, (name, bar) in enumerate(bars.items()):
         y, x = 20 + 40 * row, 170.0
-        out.append(f'<text x="160" y="{y + 16}" text-anchor="end">{name}</text>')
+        out.append(f'<text x="160" y="{y + 16}" text-anchor="end">{escape(name)}</text>')
         for kind, size in bar.items():
             out.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{size * scale:.1f}" height="24" fill="{colors[kind]}">'
@@ -120,9 +152,8 @@ def as_svg(plans: dict[str, Plan]) -> str:
             x += size * scale
         out.append(f'<text x="{x + 4:.1f}" y="{y + 16}">{sum(bar.values()):.1f} GiB</text>')
     x = 170 + usable * scale
-    out.append(
-        f'<line x1="{x:.1f}" y1="10" x2="{x:.1f}" y2="{20 + 40 * len(bars)}" stroke="#c00" stroke-dasharray="4 3"/>'
-    )
+    end = 20 + 40 * len(bars)
+    out.append(f'<line x1="{x:.1f}" y1="10" x2="{x:.1f}" y2="{end}" stroke="#c00" stroke-dasharray="4 3"/>')
     for row, kind in enumerate(kinds):
         y = 40 * len(bars) + 30 + 20 * row
         out.append(f'<rect x="170" y="{y}" width="12" height="12" fill="{colors[kind]}"/>')

@@ -6,37 +6,27 @@ moves bytes. Collectives are not hidden behind computation, for nothing in megas
 
 from dataclasses import dataclass
 
+from megasft.model.flops import Flops, step_flops
 from megasft.plan.devices import CONSTANTS, Constants, Gpu
 from megasft.plan.job import Job
 from megasft.plan.state import adapters, elements
 from megasft.plan.traffic import StepTraffic
 
 KERNELS = {False: (90, 107), True: (110, 139)}  # per layer: of one forward, and of a backward; bf16, and 4-bit
-
-
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs of a rank in a step; a multiplication plus an addition counts as two. `model` leaves recomputation out."""
-
-    dense: float
-    experts: float
-    attention: float
-    head: float
-    recomputed: float
-
-    @property
-    def model(self) -> float:
-        """FLOPs that the model needs: forward, and backward of frozen layers and adapters."""
-        return self.dense + self.experts + self.attention + self.head
+# FLOPs of attention for each multiplication of one of its products: forward 2 products, backward 5 in flash attention,
+# which computes one of forward's again.
+ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
 
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of a step on the busiest rank, by what they are spent on."""
+    """Seconds of a step on the busiest rank, by what they are spent on. `sent`: bytes of that rank over each group's
+    links in a step. `tokens` are of the global batch; `flops` over all ranks.
+    """
 
     parts: dict[str, float]
-    bubble: float  # share of the step that a pipeline stage idles
-    tokens: int  # of the global batch
+    sent: dict[str, float]
+    tokens: int
     ranks: int
     flops: Flops
     peak_rate: float
@@ -54,67 +44,87 @@ class Time:
     @property
     def mfu(self) -> float:
         """The model's FLOPs over what the data sheet promises."""
-        return self.flops.model / self.seconds / self.peak_rate
+        return self.flops.model / self.ranks / self.seconds / self.peak_rate
 
-
-def flops(job: Job) -> Flops:
-    """Of this rank: frozen weights 4 per weight and token (2 in forward, 2 for the gradient of the input), LoRA 6."""
-    dense, experts, lora_dense, lora_experts = _weights(job)
-    t, n, m = job.tokens, _mean_rows(job), job.micro_batches
-    scores = len(job.layers) * job.queries * t * job.longest / 2
-    once = 2 * t * (dense + lora_dense) + 2 * n * (experts + lora_experts)
-    head = 4 * job.supervised * job.shape.hidden_size * job.shape.vocab_size / job.sizes.tensor * job.is_last
-    again = job.recompute + job.counts_first
-    return Flops(
-        m * t * (4 * dense + 6 * lora_dense), m * n * (4 * experts + 6 * lora_experts), m * 14 * scores, m * head,
-        m * again * (once + 4 * scores),
-    )  # fmt: skip
+    @property
+    def flops_per_token(self) -> dict[str, float]:
+        """Of forward, backward and recomputation."""
+        f = self.flops
+        forward = f.frozen / 2 + f.lora / 3 + f.attention / 3 + f.head / 2
+        return {
+            name: work / self.tokens
+            for name, work in (
+                ("forward", forward), ("backward", f.model - forward), ("recomputation", f.recomputed),
+            )
+        }  # fmt: skip
 
 
 def estimate(job: Job, gpu: Gpu, per_node: int, constants: Constants = CONSTANTS) -> Time:
     """The step of the stage that takes longest, with the pipeline's bubble."""
-    stages = range(job.sizes.pipeline)
-    ranks = [job.of_rank(stage * job.world // job.sizes.pipeline) for stage in stages]
-    times = [_stage(rank, gpu, per_node, constants) for rank in ranks]
-    slowest = max(range(len(times)), key=lambda stage: sum(times[stage].values()))
-    m, p = job.micro_batches, job.sizes.pipeline
-    parts = dict(times[slowest])
-    idle = (p - 1) / m * sum(parts.values())
-    if p > 1:
-        parts["pipeline bubble"] = idle
-    work = [flops(rank) for rank in ranks]
-    mean = Flops(*(sum(getattr(one, name) for one in work) / p for name in Flops.__dataclass_fields__))
-    return Time(parts, idle / sum(parts.values()), job.tokens * m * job.sizes.data, job.world, mean, gpu.flops)
+    m, stages = job.micro_batches, job.sizes.pipeline
+    ranks = [job.of_rank(stage * job.world // stages) for stage in range(stages)]
+    parts, sent = max((_stage(rank, gpu, per_node, constants) for rank in ranks), key=lambda one: sum(one[0].values()))
+    if stages > 1:
+        parts["pipeline bubble"] = (stages - 1) / m * sum(parts.values())
+    tokens = job.tokens * m * job.sizes.data
+    work = step_flops(
+        job.shape, job.targets, job.r, tokens, job.supervised * m * job.sizes.data, tokens * job.length, job.recompute
+    )
+    return Time(parts, sent, tokens, job.world, work, gpu.flops)
 
 
-def _stage(job: Job, gpu: Gpu, per_node: int, c: Constants) -> dict[str, float]:
-    work, m, layers = flops(job), job.micro_batches, len(job.layers)
-    again = 1 + (job.recompute + job.counts_first) * 0.5  # of forward and backward, each half
-    per_expert = job.rows / max(1, job.experts)
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a rank in a micro batch: forward, backward, and forwards that are run again."""
+
+    dense: float
+    experts: float
+    attention: float
+    head: float
+
+
+def rank_work(job: Job) -> Work:
+    """Of this rank: frozen weights 4 per weight and token (2 in forward, 2 for the gradient of the input), LoRA 6."""
+    dense, experts, lora_dense, lora_experts = _weights(job)
+    again = job.recompute + job.counts_first
+    scores = len(job.layers) * job.queries * job.tokens * job.length / 2
+    return Work(
+        job.tokens * (dense * (4 + 2 * again) + lora_dense * (6 + 2 * again)),
+        job.rows * (experts * (4 + 2 * again) + lora_experts * (6 + 2 * again)),
+        scores * (ATTENTION_FORWARD * (1 + again) + ATTENTION_BACKWARD),
+        4.0 * job.supervised * job.shape.hidden_size * job.shape.vocab_size / job.sizes.tensor * job.is_last,
+    )
+
+
+def _stage(job: Job, gpu: Gpu, per_node: int, c: Constants) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of a step, and bytes sent."""
+    work, m, bandwidth = rank_work(job), job.micro_batches, gpu.hbm * c.memory
     dense_rate = gpu.flops * c.dense * _filled(job.tokens, c)
-    grouped_rate = gpu.flops * c.grouped * _filled(per_expert, c)
-    bandwidth = gpu.hbm * c.memory
-    dense, experts, _, _ = _weights(job)
-    passes = m * (2 + job.recompute + job.counts_first)
-    rows = job.rows / max(1, _mean_rows(job))  # the busiest rank
-    parts = {
-        # each pass reads the weights once
-        "experts' products": max(rows * work.experts * again / grouped_rate,
-                                 passes * job.width * experts_held(job) / bandwidth),
-        "other products": max(work.dense * again / dense_rate, passes * job.width * dense / bandwidth),
-        "attention": work.attention * (1 + (job.recompute + job.counts_first) * 2 / 7) / (gpu.flops * c.attention),
-        "loss head": work.head / (gpu.flops * c.dense) + m * job.is_last * _head_bytes(job) / bandwidth,
-        "elementwise, sorting, copies": m * _moved(job) / bandwidth,
+    grouped_rate = gpu.flops * c.grouped * _filled(job.rows / job.experts, c)
+    dense, _, _, _ = _weights(job)
+    passes = 2 + job.recompute + job.counts_first  # each reads the weights once
+    one = {
+        "experts' products": max(work.experts / grouped_rate, passes * job.width * _experts_held(job) / bandwidth),
+        "other products": max(work.dense / dense_rate, passes * job.width * dense / bandwidth),
+        "attention": work.attention / (gpu.flops * c.attention),
+        "loss head": work.head / (gpu.flops * c.dense) + job.is_last * _head_bytes(job) / bandwidth,
+        "elementwise, sorting, copies": _moved(job) / bandwidth,
     }  # fmt: skip
     if job.quant:
-        parts["dequantization"] = passes * (dense + experts_held(job)) * 2.6 / bandwidth
+        one["dequantization"] = passes * (dense + _experts_held(job)) * DEQUANTIZED_BYTES / bandwidth
     forward, backward = KERNELS[job.quant is not None]
-    kernels = m * layers * (forward * (1 + job.recompute + job.counts_first) + backward)
-    parts["launches"] = max(0.0, kernels * c.launch - sum(parts.values()))
-    parts |= _collectives(job, gpu, per_node, c)
-    dense_adapters, expert_adapters = map(elements, adapters(job))
-    parts["optimizer"] = 30 * (sum(dense_adapters) + sum(expert_adapters)) / job.sizes.data / bandwidth
-    return parts
+    kernels = len(job.layers) * (forward * (passes - 1) + backward)
+    one["launches"] = max(0.0, kernels * c.launch - sum(one.values()))
+    parts = {name: m * seconds for name, seconds in one.items()}
+    seconds, sent = _collectives(job, gpu, per_node, c)
+    parts |= seconds
+    trained = sum(sum(elements(matrices)) for matrices in adapters(job))
+    parts["optimizer"] = ADAM_BYTES * trained / job.sizes.data / bandwidth
+    return parts, sent
+
+
+DEQUANTIZED_BYTES = 2.6  # read and written for each 4-bit weight: 0.52, and 2 of the 16-bit result
+ADAM_BYTES = 30  # read and written for each trained parameter: gradient, master weight, two moments, weight
 
 
 def _filled(rows: float, c: Constants) -> float:
@@ -122,35 +132,26 @@ def _filled(rows: float, c: Constants) -> float:
     return rows / (rows + c.half_rows)
 
 
-def _mean_rows(job: Job) -> float:
-    s = job.sizes
-    return job.tokens * job.shape.num_experts_per_tok * s.expert_tensor / s.tensor
-
-
 def _weights(job: Job) -> tuple[float, float, float, float]:
     """Weights that a token meets on this rank outside the experts, weights of one expert over all layers, and the same
     of the adapters.
     """
     h, r, t = job.shape.hidden_size, job.r, job.targets
-    dense = experts = lora_dense = lora_experts = 0.0
-    for sparse in job.layers:
-        dense += h * (2 * job.queries + 2 * job.keys)
-        lora_dense += r * sum(
-            inputs + outputs for name, inputs, outputs in (
-                ("q_proj", h, job.queries), ("k_proj", h, job.keys), ("v_proj", h, job.keys), ("o_proj", job.queries, h),
-            ) if name in t
-        )  # fmt: skip
-        f = job.expert_width if sparse else job.dense_width
-        lora = r * (h + f) * len(t & {"gate_proj", "up_proj", "down_proj"})
-        if sparse:
-            experts, lora_experts = experts + 3 * h * f, lora_experts + lora
-            dense += h * job.shape.num_experts / job.sizes.tensor  # the router, on a sequence shard
-        else:
-            dense, lora_dense = dense + 3 * h * f, lora_dense + lora
-    return dense, experts, lora_dense, lora_experts
+    sparse, dense = sum(job.layers), len(job.layers) - sum(job.layers)
+    attention = {"q_proj": h + job.queries, "k_proj": h + job.keys, "v_proj": h + job.keys, "o_proj": job.queries + h}
+    projections = len(t & {"gate_proj", "up_proj", "down_proj"})
+    return (
+        len(job.layers) * h * (2 * job.queries + 2 * job.keys)
+        + sparse * h * job.shape.num_experts / job.sizes.tensor  # the router, on a sequence shard
+        + dense * 3 * h * job.dense_width,
+        sparse * 3 * h * job.expert_width,
+        r * (len(job.layers) * sum(size for name, size in attention.items() if name in t)
+             + dense * projections * (h + job.dense_width)),
+        r * sparse * projections * (h + job.expert_width),
+    )  # fmt: skip
 
 
-def experts_held(job: Job) -> float:
+def _experts_held(job: Job) -> float:
     """Weights of the experts on this rank."""
     return 3.0 * job.shape.hidden_size * job.expert_width * job.experts * sum(job.layers)
 
@@ -174,29 +175,33 @@ def _moved(job: Job) -> float:
     return passes * layer * len(job.layers)
 
 
-def _collectives(job: Job, gpu: Gpu, per_node: int, c: Constants) -> dict[str, float]:
-    """Seconds of each group's collectives: what each rank sends, over the slowest link that the group crosses."""
-    traffic = StepTraffic(job, uneven=job.dispatcher == "alltoall" and job.sizes.expert_tensor > 1)
-    traffic.of([(job.tokens, job.supervised)])
-    micro, step = dict(traffic.bytes), StepTraffic(job, uneven=traffic.uneven).of([])
-    s, found = job.sizes, dict[str, float]()
-    groups = {
+# The share of a collective's bytes that a rank sends over its slowest link; of the others (ranks - 1) / ranks.
+_SENT = {"send": 1.0, "receive": 0.0, "broadcast": 1.0}
+
+
+def _collectives(job: Job, gpu: Gpu, per_node: int, c: Constants) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds and bytes of each group: what a rank sends, over the slowest link that the group crosses."""
+    uneven = job.dispatcher == "alltoall" and job.sizes.expert_tensor > 1
+    micro = StepTraffic(job, uneven).of([(job.tokens, job.supervised)])
+    once = StepTraffic(job, uneven).of([])
+    s = job.sizes
+    groups = {  # ranks, and how far apart they are
         "tp": (s.tensor, s.tensor), "expert tp": (s.expert_tensor, s.expert_tensor),
         "expert tp x ep": (s.expert * s.expert_tensor,) * 2, "ep": (s.expert, s.expert * s.expert_tensor),
         "pp": (s.pipeline, job.world), "dp": (s.data, s.tensor * s.data),
         "expert dp": (job.expert_data, s.expert * s.expert_tensor * job.expert_data),
         "norm": (job.world, job.world), "world": (job.world, job.world),
     }  # fmt: skip
-    for (group, kind), total in micro.items():
+    seconds, sent = dict[str, float](), dict[str, float]()
+    for (group, kind), size in micro.bytes.items():
         ranks, span = groups[group]
-        once = step.bytes[group, kind]
-        calls = step.calls[group, kind] + (traffic.calls[group, kind] - step.calls[group, kind]) * job.micro_batches
-        sent = once + (total - once) * job.micro_batches
-        if kind == "all-to-all":
-            sent = round(sent * job.rows / max(1.0, _mean_rows(job)))
-        share = {"all-reduce": 2 * (ranks - 1) / ranks, "send": 1.0, "receive": 0.0, "broadcast": 1.0}
+        of_step, calls = once.bytes[group, kind], once.calls[group, kind]
+        calls += (micro.calls[group, kind] - calls) * job.micro_batches
+        size = of_step + (size - of_step) * job.micro_batches
+        share = _SENT.get(kind, (1 + (kind == "all-reduce")) * (ranks - 1) / ranks)
+        imbalance = job.imbalance if kind == "all-to-all" else 1.0
+        name = f"collectives: {group}"
+        sent[group] = sent.get(group, 0.0) + size * share * imbalance
         rate = (gpu.link if span <= per_node else gpu.network) * c.links
-        found[f"collectives: {group}"] = found.get(f"collectives: {group}", 0.0) + (
-            sent * share.get(kind, (ranks - 1) / ranks) / rate + calls * c.latency
-        )
-    return found
+        seconds[name] = seconds.get(name, 0.0) + size * share * imbalance / rate + calls * c.latency
+    return seconds, sent

@@ -4,16 +4,20 @@ from collections import Counter
 from typing import Any
 
 from megasft.plan.job import Job
+from megasft.plan.state import state_bytes
 from megasft.plan.traffic import StepTraffic
 from megasft.train.trainer import Trainer
 from tests.support import on_ranks
+from tests.support.state import held
 from tests.support.traffic import Traffic
 
 
 def measured_and_expected(
     settings: dict[str, Any], samples: list[on_ranks.Sample]
 ) -> tuple[tuple[Counter, Counter], tuple[Counter, Counter]]:
-    """On a rank: ((calls, bytes) of its second step, the same by formula)."""
+    """On a rank: ((calls, bytes) of its second step, the same by formula). What it holds afterwards is what the plan
+    says, to the byte.
+    """
     config, topology, model = on_ranks.start(settings)
     trainer = Trainer(config, topology, model, on_ranks.as_samples(samples))
     trainer.train_step()
@@ -27,5 +31,7 @@ def measured_and_expected(
     with Traffic() as traffic:
         trainer.train_step()
     job = Job.of(config, model.hf_config, topology.world).of_rank(topology.rank)
+    has, says = held(model, trainer), state_bytes(job)
+    assert has == says, f"{has}, {says}"
     formulas = StepTraffic(job).of(seen)
     return (traffic.calls, traffic.bytes), (formulas.calls, formulas.bytes)

@@ -17,6 +17,7 @@ from transformers import Qwen3MoeConfig
 
 from tests.support.fake_cuda import process
 from tests.support.fake_cuda.watch import Counts, Watch
+from tests.support.state import held
 
 
 class Walk:
@@ -137,20 +138,7 @@ class Job:
 
     def state(self) -> dict[str, int]:
         """Bytes of what stays between steps, by kind."""
-        from megasft.quant.weight import QuantizedWeight, workspace_bytes
-        from megasft.train.optimizer import optimizer_state_bytes
-
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        buffers = self.trainer.ddp.buffers + self.trainer.ddp.expert_parallel_buffers
-        return {
-            "frozen": sum(p.nbytes for p in self.model.parameters() if not p.requires_grad),
-            "4-bit": sum(m.nbytes for m in self.model.modules() if isinstance(m, QuantizedWeight)),
-            "workspace": workspace_bytes(),
-            "adapters": sum(p.nbytes for p in trained),
-            "adapter buffers": sum(b.param_data.nbytes for b in buffers),
-            "gradient buffers": sum(b.grad_data.nbytes for b in buffers),
-            "optimizer": optimizer_state_bytes(self.trainer.optimizer),
-        }
+        return held(self.model, self.trainer)
 
     def _tell_sizes(self, longest: int) -> None:
         """Keep the answers of the device those of the micro batch that is computed."""

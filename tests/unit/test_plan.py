@@ -1,0 +1,169 @@
+"""What `megasft plan` says from a run file and a config.json alone."""
+
+import json
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from megasft import cli
+from megasft.config.schema import RunConfig
+from megasft.messages import UserError
+from megasft.model.shape import RELEASED, PlainShape, read_shape, weights
+from megasft.plan import parameters
+from megasft.plan.devices import find_gpu
+from megasft.plan.job import Job
+from megasft.plan.memory import memory
+from megasft.plan.plan import Dataset, find_shape, make_plan, read_dataset
+from megasft.plan.state import adapters, elements
+from tests.parity.reference import tiny_config
+
+REFERENCE = "configs/qwen3_coder_30b.toml"
+H200 = find_gpu("H200")
+TOPOLOGY = {"tensor_parallel": 2, "expert_tensor_parallel": 2}
+GiB = 2**30
+
+
+def plan_of(ranks=4, gpu=H200, shape=RELEASED["Qwen3-Coder-30B-A3B"], dataset=None, imbalance=1.5, **sections):
+    return make_plan(RunConfig.from_dict(sections), shape, ranks, gpu, 8, dataset, imbalance)
+
+
+def test_it_needs_no_weights_no_torch_and_no_ranks(tmp_path):
+    code = (
+        "import sys; sys.argv[1:] = ['plan', '--config', 'configs/qwen3_coder_30b.toml', '--json']\n"
+        "from megasft import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print([name for name in ('torch', 'transformers', 'megatron') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+    found = json.loads(done.stdout)
+    assert found["memory"]["state"]["frozen weights"] == pytest.approx(28.45 * GiB, rel=1e-3)
+    assert found["topology"]["tensor"] == found["topology"]["expert_tensor"] == 2
+
+
+def test_the_table_the_picture_and_json_say_the_same(capsys, monkeypatch, tmp_path):
+    picture = tmp_path / "memory.svg"
+
+    def said(*more):
+        monkeypatch.setattr(sys, "argv", ["megasft", "plan", "--config", REFERENCE, *map(str, more)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+        return capsys.readouterr().out
+
+    text, found = said("--plot", picture), json.loads(said("--json"))
+    peak = found["memory"]["peak"] / GiB
+    assert re.search(rf"^  peak +{peak:.3f}$", text, re.MULTILINE)
+    assert f"{found['step']['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU" in text
+    assert "estimated by roofline, not measured" in text
+    titles = [node.text for node in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}title")]
+    assert f"frozen weights: {found['memory']['state']['frozen weights'] / GiB:.2f} GiB" in titles
+    assert sum(float(title.split()[-2]) for title in titles) == pytest.approx(peak, abs=0.05)
+
+
+def test_parameters_are_those_of_transformers():
+    import torch
+    from transformers import Qwen3MoeForCausalLM
+
+    for changes in ({}, {"mlp_only_layers": [1], "tie_word_embeddings": True}):
+        config = tiny_config(**changes)
+        with torch.device("meta"):
+            model = Qwen3MoeForCausalLM(config)
+        assert sum(parameters.parameters(config).values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models_have_the_parameters_in_their_names(name):
+    billions = float(name.split("-")[-2 if "-A" in name else -1].removesuffix("B"))
+    assert weights(RELEASED[name]) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_trained_parameters_are_those_of_the_adapters():
+    config = RunConfig.from_dict({"lora": {"r": 16, "target_modules": ["all-linear", "gate"]}})
+    job = Job.of(config, PlainShape.of(tiny_config(mlp_only_layers=[1])), 1)
+    dense, experts = map(elements, adapters(job))
+    assert sum(parameters.trained(job.shape, job.targets, 16).values()) == sum(dense) + sum(experts)
+
+
+def test_a_config_json_is_read_as_transformers_reads_it(tmp_path):
+    config = tiny_config(mlp_only_layers=[1])
+    config.save_pretrained(tmp_path)
+    assert read_shape(tmp_path) == PlainShape.of(config)
+    assert find_shape(str(tmp_path)) == read_shape(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "cannot be read"), ("[]", "cannot be read"), ('{"model_type": "llama"}', "'llama' is not supported"),
+        ('{"model_type": "qwen3_moe", "num_experts": 0}', "num_experts = 0 must be a whole number of at least 1"),
+        ('{"model_type": "qwen3_moe", "mlp_only_layers": 3}', "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_config_json_that_is_none_is_refused(tmp_path, text, says):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_shape(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--gpu", "RTX"], "--gpu RTX: its data sheet is not in the plan; --gpu takes A100, H100, H200, B200"),
+        (["--set", "job.model=nobody/nothing"], "its config.json is not on this machine"),
+        (["--gpus", "3"], "3 GPUs, but [data.topology] asks for 4"),
+        (["--data", "configs"], "--data configs: name a .jsonl file"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(capsys, monkeypatch, arguments, says):
+    monkeypatch.setattr(sys, "argv", ["megasft", "plan", "--config", REFERENCE, *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_imbalance_costs_memory_only_where_experts_are_spread():
+    spread = plan_of(data={"topology": {"expert_parallel": 4}})
+    assert spread.imbalanced.peak > spread.memory.peak
+    whole = plan_of(data={"topology": TOPOLOGY})
+    assert whole.imbalanced.peak == whole.memory.peak
+    assert plan_of(data={"topology": {"expert_parallel": 4}}, imbalance=3.0).imbalanced.peak > spread.imbalanced.peak
+
+
+def test_short_conversations_cost_no_less_memory_but_less_time(tmp_path):
+    (tmp_path / "data.jsonl").write_text(f'{{"text": "{"x" * 390}"}}\n' * 1000)
+    dataset = read_dataset(tmp_path)
+    assert dataset == Dataset(1000, 100_750)
+    full = plan_of(data={"topology": TOPOLOGY})
+    short = plan_of(data={"topology": TOPOLOGY}, dataset=dataset, hyperparameters={"gradient_accumulation_steps": 4})
+    assert short.memory == full.memory
+    assert short.time.seconds / 4 < full.time.seconds / 2
+    assert short.steps == 1000 // (4 * 2)
+    packed = plan_of(data={"topology": TOPOLOGY, "packing": True}, dataset=dataset)
+    assert packed.steps == -(-100_750 // 4095) // 2 + 1
+    assert packed.hours * 0.9 < short.hours
+
+
+def test_more_of_anything_takes_more_memory():
+    base = {"lora": {"r": 16}, "data": {"topology": TOPOLOGY}}
+    peak = plan_of(**base).memory.peak
+    for section, key, more in (
+        ("lora", "r", 64), ("hyperparameters", "sequence_length", 65536), ("hyperparameters", "per_device_batch", 16),
+    ):  # fmt: skip
+        assert plan_of(**base | {section: {key: more}}).memory.peak > peak
+    without = plan_of(**base, hyperparameters={"parallelism": {"activation_checkpointing": False}})
+    assert without.memory.peak > peak
+    assert without.time.seconds < plan_of(**base).time.seconds
+
+
+def test_the_first_rank_of_a_stage_needs_most_of_its_stage():
+    config = RunConfig.from_dict({"data": {"topology": {"tensor_parallel": 2, "pipeline_parallel": 2}}})
+    job = Job.of(config, RELEASED["Qwen3-Coder-30B-A3B"], 8)
+    peaks = [memory(job.of_rank(rank)).peak for rank in range(8)]
+    assert max(peaks[:4]) == peaks[0]
+    assert max(peaks[4:]) == peaks[4]
