@@ -1,6 +1,7 @@
 """`megasft plan`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from megasft.config.schema import load_config
 Examples:
   megasft plan --config run.toml
   megasft plan --config run.toml --gpu H100 --gpus 8 --data conversations.jsonl
+  megasft plan --config run.toml --gpus 8 --nodes 8 --search
   megasft plan --config run.toml --plot memory.svg
 """
 )
@@ -36,6 +38,13 @@ def plan(
         float | None,
         typer.Option(min=1, metavar="X", help="Tokens of the busiest experts' rank over the mean.  [default: 1.5]"),
     ] = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search",
+            help="Rank all topologies, micro batches, recomputation, packing and 4-bit base by estimated speed.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Write a picture of the memory.")] = None,
 ) -> None:
@@ -53,6 +62,12 @@ def plan(
     ranks = per_node * (nodes or settings.compute.nodes)
     dataset = read_dataset(data) if data else None
     found = make_plan(settings, shape, ranks, kind, per_node, dataset, imbalance or IMBALANCE)
+    if search:
+        from megasft.plan.search import search as search_all
+
+        ranked = search_all(settings, shape, ranks, kind, per_node, dataset, None, found.imbalance)
+        print(json.dumps([asdict(one) for one in ranked]) if as_json else report.search_text(ranked, found))
+        return
     if plot:
         plot.write_text(report.as_svg({config.stem: found}), encoding="utf-8")
     print(json.dumps(report.as_json(found), indent=2) if as_json else report.as_text(found))

@@ -1,6 +1,7 @@
 """A rank's part of a job: sizes of the model, topology, batch."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 from megasft.config.parallelism import TopologySizes, choose_dispatcher, fit
 from megasft.config.schema import QuantSettings, RunConfig
@@ -87,14 +88,25 @@ class Job:
         """Whether this rank holds the head."""
         return self.stage == self.sizes.pipeline - 1
 
-    @property
+    @cached_property
+    def layout(self) -> "Job":
+        """The part of the job that its state depends on, the same for all batches."""
+        return replace(
+            self, tokens=0, supervised=0, length=0, micro_batches=0, samples=0, dispatcher="", dropout=False,
+            recompute=False, counts_first=False, imbalance=1.0,
+        )  # fmt: skip
+
+    @cached_property
     def layers(self) -> list[bool]:
         """For each layer of this stage, whether it has experts."""
-        everywhere, stages = sparse_layers(self.shape), stage_layers(self.shape.num_hidden_layers, self.sizes.pipeline)
-        first = sum(stages[: self.stage])
-        return everywhere[first : first + stages[self.stage]]
+        return _layers(self.shape, self.sizes.pipeline)[self.stage]
 
     @property
+    def sparse_everywhere(self) -> int:
+        """Layers with experts, of all stages."""
+        return sum(map(sum, _layers(self.shape, 1)))
+
+    @cached_property
     def expert_data(self) -> int:
         """Ranks that hold the same experts."""
         s = self.sizes
@@ -151,3 +163,18 @@ class Job:
         s = self.sizes
         mean = self.tokens * int(self.shape.num_experts_per_tok) * s.expert_tensor // s.tensor
         return round(mean * (self.imbalance if s.expert > 1 else 1.0))
+
+    @property
+    def heaviest(self) -> list["Job"]:
+        """The first rank of each pipeline stage that may need most time or memory: the first stage, the last, and of
+        those between, which have as many layers, the one with most micro batches in flight.
+        """
+        stages = self.sizes.pipeline
+        return [self.of_rank(stage * self.world // stages) for stage in sorted({0, min(1, stages - 1), stages - 1})]
+
+
+@lru_cache(256)
+def _layers(shape: PlainShape, stages: int) -> list[list[bool]]:
+    """For each stage and each of its layers, whether it has experts."""
+    everywhere, found = iter(sparse_layers(shape)), stage_layers(shape.num_hidden_layers, stages)
+    return [[next(everywhere) for _ in range(layers)] for layers in found]

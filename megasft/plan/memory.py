@@ -8,7 +8,7 @@ an activation. It follows what `lora.functional`, `model.mlp`, `model.attention`
 from dataclasses import dataclass
 
 from megasft.plan.job import Job
-from megasft.plan.state import adapters, elements, owned_elements, state_bytes
+from megasft.plan.state import owned, state_bytes, trained
 
 LOSS_CHUNK_BYTES, MIN_CHUNK, MAX_CHUNK = 256 * 2**20, 64, 4096  # of `model.loss`
 COPY_BYTES = 32  # of each copy of a token: four 64-bit numbers (`model.dispatch.Copies`)
@@ -49,15 +49,12 @@ def memory(job: Job) -> Memory:
 
 def worst_rank(job: Job) -> Memory:
     """What the rank needs that needs most: the first of a pipeline stage, whose share of the states is complete."""
-    stages, world = job.sizes.pipeline, job.world
-    return max((memory(job.of_rank(stage * world // stages)) for stage in range(stages)), key=lambda found: found.peak)
+    return max(map(memory, job.heaviest), key=lambda found: found.peak)
 
 
 def host_bytes(job: Job) -> int:
     """Page-locked host memory for a checkpoint's copy of master weights and moments."""
-    dense, experts = (elements(matrices) for matrices in adapters(job))
-    owned = owned_elements(dense, job.sizes.data, job.data_rank)
-    return 12 * (owned + owned_elements(experts, job.expert_data, job.expert_data_rank))
+    return 12 * sum(owned(job))
 
 
 def _moments(job: Job) -> dict[str, dict[str, int]]:
@@ -125,24 +122,19 @@ def _dense(job: Job) -> tuple[int, int]:
 
 def _layer_gradients(job: Job) -> int:
     """Gradients of a layer's experts' adapters, until they are added to the buffer."""
-    _, experts = adapters(job)
-    layers = max(1, sum(job.layers))
-    return job.width * sum(elements(experts)) // layers
+    (_, (_, experts)), layers = trained(job), max(1, sum(job.layers))
+    return job.width * experts // layers
 
 
 def _flattened(job: Job) -> int:
     """A copy of the gradients that tensor or expert-tensor ranks add up."""
-    dense, experts = adapters(job)
-    over_tensor = sum(size for size, same in dense if same) if job.sizes.tensor > 1 else 0
-    over_expert = sum(size for size, same in experts if same) if job.sizes.expert_tensor > 1 else 0
-    return 4 * max(over_tensor, over_expert)
+    (whole, _), (whole_experts, _) = trained(job)
+    return 4 * max(whole * (job.sizes.tensor > 1), whole_experts * (job.sizes.expert_tensor > 1))
 
 
 def _adam(job: Job) -> int:
     """torch's Adam; that of Transformer Engine needs none."""
-    dense, experts = (elements(matrices) for matrices in adapters(job))
-    owned = owned_elements(dense, job.sizes.data, job.data_rank)
-    return 4 * max(owned, owned_elements(experts, job.expert_data, job.expert_data_rank))
+    return 4 * max(owned(job))
 
 
 def loss_chunk(job: Job) -> int:

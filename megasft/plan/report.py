@@ -8,6 +8,7 @@ from megasft.config.parallelism import TopologySizes
 from megasft.plan.devices import CONSTANTS
 from megasft.plan.job import Job
 from megasft.plan.plan import CHARACTERS, Plan
+from megasft.plan.search import Candidate, reasons
 
 GiB = 2**30
 COLORS = ("#4878a8", "#6f9fc8", "#9fc4e0", "#e08f3c", "#f0b878", "#5a9e5a", "#c8a2c8", "#a8a8a8", "#d0d0d0", "#806040")
@@ -126,6 +127,31 @@ def _assumed(plan: Plan) -> str:
 
 def _line(name: str, value: float) -> str:
     return f"  {name:<76} {value:9.3f}"
+
+
+def search_text(found: list[Candidate], plan: Plan, best: int = 10) -> str:
+    """The fastest that fit beside what the run file says, why others are rejected, and the winner as lines to paste."""
+    fitting = [one for one in found if not one.reason]
+    lines = [
+        f"{len(fitting)} of {len(found)} candidates fit {plan.job.world} x {plan.gpu.name}; "
+        "tokens/s a GPU are estimates by roofline, not measured",
+        "",
+        f"{'tokens/s':>9} {'GiB':>6}  {'topology':<52} {'batch':>8}  recompute  base   packing",
+        *(_candidate(one) for one in fitting[:best]),
+    ]
+    lines.append(f"{plan.time.tokens_per_second:9,.0f} {plan.imbalanced.peak / GiB:6.1f}  as the run file says")
+    for kind, number in reasons(found).most_common():
+        one = next(one.reason for one in found if one.reason.startswith(kind))
+        lines.append(f"{number} rejected, {kind}, such as{one.removeprefix(kind)}".replace("such as:", "such as"))
+    if not fitting:
+        return "\n".join([*lines, "", "nothing fits; add GPUs, or shorten [hyperparameters] sequence_length"])
+    return "\n".join([*lines, "", "the fastest, as lines of the run file:", "", fitting[0].lines()])
+
+
+def _candidate(one: Candidate) -> str:
+    batch, base = f"{one.samples} x {one.micro_batches}", "4-bit" if one.four_bits else "whole"
+    flags = f"{'yes' if one.recompute else 'no':<9}  {base:<5}  {'yes' if one.packing else 'no'}"
+    return f"{one.rate:9,.0f} {one.peak / GiB:6.1f}  {topology(one.sizes):<52} {batch:>8}  {flags}"
 
 
 def as_svg(plans: dict[str, Plan]) -> str:

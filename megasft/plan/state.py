@@ -1,5 +1,6 @@
 """Bytes that stay on a rank between two steps, from the sizes alone; exact."""
 
+from functools import lru_cache
 from math import lcm
 
 from megasft.plan.job import Job
@@ -66,6 +67,11 @@ Matrix = tuple[int, bool]  # elements here, and whether all tensor-parallel (or 
 
 def adapters(job: Job) -> tuple[list[Matrix], list[Matrix]]:
     """This rank's adapter matrices outside the experts, and those of the experts, in the order of the model."""
+    return _adapters(job.layout)
+
+
+@lru_cache(1024)
+def _adapters(job: Job) -> tuple[list[Matrix], list[Matrix]]:
     dense: list[Matrix] = []
     experts: list[Matrix] = []
     h, r = job.shape.hidden_size, job.r
@@ -122,12 +128,42 @@ def owned_elements(matrices: list[int], ranks: int, rank: int) -> int:
     return found
 
 
+def trained(job: Job) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(elements that all tensor-parallel ranks hold alike, elements of the buffer), outside the experts and in them."""
+    return _trained(job.layout)
+
+
+@lru_cache(1024)
+def _trained(job: Job) -> tuple[tuple[int, int], tuple[int, int]]:
+    dense, experts = adapters(job)
+    return (
+        (sum(size for size, same in dense if same), buffer_elements(elements(dense), job.sizes.data)),
+        (sum(size for size, same in experts if same), buffer_elements(elements(experts), job.expert_data)),
+    )
+
+
+def owned(job: Job) -> tuple[int, int]:
+    """Elements whose optimizer states this rank keeps, outside the experts and in them."""
+    return _owned(job.layout)
+
+
+@lru_cache(1024)
+def _owned(job: Job) -> tuple[int, int]:
+    dense, experts = (elements(matrices) for matrices in adapters(job))
+    return (
+        owned_elements(dense, job.sizes.data, job.data_rank),
+        owned_elements(experts, job.expert_data, job.expert_data_rank),
+    )
+
+
 def state_bytes(job: Job) -> dict[str, int]:
     """Bytes on this rank between steps, by kind. In fp32 the weights are the master weights."""
-    dense, experts = (elements(matrices) for matrices in adapters(job))
-    groups = ((dense, job.sizes.data, job.data_rank), (experts, job.expert_data, job.expert_data_rank))
-    padded = sum(buffer_elements(matrices, ranks) for matrices, ranks, _ in groups)
-    owned = sum(owned_elements(*group) for group in groups)
+    return dict(_state_bytes(job.layout))
+
+
+@lru_cache(1024)
+def _state_bytes(job: Job) -> dict[str, int]:
+    padded = sum(size for _, size in trained(job))
     frozen, four_bits = frozen_bytes(job)
     return {
         "frozen weights": frozen,
@@ -135,5 +171,5 @@ def state_bytes(job: Job) -> dict[str, int]:
         "dequantization workspace": workspace_bytes(job),
         "adapters": job.width * padded,
         "gradients": 4 * padded,
-        "optimizer states": (12 if job.width == 2 else 8) * owned,
+        "optimizer states": (12 if job.width == 2 else 8) * sum(owned(job)),
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megasft.model.flops import Flops, step_flops
 from megasft.plan.devices import CONSTANTS, Constants, Gpu
 from megasft.plan.job import Job
-from megasft.plan.state import adapters, elements
+from megasft.plan.state import owned
 from megasft.plan.traffic import StepTraffic
 
 KERNELS = {False: (90, 107), True: (110, 139)}  # per layer: of one forward, and of a backward; bf16, and 4-bit
@@ -60,17 +60,25 @@ class Time:
 
 
 def estimate(job: Job, gpu: Gpu, per_node: int, constants: Constants = CONSTANTS) -> Time:
-    """The step of the stage that takes longest, with the pipeline's bubble."""
-    m, stages = job.micro_batches, job.sizes.pipeline
-    ranks = [job.of_rank(stage * job.world // stages) for stage in range(stages)]
-    parts, sent = max((_stage(rank, gpu, per_node, constants) for rank in ranks), key=lambda one: sum(one[0].values()))
-    if stages > 1:
-        parts["pipeline bubble"] = (stages - 1) / m * sum(parts.values())
-    tokens = job.tokens * m * job.sizes.data
+    """The job's step."""
+    parts, sent = step_parts(job, gpu, per_node, constants)
+    rows = job.micro_batches * job.sizes.data
     work = step_flops(
-        job.shape, job.targets, job.r, tokens, job.supervised * m * job.sizes.data, tokens * job.length, job.recompute
-    )
-    return Time(parts, sent, tokens, job.world, work, gpu.flops)
+        job.shape, job.targets, job.r, job.tokens * rows, job.supervised * rows, job.tokens * rows * job.length,
+        job.recompute,
+    )  # fmt: skip
+    return Time(parts, sent, job.tokens * rows, job.world, work, gpu.flops)
+
+
+def step_parts(
+    job: Job, gpu: Gpu, per_node: int, constants: Constants = CONSTANTS
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of a step of the stage that takes longest, with the pipeline's bubble; bytes that it sends."""
+    stages = (_stage(rank, gpu, per_node, constants) for rank in job.heaviest)
+    parts, sent = max(stages, key=lambda one: sum(one[0].values()))
+    if job.sizes.pipeline > 1:
+        parts["pipeline bubble"] = (job.sizes.pipeline - 1) / job.micro_batches * sum(parts.values())
+    return parts, sent
 
 
 @dataclass(frozen=True)
@@ -118,8 +126,7 @@ def _stage(job: Job, gpu: Gpu, per_node: int, c: Constants) -> tuple[dict[str, f
     parts = {name: m * seconds for name, seconds in one.items()}
     seconds, sent = _collectives(job, gpu, per_node, c)
     parts |= seconds
-    trained = sum(sum(elements(matrices)) for matrices in adapters(job))
-    parts["optimizer"] = ADAM_BYTES * trained / job.sizes.data / bandwidth
+    parts["optimizer"] = ADAM_BYTES * sum(owned(job)) / bandwidth
     return parts, sent
 
 

@@ -8,9 +8,8 @@ the tensor to scatter; for an all-to-all, the rank's input.
 from collections import Counter
 from dataclasses import dataclass
 
-from megasft.model.shape import sparse_layers
 from megasft.plan.job import Job
-from megasft.plan.state import adapters, buffer_elements, elements
+from megasft.plan.state import trained
 
 SHAPE_MESSAGE = 3 * 8  # a pipeline stage tells the next the shape of what it sends, int64
 
@@ -30,7 +29,7 @@ class StepTraffic:
         self.counts_first = job.counts_first
         self.forwards = 1 + job.recompute  # how often a layer runs forward per micro batch
         self.b, self.w = job.width, 8 if job.dropout and job.targets & {"gate_proj", "up_proj", "down_proj"} else 4
-        self.sparse_everywhere = sum(sparse_layers(job.shape))
+        self.sparse_everywhere = job.sparse_everywhere
         self.layers, self.sparse = len(job.layers), sum(job.layers)
         self.is_first, self.is_last = job.is_first, job.is_last
 
@@ -110,15 +109,15 @@ class StepTraffic:
     def _gradients(self) -> None:
         """Once per step: sum partial gradients of replicated matrices, scatter gradients, gather weights."""
         s = self.sizes
-        matrices = adapters(self.job)
-        dense, experts = map(elements, matrices)
-        whole, whole_experts = ([size for size, same in kind if same] for kind in matrices)
-        self._add("tp", s.tensor, "all-reduce", 4 * sum(whole), bool(whole))
-        self._add("expert tp", s.expert_tensor, "all-reduce", 4 * sum(whole_experts), bool(whole_experts))
-        for group, ranks, sizes in (("dp", s.data, dense), ("expert dp", self.job.expert_data, experts)):
-            size = buffer_elements(sizes, ranks)
-            self._add(group, ranks, "reduce-scatter", 4 * size, bool(sizes))
-            self._add(group, ranks, "all-gather", self.b * size, bool(sizes))
+        for (whole, size), tensor, replicas in zip(
+            trained(self.job),
+            (("tp", s.tensor), ("expert tp", s.expert_tensor)),
+            (("dp", s.data), ("expert dp", self.job.expert_data)),
+            strict=True,
+        ):
+            self._add(*tensor, "all-reduce", 4 * whole, bool(whole))
+            self._add(*replicas, "reduce-scatter", 4 * size, bool(size))
+            self._add(*replicas, "all-gather", self.b * size, bool(size))
 
     def _sums(self) -> None:
         """A few numbers: supervised tokens, the gradient norm, the loss, the experts' counts and dropped choices."""

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megasft import cli
-from megasft.config.schema import RunConfig
+from megasft.config.schema import RunConfig, load_config
 from megasft.messages import UserError
 from megasft.model.shape import RELEASED, PlainShape, read_shape, weights
 from megasft.plan import parameters
@@ -17,6 +17,7 @@ from megasft.plan.devices import find_gpu
 from megasft.plan.job import Job
 from megasft.plan.memory import memory
 from megasft.plan.plan import Dataset, find_shape, make_plan, read_dataset
+from megasft.plan.search import reasons, search
 from megasft.plan.state import adapters, elements
 from tests.parity.reference import tiny_config
 
@@ -167,3 +168,62 @@ def test_the_first_rank_of_a_stage_needs_most_of_its_stage():
     peaks = [memory(job.of_rank(rank)).peak for rank in range(8)]
     assert max(peaks[:4]) == peaks[0]
     assert max(peaks[4:]) == peaks[4]
+
+
+# --- search ---
+
+
+@pytest.fixture(scope="module")
+def ranked():
+    return search(load_config(REFERENCE), RELEASED["Qwen3-Coder-30B-A3B"], 4, H200, 8)
+
+
+def test_without_recomputation_and_tensor_parallel_the_reference_job_takes_about_half_the_time(ranked):
+    given = make_plan(load_config(REFERENCE), RELEASED["Qwen3-Coder-30B-A3B"], 4, H200)
+    assert (ranked[0].sizes.tensor, ranked[0].sizes.data, ranked[0].recompute) == (1, 4, False)
+    assert 1.6 < ranked[0].rate / given.time.tokens_per_second < 2.2
+
+
+def test_a_candidate_is_planned_as_its_lines_are(ranked, tmp_path):
+    for one in (ranked[0], next(one for one in ranked if one.four_bits and one.sizes.expert_tensor > 1)):
+        (tmp_path / "run.toml").write_text(one.lines())
+        config = load_config(tmp_path / "run.toml", ["lora.dropout=0.05"])
+        plan = make_plan(config, RELEASED["Qwen3-Coder-30B-A3B"], 4, H200)
+        assert plan.imbalanced.peak == one.peak
+        assert plan.time.tokens_per_second == pytest.approx(one.rate, rel=1e-3)
+        options = [word for word in one.options(load_config(REFERENCE)) for word in [word.removeprefix("--set ")]]
+        again = make_plan(load_config(REFERENCE, options), RELEASED["Qwen3-Coder-30B-A3B"], 4, H200)
+        assert again.imbalanced.peak == one.peak
+
+
+def test_those_that_fit_come_first_and_the_others_say_why(ranked):
+    fitting = [one for one in ranked if not one.reason]
+    assert [one.rate for one in fitting] == sorted((one.rate for one in fitting), reverse=True)
+    assert ranked[: len(fitting)] == fitting
+    assert all(one.peak <= H200.memory * 0.94 for one in fitting)
+    assert all(one.reason.startswith("memory: ") or one.reason.count(": ") for one in ranked[len(fitting) :])
+    assert all(one.samples * one.micro_batches * one.sizes.data == 128 for one in fitting)
+
+
+def test_every_reason_to_reject_is_met():
+    found = search(
+        RunConfig.from_dict({"hyperparameters": {"gradient_accumulation_steps": 2}}),
+        RELEASED["Qwen3-Coder-30B-A3B"], 16, find_gpu("H100"), 8,
+    )  # fmt: skip
+    kinds = set(reasons(found))
+    assert kinds == {"the model cannot be sharded", "the global batch cannot be cut", "memory"}
+
+
+def test_the_search_prints_the_winner_as_lines_to_paste(capsys, monkeypatch, tmp_path):
+    (tmp_path / "data.jsonl").write_text(f'{{"text": "{"x" * 4000}"}}\n' * 100)
+    arguments = ["plan", "--config", REFERENCE, "--search", "--data", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["megasft", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    text = capsys.readouterr().out
+    assert "not measured" in text
+    (tmp_path / "run.toml").write_text(text.partition("the fastest, as lines of the run file:")[2])
+    config = load_config(tmp_path / "run.toml")
+    assert config.data.packing  # short conversations
+    assert config.world_size() == 4
