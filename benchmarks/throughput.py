@@ -81,8 +81,7 @@ def main(
         raise typer.BadParameter("--against compares in one process; run it without torchrun")
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     layout = {"tensor_parallel": tp, "expert_parallel": ep, "pipeline_parallel": pp}
-    if etp:
-        layout["expert_tensor_parallel"] = etp
+    layout["expert_tensor_parallel"] = etp or (tp if ep == 1 else 1)
     workload = Workload(PRESETS[preset], dtype.value, steps, warmup, supervised, recompute, deterministic, layout)
     figures: dict[str, Any] = {"preset": preset, "machine": describe(dtype.value, world), "workload": asdict(workload)}
     try:

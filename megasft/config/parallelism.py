@@ -20,7 +20,8 @@ class TopologySettings(Section):
     tensor_parallel: Size | None = None  # default 1
     data_parallel: Size | None = None  # default: ranks / (tensor_parallel x pipeline_parallel)
     expert_parallel: Size | None = None  # default 1
-    expert_tensor_parallel: Size | None = None  # default: `tensor_parallel`, or 1 where `expert_parallel` is above 1
+    # default 1: experts are not cut, which is faster where they fit (`megasft plan --search`)
+    expert_tensor_parallel: Size | None = None
     pipeline_parallel: Size | None = None  # default 1
 
 
@@ -102,9 +103,7 @@ def derive(topology: TopologySettings, ranks: int = 1) -> TopologySizes:
     tensor, pipeline = topology.tensor_parallel or 1, topology.pipeline_parallel or 1
     data = topology.data_parallel or ranks // (tensor * pipeline)
     expert = topology.expert_parallel or 1
-    return TopologySizes(
-        tensor, pipeline, data, expert, topology.expert_tensor_parallel or (tensor if expert == 1 else 1)
-    )
+    return TopologySizes(tensor, pipeline, data, expert, topology.expert_tensor_parallel or 1)
 
 
 def _misfit(sizes: TopologySizes, ranks: int, fills_world: bool) -> str | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megasft.messages import UserError
 
-TENSOR_PARALLEL = 2  # where the number of GPUs is even: a 30B base in bf16 leaves little room on one 80 GB GPU
+EXPERT_PARALLEL = 2  # where the number of GPUs is even: a 30B base in bf16 leaves little room on one 80 GB GPU
 
 # Ten lines in the spelling of `--set`; what is left out has its default.
 TEMPLATE = """\
@@ -13,7 +13,7 @@ TEMPLATE = """\
 job.model = {model}
 job.data = {data}
 compute.gpu_count = {gpus}
-data.topology.tensor_parallel = {tensor}
+data.topology.expert_parallel = {experts}
 data.validation_fraction = 0.02
 lora.r = 16
 hyperparameters.sequence_length = 4096
@@ -24,8 +24,8 @@ hyperparameters.learning_rate = 1e-4
 
 def run_file(path: str, model: str, gpus: int, data: str) -> str:
     """The text of a run file for LoRA on `gpus` GPUs of one machine."""
-    tensor = TENSOR_PARALLEL if gpus % TENSOR_PARALLEL == 0 else 1
-    return TEMPLATE.format(path=path, model=_quoted(model), data=_quoted(data), gpus=gpus, tensor=tensor)
+    experts = EXPERT_PARALLEL if gpus % EXPERT_PARALLEL == 0 else 1
+    return TEMPLATE.format(path=path, model=_quoted(model), data=_quoted(data), gpus=gpus, experts=experts)
 
 
 def write_run_file(path: str | Path, model: str, gpus: int, data: str) -> None:

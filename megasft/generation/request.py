@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megasft.config.parallelism import TopologySettings, TopologySizes, resolve_topology
+from megasft.config.parallelism import TopologySettings, TopologySizes, derive, resolve_topology
 from megasft.config.schema import QuantSettings
 from megasft.data.records import conversation_files
 from megasft.messages import UserError
@@ -48,18 +48,20 @@ class Request:
 
     def ranks(self) -> int:
         """The fewest ranks that hold one replica: experts may be sharded over tensor-parallel ranks."""
-        asked = self.topology
-        tensor, expert, pipeline = (
-            asked.tensor_parallel or 1,
-            asked.expert_parallel or 1,
-            asked.pipeline_parallel or 1,
-        )
-        within = asked.expert_tensor_parallel or (tensor if expert == 1 else 1)
-        return pipeline * math.lcm(tensor, within * expert)
+        sizes = derive(self._topology)
+        return sizes.pipeline * math.lcm(sizes.tensor, sizes.expert_tensor * sizes.expert)
 
     def sizes(self, ranks: int) -> TopologySizes:
         """The topology on so many ranks; those beyond `ranks()` are replicas that compute the same answer."""
-        return resolve_topology(self.topology.model_copy(update={"data_parallel": None}), ranks)
+        return resolve_topology(self._topology, ranks)
+
+    @property
+    def _topology(self) -> TopologySettings:
+        """With experts cut as the rest, unless asked otherwise: an answer is given several GPUs for their memory."""
+        asked = self.topology
+        cut = asked.tensor_parallel if (asked.expert_parallel or 1) == 1 else 1
+        update = {"data_parallel": None, "expert_tensor_parallel": asked.expert_tensor_parallel or cut}
+        return asked.model_copy(update=update)
 
     def check(self, sizes: TopologySizes) -> None:
         """Raise UserError for input that is missing or does not fit; reads no weights."""

@@ -124,7 +124,14 @@ def test_the_peak_is_within_5_percent_of_the_plan(walked, case):
     job = replace(case.job(), tokens=tokens, supervised=supervised)
     if case.without_rows:
         job = replace(job, imbalance=0.0)
-    assert memory(job).peak == pytest.approx(found.peak, rel=0.05)
+    planned, moments = memory(job), 0
+    if case.steps == 1:  # Adam makes its two moments, of the three optimizer states, at the end of the first step
+        moments = planned.state["optimizer states"] * 2 // 3
+    peaks = {
+        name: planned.between_steps + sum(needed.values()) - (moments if name != "optimizer" else 0)
+        for name, needed in planned.moments.items()
+    }
+    assert max(peaks.values()) == pytest.approx(found.peak, rel=0.05)
 
 
 def test_memory_between_steps_is_state_and_little_else(walked):

@@ -123,7 +123,7 @@ BEFORE_THE_LAUNCH = {
     ),
     "unknown target module": (nothing, "--set lora.target_modules=q_prj", ["q_prj", "did you mean 'q_proj'"]),
     "blocks that do not divide a rank's inputs": (
-        nothing, "--set training.use_qlora=true --set quant.block_size=32",
+        nothing, "--set training.use_qlora=true --set quant.block_size=32 --set data.topology.expert_tensor_parallel=2",
         ["block_size = 32", "the 16 inputs", "experts' down_proj", "moe_intermediate_size 32 / expert_tensor_parallel 2",
          "set [data.topology] expert_tensor_parallel = 1"],
     ),

@@ -77,7 +77,7 @@ def _train(
 
 def _topology(tensor: int, data: int, expert: int = 1, expert_tensor: int | None = None) -> str:
     sizes = {"tensor_parallel": tensor, "data_parallel": data, "expert_parallel": expert}
-    sizes |= {"expert_tensor_parallel": expert_tensor} if expert_tensor else {}
+    sizes["expert_tensor_parallel"] = expert_tensor or (tensor if expert == 1 else 1)
     return f"data.topology={{{', '.join(f'{key} = {size}' for key, size in sizes.items())}}}"
 
 

@@ -166,16 +166,16 @@ def test_the_minimal_file_is_what_init_writes():
     assert text == run_file("configs/minimal.toml", "Qwen/Qwen3-Coder-30B-A3B-Instruct", 4, "conversations.jsonl")
     assert len(text.splitlines()) == 10
     config = load_config(CONFIGS / "minimal.toml")
-    assert (config.world_size(), config.data.topology.tensor_parallel) == (4, 2)
+    assert (config.world_size(), config.data.topology.expert_parallel) == (4, 2)
     assert config.training.validation.enabled
 
 
-@pytest.mark.parametrize(("gpus", "tensor"), [(1, 1), (2, 2), (3, 1), (8, 2)])
-def test_init_writes_a_file_that_fits_the_gpus(tmp_path, gpus, tensor):
+@pytest.mark.parametrize(("gpus", "experts"), [(1, 1), (2, 2), (3, 1), (8, 2)])
+def test_init_writes_a_file_that_fits_the_gpus(tmp_path, gpus, experts):
     write_run_file(tmp_path / "new" / "run.toml", 'a "quoted" model', gpus, "däta.jsonl")
     config = load_config(tmp_path / "new" / "run.toml")
     assert (config.job.model, config.job.data) == ('a "quoted" model', "däta.jsonl")
-    assert (config.world_size(), config.data.topology.tensor_parallel) == (gpus, tensor)
+    assert (config.world_size(), config.data.topology.expert_parallel) == (gpus, experts)
 
 
 def test_init_overwrites_nothing(tmp_path):

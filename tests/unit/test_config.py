@@ -201,7 +201,7 @@ def test_the_small_run_file_loads_as_it_is(write):
     assert config.world_size() == 4
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32.0, 0.05)
     assert config.lora.targets == ALL_LINEAR
-    assert resolve_topology(config.data.topology, 4) == TopologySizes(2, 1, 2, 1, 2)
+    assert resolve_topology(config.data.topology, 4) == TopologySizes(2, 1, 2, 1, 1)
 
 
 def test_the_large_run_file_loads_as_it_is(write):
@@ -732,18 +732,18 @@ def test_an_override_of_either_name_replaces_the_setting_under_both(write, text,
     [
         ({}, 1, TopologySizes(tensor=1, pipeline=1, data=1, expert=1, expert_tensor=1)),
         ({}, 6, TopologySizes(tensor=1, pipeline=1, data=6, expert=1, expert_tensor=1)),
-        ({"tensor_parallel": 2}, 4, TopologySizes(2, 1, 2, 1, 2)),
-        ({"tensor_parallel": 4}, 4, TopologySizes(4, 1, 1, 1, 4)),
-        ({"tensor_parallel": 2, "data_parallel": 2}, 4, TopologySizes(2, 1, 2, 1, 2)),
+        ({"tensor_parallel": 2}, 4, TopologySizes(2, 1, 2, 1, 1)),
+        ({"tensor_parallel": 4}, 4, TopologySizes(4, 1, 1, 1, 1)),
+        ({"tensor_parallel": 2, "data_parallel": 2}, 4, TopologySizes(2, 1, 2, 1, 1)),
         ({"tensor_parallel": 2, "expert_parallel": 2}, 4, TopologySizes(2, 1, 2, 2, 1)),
         ({"tensor_parallel": 2, "expert_parallel": 4}, 4, TopologySizes(2, 1, 2, 4, 1)),
         ({"tensor_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 2}, 4, TopologySizes(2, 1, 2, 2, 2)),
-        ({"tensor_parallel": 4, "expert_tensor_parallel": 1}, 4, TopologySizes(4, 1, 1, 1, 1)),
+        ({"tensor_parallel": 4, "expert_tensor_parallel": 2}, 4, TopologySizes(4, 1, 1, 1, 2)),
         ({"tensor_parallel": 1, "expert_tensor_parallel": 4}, 4, TopologySizes(1, 1, 4, 1, 4)),
         ({"expert_parallel": 4}, 4, TopologySizes(1, 1, 4, 4, 1)),
         ({"pipeline_parallel": 2}, 4, TopologySizes(1, 2, 2, 1, 1)),
         ({"pipeline_parallel": 2, "tensor_parallel": 2, "expert_parallel": 2}, 8, TopologySizes(2, 2, 2, 2, 1)),
-        ({"pipeline_parallel": 3, "tensor_parallel": 2}, 6, TopologySizes(2, 3, 1, 1, 2)),
+        ({"pipeline_parallel": 3, "tensor_parallel": 2}, 6, TopologySizes(2, 3, 1, 1, 1)),
         ({"data_parallel": 3}, 3, TopologySizes(1, 1, 3, 1, 1)),
     ],
 )

@@ -214,6 +214,8 @@ def test_stop_tokens_come_from_all_configuration_files(with_template, tmp_path):
 def test_generation_uses_as_few_ranks_as_hold_the_model_once(sizes, ranks):
     request = Request("m", topology=TopologySettings(**sizes))
     assert request.ranks() == ranks
+    if "expert_parallel" not in sizes:  # experts are cut as the rest: several GPUs are for their memory
+        assert request.sizes(ranks).expert_tensor == sizes.get("tensor_parallel", 1)
     assert request.sizes(ranks).data * request.sizes(ranks).tensor * request.sizes(ranks).pipeline == ranks
 
 

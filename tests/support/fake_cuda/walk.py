@@ -173,12 +173,15 @@ def settings(
     tp: int = 1, ep: int = 1, etp: int = 0, pp: int = 1, tokens: int = 4096, accumulation: int = 2, dropout: float = 0.05,
     recompute: bool = True, quant: bool = False, dispatcher: str = "auto", folder: str = "/tmp", r: int = 16,
 ) -> dict[str, Any]:  # fmt: skip
-    """A run file: the reference job's, in another topology."""
-    topology = {"tensor_parallel": tp, "expert_parallel": ep, "pipeline_parallel": pp}
+    """A run file: the reference job's, in another topology; experts are cut as the rest where `etp` is 0."""
+    etp = etp or (tp if ep == 1 else 1)
+    topology = {
+        "tensor_parallel": tp, "expert_parallel": ep, "pipeline_parallel": pp, "expert_tensor_parallel": etp,
+    }  # fmt: skip
     return {
         "job": {"output_dir": str(Path(folder) / "run"), "model": str(Path(folder) / "none")},
         "training": {"use_qlora": quant},
-        "data": {"topology": topology | ({"expert_tensor_parallel": etp} if etp else {})},
+        "data": {"topology": topology},
         "lora": {"r": r, "alpha": 2 * r, "dropout": dropout, "target_modules": ["all-linear"]},
         "hyperparameters": {
             "sequence_length": tokens + 1, "max_steps": 9, "gradient_accumulation_steps": accumulation,
