@@ -8,6 +8,8 @@ from megasft.config.schema import RunConfig
 from megasft.messages import UserError, say_once, warn
 from megasft.model.hf_config import DTYPES
 from megasft.model.shape import weights
+from megasft.plan.devices import CONSTANTS
+from megasft.plan.remedies import refuse_too_large
 
 CPU_WEIGHTS = 1e9  # a larger model is trained on CPUs only if the run file says so
 ON_CPUS = "--set compute.gpu_count=0 trains on CPUs"
@@ -70,6 +72,15 @@ def check_kind(config: RunConfig) -> None:
             f"torch {torch.__version__} has no grouped GEMM {slow}: experts are multiplied one after the other, and "
             "the host waits for the device at each product; for bf16 on an H100, H200 or B200 it has one"
         )
+
+
+def check_memory(config: RunConfig, model: Qwen3MoeConfig, ranks: int) -> None:
+    """Raise UserError if the job's plan does not fit the free memory of this rank's GPU."""
+    if not host.CUDA:
+        return
+    free, total = host.free_memory()
+    usable = min(free, int(total * (1 - CONSTANTS.reserve)))
+    refuse_too_large(config, model, ranks, host.own_gpu()[0], usable, min(ranks, host.gpus()))
 
 
 def _names(wanted: str, name: str) -> bool:

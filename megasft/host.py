@@ -33,6 +33,11 @@ def own_gpu() -> tuple[str, tuple[int, int]]:
     return torch.cuda.get_device_name(_own()), torch.cuda.get_device_capability(_own())
 
 
+def free_memory() -> tuple[int, int]:
+    """Free and total bytes of this rank's GPU."""
+    return torch.cuda.mem_get_info(_own())
+
+
 def why_no_gpu() -> str:
     """Why torch sees no GPU here, from what torch says, the device files and CUDA_VISIBLE_DEVICES."""
     files = sorted(glob.glob("/dev/nvidia[0-9]*"))

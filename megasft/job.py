@@ -41,6 +41,8 @@ def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None)
         if topology.is_first:
             preflight.check(config, topology.sizes)
             run_lock.refuse_second(config.job.output_dir)
+        if host.CUDA:
+            gpus.check_memory(config, read_config(find_model(config.job.model)), topology.world)
     if topology.is_first and ROUTER in config.lora.targets:
         say(
             f"[lora] target_modules has {ROUTER}, the router: of such an adapter, {SERVED_ROUTER}; "

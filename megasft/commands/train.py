@@ -49,6 +49,7 @@ def init(
     epilog="""\b
 Examples:
   megasft train --config configs/demo.toml
+  megasft train --config configs/demo.toml --dry-run
   megasft train -c run.toml -d data.jsonl --set lora.r=8 --set hyperparameters.learning_rate=1e-5
   torchrun --nproc-per-node 4 -m megasft train --config run.toml
 """
@@ -74,6 +75,10 @@ def train(
             "run; or the folder of a checkpoint.  [default: [checkpoint] resume]",
         ),
     ] = "",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check all that a launch would meet, print the plan, and launch nothing."),
+    ] = False,
     max_restarts: Annotated[
         int, typer.Option(min=0, metavar="N", help="How often to restart a run that fails, from its last checkpoint.")
     ] = 0,
@@ -87,7 +92,11 @@ def train(
     settings = load_config(config, overrides, dataset)
     if settings.compute.gpu_count == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch, which asks for GPUs when megasft.host is imported
-    if "RANK" in os.environ:
+    if dry_run:
+        from megasft.dry_run import dry_run as check_all
+
+        check_all(settings, ranks or settings.world_size() or 1)
+    elif "RANK" in os.environ:
         import_rank()
         from megasft import rank
 

@@ -102,6 +102,7 @@ class ComputeSettings(Section):
     # GPUs per node; fewer are refused, and `[data.topology]` must fit `gpu_count` x `nodes` ranks. 0: train on CPUs
     gpu_count: Annotated[int, Field(ge=0, lt=2**15)] | None = None
     nodes: Machines = 1  # number of nodes
+    ignore_plan: bool = False  # launch although `megasft plan` says that the job does not fit the GPUs' free memory
 
 
 class MixSettings(Section):

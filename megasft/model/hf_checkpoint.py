@@ -17,7 +17,7 @@ from transformers import Qwen3MoeConfig
 from megasft.messages import UserError, warn
 from megasft.model import fp8
 from megasft.model.hf_config import read_config, read_json
-from megasft.model.shape import sparse_layers
+from megasft.model.shape import head_dim, sparse_layers
 from megasft.storage.safetensors import TensorFile, TensorSpec
 from megasft.storage.shards import Index, Shard, full_index
 
@@ -146,6 +146,12 @@ class Checkpoint:
             + (f", but {instead!r}; is it quantized? use the model it was quantized from" if instead else "")
         )
 
+    def check_all(self, config: Qwen3MoeConfig) -> None:
+        """Raise UserError unless every tensor that the model needs is there, in its shape; reads no data."""
+        for name, shape in needed(config):
+            self.locate(Shard(name, shape, full_index(*shape), None))
+        self.refuse_surplus(config)
+
     def in_file_order(self) -> list[str]:
         """The names of all tensors, in the order in which the files hold them."""
         return sorted(self.specs, key=lambda name: (path := self.files[name], self._file(path).offsets[name]))
@@ -239,3 +245,25 @@ def expected_names(config: Qwen3MoeConfig) -> Iterator[str]:
         yield from (f"{layer}.mlp.gate.weight", f"{layer}.mlp.experts.gate_up_proj", f"{layer}.mlp.experts.down_proj")
         for e in range(config.num_experts):
             yield from (f"{layer}.mlp.experts.{e}.{name}.weight" for name in projections)
+
+
+def needed(config: Qwen3MoeConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of the model, one for each expert and projection."""
+    h, d, vocabulary = config.hidden_size, head_dim(config), config.vocab_size
+    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+    yield from ((EMBEDDING, (vocabulary, h)), ("model.norm.weight", (h,)))
+    if not config.tie_word_embeddings:
+        yield HEAD, (vocabulary, h)
+    for i, sparse in enumerate(sparse_layers(config)):
+        layer = f"model.layers.{i}"
+        yield from ((f"{layer}.{name}_layernorm.weight", (h,)) for name in ("input", "post_attention"))
+        yield from ((f"{layer}.self_attn.{name}_norm.weight", (d,)) for name in "qk")
+        for name, shape in (("q", (q, h)), ("k", (kv, h)), ("v", (kv, h)), ("o", (h, q))):
+            yield f"{layer}.self_attn.{name}_proj.weight", shape
+        folders, f = [f"{layer}.mlp"], config.intermediate_size
+        if sparse:
+            folders, f = [f"{layer}.mlp.experts.{e}" for e in range(config.num_experts)], config.moe_intermediate_size
+            yield f"{layer}.mlp.gate.weight", (config.num_experts, h)
+        for folder in folders:
+            for name, shape in (("gate", (f, h)), ("up", (f, h)), ("down", (h, f))):
+                yield f"{folder}.{name}_proj.weight", shape

@@ -60,20 +60,6 @@ class Candidate:
         )
         return "\n\n".join(sections)
 
-    def options(self, config: RunConfig) -> list[str]:
-        """`--set` options of those in which it differs from a run file."""
-        found = []
-        for section, keys in self.settings().items():
-            there = config
-            for name in section.split("."):
-                there = getattr(there, name)
-            found += [
-                f"--set {section}.{key}={str(value).lower()}"
-                for key, value in keys.items()
-                if getattr(there, key) != value
-            ]
-        return found
-
 
 def search(
     config: RunConfig,

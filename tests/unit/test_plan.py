@@ -10,9 +10,10 @@ import pytest
 
 from megasft import cli
 from megasft.config.schema import RunConfig, load_config
+from megasft.config.toml import parse_override
 from megasft.messages import UserError
 from megasft.model.shape import RELEASED, PlainShape, read_shape, weights
-from megasft.plan import parameters
+from megasft.plan import parameters, remedies
 from megasft.plan.devices import find_gpu
 from megasft.plan.job import Job
 from megasft.plan.memory import memory
@@ -191,7 +192,8 @@ def test_a_candidate_is_planned_as_its_lines_are(ranked, tmp_path):
         plan = make_plan(config, RELEASED["Qwen3-Coder-30B-A3B"], 4, H200)
         assert plan.imbalanced.peak == one.peak
         assert plan.time.tokens_per_second == pytest.approx(one.rate, rel=1e-3)
-        options = [word for word in one.options(load_config(REFERENCE)) for word in [word.removeprefix("--set ")]]
+        given = Job.of(load_config(REFERENCE), RELEASED["Qwen3-Coder-30B-A3B"], 4)
+        options = [f"{key}={value}" for key, value in remedies.options(one, given).items()]
         again = make_plan(load_config(REFERENCE, options), RELEASED["Qwen3-Coder-30B-A3B"], 4, H200)
         assert again.imbalanced.peak == one.peak
 
@@ -227,3 +229,52 @@ def test_the_search_prints_the_winner_as_lines_to_paste(capsys, monkeypatch, tmp
     config = load_config(tmp_path / "run.toml")
     assert config.data.packing  # short conversations
     assert config.world_size() == 4
+
+
+# --- a job that does not fit is refused ---
+
+
+@pytest.mark.parametrize(
+    ("gib", "settings"),
+    [
+        (35, {"data": {"topology": TOPOLOGY}}),
+        (35, {"data": {"topology": {"tensor_parallel": 2}}}),
+        (70, {"hyperparameters": {"sequence_length": 32768, "parallelism": {"activation_checkpointing": False}}}),
+        (23, {"hyperparameters": {"per_device_batch": 8}, "data": {"topology": TOPOLOGY}}),
+    ],
+)
+def test_a_job_that_does_not_fit_is_refused_with_three_remedies_that_work(gib, settings):
+    shape = RELEASED["Qwen3-Coder-30B-A3B"]
+    settings.setdefault("hyperparameters", {})["gradient_accumulation_steps"] = 16
+
+    def check(*overrides):
+        config = RunConfig.from_dict(settings)
+        for override in overrides:
+            config = with_override(config, override)
+        remedies.refuse_too_large(config, shape, 4, "NVIDIA H100 80GB HBM3", gib * GiB, 4)
+
+    with pytest.raises(UserError) as refused:
+        check()
+    message = str(refused.value)
+    assert f"of which {gib}.0 GiB are free" in message
+    offered = message.partition(": add ")[2].rpartition("; --set compute.ignore_plan")[0].split("; or ")
+    assert len(offered) == 3
+    for one in offered:
+        check(*one.removeprefix("--set ").split(" --set "))
+    check("compute.ignore_plan=true")
+
+
+def with_override(config, text):
+    key, value = parse_override(text)
+    settings = config.model_dump(exclude_unset=True)
+    place = settings
+    for name in key[:-1]:
+        place = place.setdefault(name, {})
+    place[key[-1]] = value
+    return RunConfig.from_dict(settings)
+
+
+def test_where_nothing_fits_it_says_so():
+    config = RunConfig.from_dict({})
+    with pytest.raises(UserError, match="nothing else fits so many of them"):
+        remedies.refuse_too_large(config, RELEASED["Qwen3-235B-A22B"], 1, "NVIDIA L40S", 40 * GiB, 1)
