@@ -21,6 +21,7 @@ from megasft.model.hf_config import read_config
 from megasft.model.hub import find_model
 from megasft.model.shape import weights
 from megasft.plan import report
+from megasft.plan.advice import advice
 from megasft.plan.devices import PER_NODE
 from megasft.plan.plan import Plan, gpu_of, make_plan
 from megasft.plan.remedies import known_gpu
@@ -54,7 +55,7 @@ def dry_run(config: RunConfig, ranks: int) -> None:
     gpus.check_memory(config, hf_config, ranks)
     if not host.CUDA:
         print("devices: none here; the plan is not compared with free memory")
-    print(f"\n{report.as_text(plan)}")
+    print("\n".join(["", report.as_text(plan), *(f"advice: {line}" for line in advice(config, plan))]))
 
 
 def _conversations(config: RunConfig, folder: Path) -> Iterator[str]:

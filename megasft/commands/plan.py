@@ -48,11 +48,12 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Write a picture of the memory.")] = None,
 ) -> None:
-    """Say what a job will take, before it is launched: memory of a GPU, traffic, time.
+    """Work out what a job will take, and the fastest topology.
 
     Reads the run file and the model's config.json, no weights. Memory is counted; times are estimates.
     """
     from megasft.plan import report
+    from megasft.plan.advice import advice
     from megasft.plan.devices import IMBALANCE
     from megasft.plan.plan import find_shape, gpu_of, make_plan, read_dataset
 
@@ -70,4 +71,8 @@ def plan(
         return
     if plot:
         plot.write_text(report.as_svg({config.stem: found}), encoding="utf-8")
-    print(json.dumps(report.as_json(found), indent=2) if as_json else report.as_text(found))
+    lines = advice(settings, found)
+    if as_json:
+        print(json.dumps(report.as_json(found) | {"advice": lines}, indent=2))
+    else:
+        print("\n".join([report.as_text(found), *(f"advice: {line}" for line in lines)]))

@@ -57,6 +57,14 @@ def as_text(plan: Plan) -> str:
     return "\n".join([*_job(plan), "", *_memory(plan), "", *_step(plan), "", _assumed(plan)])
 
 
+def one_line(plan: Plan) -> str:
+    """The plan for a comment in a run file."""
+    return (
+        f"{plan.memory.between_steps / GiB:.1f} GiB between steps, {plan.memory.peak / GiB:.1f} at most, of "
+        f"{plan.usable / GiB:.1f}; {plan.time.seconds:.1f} s a step, {plan.time.tokens_per_second:,.0f} tokens/s a GPU"
+    )
+
+
 def topology(sizes: TopologySizes) -> str:
     """The sizes on one line; of the experts where they are not as the rest."""
     experts = f", experts EP={sizes.expert} x expert-TP={sizes.expert_tensor}"

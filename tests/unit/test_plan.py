@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -14,6 +15,7 @@ from megasft.config.toml import parse_override
 from megasft.messages import UserError
 from megasft.model.shape import RELEASED, PlainShape, read_shape, weights
 from megasft.plan import parameters, remedies
+from megasft.plan.advice import advice
 from megasft.plan.devices import find_gpu
 from megasft.plan.job import Job
 from megasft.plan.memory import memory
@@ -278,3 +280,38 @@ def test_where_nothing_fits_it_says_so():
     config = RunConfig.from_dict({})
     with pytest.raises(UserError, match="nothing else fits so many of them"):
         remedies.refuse_too_large(config, RELEASED["Qwen3-235B-A22B"], 1, "NVIDIA L40S", 40 * GiB, 1)
+
+
+# --- advice ---
+
+SHORT_DATA = Dataset(1000, 200_000)
+ADVISED = {
+    "learning_rate = 5e-06 is 20 times below": ({"hyperparameters": {"learning_rate": 5e-6}}, None),
+    "expert_tensor_parallel = 2": ({"data": {"topology": TOPOLOGY}}, None),
+    "gate, the router": ({"lora": {"target_modules": ["all-linear", "gate"]}}, None),
+    "packing = false": ({}, SHORT_DATA),
+    "is 7.5 steps of warm-up": ({"hyperparameters": {"warmup_ratio": 0.03}}, SHORT_DATA),
+    "[training.validation] is not enabled": ({"training": {"validation": {"enabled": False}}}, None),
+}
+
+
+@pytest.mark.parametrize("words", ADVISED)
+def test_a_setting_far_from_what_others_use_is_named_once(words):
+    changes, dataset = ADVISED[words]
+    quiet = {"data": {"validation_fraction": 0.02}, "hyperparameters": {"learning_rate": 1e-4}}
+    settings = {name: quiet.get(name, {}) | changes.get(name, {}) for name in quiet | changes}
+    if "validation" in words:
+        settings["data"] = {}
+    config = RunConfig.from_dict(settings)
+    plan = make_plan(config, RELEASED["Qwen3-Coder-30B-A3B"], 4, H200, 8, dataset)
+    assert [words in line for line in advice(config, plan)].count(True) == 1
+    if dataset is None:
+        assert len(advice(config, plan)) == 1
+
+
+def test_experts_are_cut_without_a_word_where_they_do_not_fit_whole():
+    config = RunConfig.from_dict({"data": {"topology": TOPOLOGY, "validation_fraction": 0.02},
+                                  "hyperparameters": {"learning_rate": 1e-4}})  # fmt: skip
+    assert advice(config, make_plan(config, RELEASED["Qwen3-Coder-30B-A3B"], 4, find_gpu("H100"))) != []
+    small = replace(find_gpu("H100"), memory=48e9)
+    assert advice(config, make_plan(config, RELEASED["Qwen3-Coder-30B-A3B"], 4, small)) == []
