@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -20,6 +21,7 @@ from megasft.plan.devices import find_gpu
 from megasft.plan.job import Job
 from megasft.plan.memory import memory
 from megasft.plan.plan import Dataset, find_shape, make_plan, read_dataset
+from megasft.plan.report import one_line
 from megasft.plan.search import reasons, search
 from megasft.plan.state import adapters, elements
 from tests.parity.reference import tiny_config
@@ -315,3 +317,30 @@ def test_experts_are_cut_without_a_word_where_they_do_not_fit_whole():
     assert advice(config, make_plan(config, RELEASED["Qwen3-Coder-30B-A3B"], 4, find_gpu("H100"))) != []
     small = replace(find_gpu("H100"), memory=48e9)
     assert advice(config, make_plan(config, RELEASED["Qwen3-Coder-30B-A3B"], 4, small)) == []
+
+
+# --- the run files of the reference job ---
+
+RUN_FILES = {name: f"configs/qwen3_coder_30b{name}.toml" for name in ("", "_qlora", "_fast")}
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_the_plan_in_the_comment_of_a_run_file_is_true(name):
+    plan = make_plan(load_config(RUN_FILES[name]), RELEASED["Qwen3-Coder-30B-A3B"], 4, H200, 4)
+    assert f"\n# {one_line(plan)}\n" in Path(RUN_FILES[name]).read_text()
+
+
+def test_the_run_files_differ_in_what_their_names_say(ranked):
+    def of(name, *sections):
+        settings = load_config(RUN_FILES[name]).model_dump(exclude={"tags", "job", *sections})
+        settings["data"].pop("topology")
+        return settings
+
+    assert of("", "training") == of("_qlora", "training")
+    assert load_config(RUN_FILES["_qlora"]).training.use_qlora
+    kept = of("_fast")
+    kept["hyperparameters"] |= {"per_device_batch": 1, "gradient_accumulation_steps": 64}
+    kept["hyperparameters"]["parallelism"]["activation_checkpointing"] = True
+    assert kept == of("")
+    fast = Job.of(load_config(RUN_FILES["_fast"]), RELEASED["Qwen3-Coder-30B-A3B"], 4)
+    assert remedies.options(ranked[0], fast) == {}
