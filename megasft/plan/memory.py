@@ -61,7 +61,8 @@ def _moments(job: Job) -> dict[str, dict[str, int]]:
     b, h, s = job.width, job.shape.hidden_size, job.tokens // job.sizes.tensor
     layer_input = b * s * h
     attention = _attention(job)
-    mlps = [(_experts if sparse else _dense)(job) for sparse in job.layers]
+    of_kind = {sparse: (_experts if sparse else _dense)(job) for sparse in set(job.layers)}
+    mlps = [of_kind[sparse] for sparse in job.layers]
     in_flight = min(job.sizes.pipeline - job.stage, job.micro_batches)
     if job.recompute:  # a layer's dispatcher keeps the numbers of its copies of tokens until its next forward
         kept, last = len(job.layers) * layer_input + sum(job.layers) * job.rows * COPY_BYTES, 0

@@ -210,5 +210,7 @@ def _collectives(job: Job, gpu: Gpu, per_node: int, c: Constants) -> tuple[dict[
         name = f"collectives: {group}"
         sent[group] = sent.get(group, 0.0) + size * share * imbalance
         rate = (gpu.link if span <= per_node else gpu.network) * c.links
+        if kind == "all-to-all" and span > per_node:  # what stays in the node doesn't use the network
+            share = 1 - per_node / span
         seconds[name] = seconds.get(name, 0.0) + size * share * imbalance / rate + calls * c.latency
     return seconds, sent

@@ -344,3 +344,10 @@ def test_the_run_files_differ_in_what_their_names_say(ranked):
     assert kept == of("")
     fast = Job.of(load_config(RUN_FILES["_fast"]), RELEASED["Qwen3-Coder-30B-A3B"], 4)
     assert remedies.options(ranked[0], fast) == {}
+
+
+def test_the_table_of_published_figures_is_what_the_model_says(capsys):
+    from benchmarks import published
+
+    published.main()
+    assert capsys.readouterr().out in Path("docs/plan.md").read_text()
