@@ -22,15 +22,23 @@ REFERENCE = {
     "4-bit, TP=2 x DP=2": "qwen3_coder_30b_qlora",
     "bf16, TP=1 x DP=4": "qwen3_coder_30b_fast",
 }
-# (model, GPUs, expert parallel, micro batch, recomputation, 4-bit base): what `--search` ranks first, with a global
-# batch of 128 samples, or one for each GPU. TP, PP and expert-TP are 1 in all of them.
+# (model, GPUs, tensor, pipeline and expert parallel, micro batch, recomputation, 4-bit base): what `--search` ranks
+# first, with a global batch of 128 samples, or one for each GPU. Expert-TP is 1 in all of them.
 SCALING = [
-    ("Qwen3-Coder-30B-A3B", 4, 1, 2, False, False),
-    ("Qwen3-Coder-30B-A3B", 16, 1, 2, False, False),
-    ("Qwen3-Coder-30B-A3B", 64, 8, 2, False, False),
-    ("Qwen3-Coder-30B-A3B", 256, 8, 1, False, False),
-    ("Qwen3-235B-A22B", 8, 8, 1, False, True),
-    ("Qwen3-235B-A22B", 16, 8, 1, False, True),
+    ("Qwen3-Coder-30B-A3B", 4, 1, 1, 1, 2, False, False),
+    ("Qwen3-Coder-30B-A3B", 16, 1, 1, 1, 2, False, False),
+    ("Qwen3-Coder-30B-A3B", 64, 1, 1, 8, 2, False, False),
+    ("Qwen3-Coder-30B-A3B", 256, 1, 1, 8, 1, False, False),
+    ("Qwen3-Coder-30B-A3B", 1024, 1, 1, 8, 1, False, False),
+    ("Qwen3-235B-A22B", 8, 1, 1, 8, 1, False, True),
+    ("Qwen3-235B-A22B", 16, 1, 1, 8, 1, False, True),
+    ("Qwen3-235B-A22B", 64, 1, 1, 8, 1, False, True),
+    ("Qwen3-235B-A22B", 256, 1, 1, 8, 1, False, True),
+    ("Qwen3-235B-A22B", 1024, 1, 1, 8, 1, False, True),
+    ("Qwen3-Coder-480B-A35B", 16, 2, 2, 8, 1, False, False),
+    ("Qwen3-Coder-480B-A35B", 64, 2, 1, 8, 1, False, True),
+    ("Qwen3-Coder-480B-A35B", 256, 2, 1, 8, 1, False, True),
+    ("Qwen3-Coder-480B-A35B", 1024, 2, 1, 8, 1, False, True),
 ]
 
 
@@ -45,12 +53,13 @@ def reference_plans() -> dict[str, Plan]:
 def scaling_plans() -> dict[tuple[str, int], Plan]:
     """A plan for each row of SCALING."""
     found = {}
-    for model, ranks, expert, samples, recompute, four_bits in SCALING:
+    for model, ranks, tensor, pipeline, expert, samples, recompute, four_bits in SCALING:
+        sizes = {"tensor_parallel": tensor, "pipeline_parallel": pipeline, "expert_parallel": expert}
         config = RunConfig.from_dict({
-            "data": {"topology": {"expert_parallel": expert}},
+            "data": {"topology": sizes},
             "training": {"use_qlora": four_bits},
             "hyperparameters": {
-                "per_device_batch": samples, "gradient_accumulation_steps": max(128, ranks) // (samples * ranks),
+                "per_device_batch": samples, "gradient_accumulation_steps": max(128, ranks) * tensor * pipeline // (samples * ranks),
                 "parallelism": {"activation_checkpointing": recompute},
             },
         })  # fmt: skip
