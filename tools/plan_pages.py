@@ -59,7 +59,8 @@ def scaling_plans() -> dict[tuple[str, int], Plan]:
             "data": {"topology": sizes},
             "training": {"use_qlora": four_bits},
             "hyperparameters": {
-                "per_device_batch": samples, "gradient_accumulation_steps": max(128, ranks) * tensor * pipeline // (samples * ranks),
+                "per_device_batch": samples,
+                "gradient_accumulation_steps": max(128, ranks) * tensor * pipeline // (samples * ranks),
                 "parallelism": {"activation_checkpointing": recompute},
             },
         })  # fmt: skip
