@@ -51,19 +51,19 @@ class Metrics:
         self.display = open_display(total_steps, step)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """`write`, and a line on the terminal, except of what would fill it."""
+        """`write`, and a line on the terminal, except of what would fill it; both without the user's keys."""
+        if kind == "event":
+            values = {name: redact(value) if isinstance(value, str) else value for name, value in values.items()}
         self.write(kind, step, **values)
         if kind not in ("experts", "norms", "devices"):
             self.display.show(kind, step, values)
         self._report_trackers(step)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line `{"kind": kind, "step": step, "time": seconds since 1970, ...}`, without the user's keys.
+        """One line `{"kind": kind, "step": step, "time": seconds since 1970, ...}`.
 
         Trackers get its numbers as kind/name (`flat`).
         """
-        if kind == "event":
-            values = {name: redact(value) if isinstance(value, str) else value for name, value in values.items()}
         now = round(time.time(), 3)
         self._step = step
         self._write(json.dumps({"kind": kind, "step": step, "time": now, **values}, allow_nan=False) + "\n")

@@ -315,7 +315,7 @@ class Background:
                 tracker.log(line)
             tracker.close()
         except BaseException as error:  # whatever it is, and SystemExit: training goes on
-            self.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self.failure = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def start(run: TrackedRun) -> list[Background]:

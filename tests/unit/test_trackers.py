@@ -98,7 +98,7 @@ def run(tmp_path, *begins, steps=5):
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_one_that_fails_is_an_event_and_the_others_get_everything(tmp_path, monkeypatch):
+def test_one_that_fails_is_an_event_and_the_others_get_everything(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SOME_TOKEN", "secret-word-1")
     good, bad = Kept(), Kept(fails_at=3)
     lines = run(tmp_path, lambda: good, lambda: bad, raises)
@@ -109,6 +109,7 @@ def test_one_that_fails_is_an_event_and_the_others_get_everything(tmp_path, monk
         "1 gets no more numbers, training continues (OSError: no network)",
         "2 gets no more numbers, training continues (SystemExit: no key ***)",
     ]
+    assert "secret-word-1" not in capsys.readouterr().err
     assert {event["event"] for event in events} == {"tracker failed"}
     assert bad.lines[-1] == ("train", 2) or bad.lines[-1][0] == "event"
     assert [step for kind, step in good.lines if kind == "train"] == [1, 2, 3, 4, 5]
