@@ -20,7 +20,7 @@ class _SwiGLU(torch.autograd.Function):
         if gate_up.is_cuda:
             flat = None if weight is None else weight.flatten()
             y = torch.ops.megasft.swiglu(gate_up.flatten(0, -2), flat)
-            return y.view(*gate_up.shape[:-1], -1)
+            return y.view(*gate_up.shape[:-1], y.shape[-1])
         gate, up = gate_up.chunk(2, dim=-1)
         y = nn.functional.silu(gate).mul_(up)
         return y if weight is None else y.mul_(weight.to(y.dtype)[..., None])

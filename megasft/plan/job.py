@@ -34,6 +34,7 @@ class Job:
     width: int = 2
     recompute: bool = True
     counts_first: bool = False
+    decay: bool = False
     quant: QuantSettings | None = None
     imbalance: float = 1.0
     rank: int = 0
@@ -56,7 +57,8 @@ class Job:
             micro_batches=hyper.gradient_accumulation_steps, samples=hyper.per_device_batch,
             dropout=config.lora.dropout > 0,
             width=2 if parallel.bf16 else 4, recompute=parallel.activation_checkpointing,
-            counts_first=bool(hyper.router_aux_loss_coef), quant=config.quant if config.training.use_qlora else None,
+            counts_first=bool(hyper.router_aux_loss_coef), decay=hyper.weight_decay > 0,
+            quant=config.quant if config.training.use_qlora else None,
         )  # fmt: skip
 
     def of_rank(self, rank: int) -> "Job":

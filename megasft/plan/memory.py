@@ -11,6 +11,7 @@ from megasft.plan.job import Job
 from megasft.plan.state import owned, state_bytes, trained
 
 LOSS_CHUNK_BYTES, MIN_CHUNK, MAX_CHUNK = 256 * 2**20, 64, 4096  # of `model.loss`
+NORMS_CHUNK = 2**24  # elements, of `train.adapter_norms`
 COPY_BYTES = 32  # of each copy of a token: four 64-bit numbers (`model.dispatch.Copies`)
 
 
@@ -80,6 +81,7 @@ def _moments(job: Job) -> dict[str, dict[str, int]]:
         },
         "sums of gradients": {"flattened gradients": _flattened(job)},
         "optimizer": {"Adam's temporaries": _adam(job)},
+        "norms of a logged step": {"updates of adapters": _updates(job)},
     }  # fmt: skip
     if job.is_last:
         moments["loss head"] = {"saved activations": waiting + kept, **_head(job)}
@@ -136,6 +138,11 @@ def _flattened(job: Job) -> int:
 def _adam(job: Job) -> int:
     """torch's Adam; that of Transformer Engine needs none."""
     return 4 * max(owned(job))
+
+
+def _updates(job: Job) -> int:
+    """The updates whose norms a line of metrics has, a chunk at a time; a chunk may end with a large matrix."""
+    return 4 * (2 + job.decay) * min(sum(owned(job)), 2 * NORMS_CHUNK)
 
 
 def loss_chunk(job: Job) -> int:

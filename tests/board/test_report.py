@@ -79,7 +79,7 @@ def test_about_has_the_data_the_topology_and_the_versions(done):
     assert about["data"]["training"]["conversations"] == 12
     assert about["data"]["validation"]["conversations"] == 4
     assert about["data"]["validation"]["longest_tokens"] >= about["data"]["validation"]["median_tokens"] > 20
-    assert about["topology"] == {"ranks": 2, "tensor_parallel": 2, "expert_parallel": 1, "expert_tensor_parallel": 2,
+    assert about["topology"] == {"ranks": 2, "tensor_parallel": 2, "expert_parallel": 1, "expert_tensor_parallel": 1,
                                  "pipeline_parallel": 1, "data_parallel": 1}  # fmt: skip
     assert about["environment"]["torch"] == version("torch")
 

@@ -4,15 +4,16 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import Qwen3MoeConfig
 
 from megasft.config.schema import RunConfig
+from megasft.model.shape import RELEASED
 from megasft.plan.job import Job
-from tests.support.fake_cuda.walk import qwen3_30b, settings
+from tests.support.fake_cuda.walk import settings
 
 R, TOKENS = 8, 64
 PACKED = [13, 30, 7, 21, 9, 28, 5, 17]
@@ -34,10 +35,10 @@ class Case:
     transformer_engine: bool = True
     without_rows: bool = False
     steps: int = 1
-    full: bool = False  # all layers of the 30B instead of a small model
+    full: str = ""  # a released model at its true size, instead of a small one
 
     def config(self) -> Qwen3MoeConfig:
-        return qwen3_30b() if self.full else small(**self.model)
+        return released(self.full) if self.full else small(**self.model)
 
     def settings(self, folder: str) -> dict[str, Any]:
         made = settings(**({"tokens": TOKENS, "r": R, "folder": folder, "accumulation": 1} | self.changes))
@@ -52,6 +53,12 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+def released(name: str) -> Qwen3MoeConfig:
+    """A model of `megasft.model.shape.RELEASED`."""
+    rope = {"rope_type": "default", "rope_theta": 1e7}
+    return Qwen3MoeConfig(**asdict(RELEASED[name]) | {"norm_topk_prob": True, "rope_parameters": rope})
 
 
 def small(**changes: Any) -> Qwen3MoeConfig:
@@ -94,7 +101,22 @@ CASES = [
 ]  # fmt: skip
 
 
-FULL = Case("reference job", changes=TP2 | {"tokens": 4096, "r": 16}, lengths=(4096,) * 8, steps=2, full=True)
+_30B = "Qwen3-Coder-30B-A3B"
+FULL = Case("reference job", changes=TP2 | {"tokens": 4096, "r": 16}, lengths=(4096,) * 8, steps=2, full=_30B)
+# Released models at their true sizes, with few tokens.
+SHAPES = [
+    Case(name, world, rank, changes | {"r": 16}, (TOKENS,) * 2 * world, full=model)
+    for name, model, world, rank, changes in [
+        ("30B dp4", _30B, 4, 0, {}),
+        ("30B ep4", _30B, 4, 1, {"ep": 4}),
+        ("30B tp2-dp2", _30B, 4, 3, TP2),
+        ("30B tp2-pp2, first stage", _30B, 4, 0, TP2 | {"pp": 2}),
+        ("30B tp2-pp2, last stage", _30B, 4, 3, TP2 | {"pp": 2}),
+        ("30B 4-bit", _30B, 4, 0, TP2 | {"quant": True}),
+        ("235B", "Qwen3-235B-A22B", 32, 9, {"tp": 4, "ep": 8}),
+        ("480B", "Qwen3-Coder-480B-A35B", 64, 40, {"tp": 8, "ep": 8, "pp": 2}),
+    ]
+]
 
 
 @dataclass
@@ -128,7 +150,7 @@ def walk_all(path: str, names: list[str]) -> None:
     from tests.support.fake_cuda.walk import Walk
 
     walk, found = Walk(), {}
-    for case in [FULL, *CASES] if names else CASES:
+    for case in [FULL, *SHAPES, *CASES] if names else CASES:
         if names and case.name not in names:
             continue
         with walk.job(case.config(), case.settings(path + ".run"), list(case.lengths), case.world, case.rank,

@@ -1,10 +1,10 @@
-"""The reference job at its true size: 48 layers, 4,096 tokens, TP=2 x DP=2, on a rank of fake GPUs."""
+"""Released models at their true sizes on a rank of fake GPUs; the reference job with 4,096 tokens, TP=2 x DP=2."""
 
 import pytest
 
 from megasft.plan.memory import memory
 from megasft.plan.state import state_bytes
-from tests.cuda_path.cases import FULL, in_a_process
+from tests.cuda_path.cases import FULL, SHAPES, in_a_process
 
 pytestmark = pytest.mark.slow
 
@@ -30,3 +30,15 @@ def test_state_is_what_the_plan_says_to_the_byte(walked):
 
 def test_the_peak_is_within_5_percent_of_the_plan(walked):
     assert memory(FULL.job()).peak == pytest.approx(walked.peak, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return in_a_process(tmp_path_factory.mktemp("walk") / "shapes", *(case.name for case in SHAPES))
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_the_state_of_released_models_is_what_the_plan_says_to_the_byte(shapes, case):
+    found = shapes[case.name]
+    assert not found.error, found.error
+    assert found.state == state_bytes(case.job())

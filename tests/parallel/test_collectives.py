@@ -77,7 +77,7 @@ def test_an_adapted_layer_issues_the_collectives_of_the_frozen_layer(ranks, base
             # Zero B would hide a missing path of backward; initial adapters have it, so these start from random ones.
             "job": {"model": base, "output_dir": str(tmp_path), "init_adapter": adapter},
             "lora": {"r": 4, "dropout": dropout, "target_modules": list(LINEAR_LAYERS)},
-            "data": {"topology": {"tensor_parallel": tensor}},
+            "data": {"topology": {"tensor_parallel": tensor, "expert_tensor_parallel": tensor}},
             "hyperparameters": {"parallelism": {"bf16": False, "activation_checkpointing": False}},
         }
 

@@ -49,7 +49,7 @@ def answers(ranks, tmp_path_factory):
         return {
             "job": {"model": str(folder / "base"), "output_dir": str(folder / "run")},
             "lora": {"r": R, "alpha": ALPHA, "dropout": dropout, "target_modules": ["all-linear", "gate"]},
-            "data": {"topology": {"tensor_parallel": 2}},
+            "data": {"topology": {"tensor_parallel": 2, "expert_tensor_parallel": 2}},
             "hyperparameters": {"per_device_batch": 8, "n_epochs": 2, "warmup_ratio": 0.5, "parallelism": {
                 "bf16": False, "activation_checkpointing": False,
             }},

@@ -24,7 +24,7 @@ def test_checks_run_in_their_order_and_what_needs_a_gpu_says_so(tmp_path):
     assert code == 0, said
     dropout, reference = found["checks"]
     assert dropout["status"] == "passed"
-    assert len(dropout["measured"]) == 12
+    assert len(dropout["measured"]) == 16
     assert all(one["passed"] for one in dropout["measured"])
     assert (reference["status"], reference["reason"]) == ("not run", "needs 4 GPUs")
     assert found["claims"]["LoRA adds no collective"] == "not run"
