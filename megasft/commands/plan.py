@@ -9,6 +9,7 @@ import typer
 
 from megasft.commands.app import ConfigOption, SetOption, app
 from megasft.config.schema import load_config
+from megasft.messages import UserError
 
 
 @app.command(
@@ -62,13 +63,18 @@ def plan(
     per_node = gpus or settings.compute.gpu_count or settings.world_size() or 1
     ranks = per_node * (nodes or settings.compute.nodes)
     dataset = read_dataset(data) if data else None
-    found = make_plan(settings, shape, ranks, kind, per_node, dataset, imbalance or IMBALANCE)
     if search:
         from megasft.plan.search import search as search_all
 
-        ranked = search_all(settings, shape, ranks, kind, per_node, dataset, None, found.imbalance)
-        print(json.dumps([asdict(one) for one in ranked]) if as_json else report.search_text(ranked, found))
+        try:
+            here = make_plan(settings, shape, ranks, kind, per_node, dataset, imbalance or IMBALANCE)
+        except UserError:  # the run file's topology is of other GPUs
+            here = None
+        ranked = search_all(settings, shape, ranks, kind, per_node, dataset, None, imbalance or IMBALANCE)
+        searched = f"{ranks} x {kind.name}"
+        print(json.dumps([asdict(one) for one in ranked]) if as_json else report.search_text(ranked, searched, here))
         return
+    found = make_plan(settings, shape, ranks, kind, per_node, dataset, imbalance or IMBALANCE)
     if plot:
         plot.write_text(report.as_svg({config.stem: found}), encoding="utf-8")
     lines = advice(settings, found)

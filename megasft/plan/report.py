@@ -137,17 +137,19 @@ def _line(name: str, value: float) -> str:
     return f"  {name:<76} {value:9.3f}"
 
 
-def search_text(found: list[Candidate], plan: Plan, best: int = 10) -> str:
-    """The fastest that fit beside what the run file says, why others are rejected, and the winner as lines to paste."""
+def search_text(found: list[Candidate], gpus: str, plan: Plan | None, best: int = 10) -> str:
+    """The fastest that fit `gpus`, beside what the run file says if that is for as many; why others are rejected, and
+    the winner as lines to paste.
+    """
     fitting = [one for one in found if not one.reason]
     lines = [
-        f"{len(fitting)} of {len(found)} candidates fit {plan.job.world} x {plan.gpu.name}; "
-        "tokens/s a GPU are estimates by roofline, not measured",
+        f"{len(fitting)} of {len(found)} candidates fit {gpus}; tokens/s a GPU are estimates by roofline, not measured",
         "",
         f"{'tokens/s':>9} {'GiB':>6}  {'topology':<52} {'batch':>8}  recompute  base   packing",
         *(_candidate(one) for one in fitting[:best]),
     ]
-    lines.append(f"{plan.time.tokens_per_second:9,.0f} {plan.imbalanced.peak / GiB:6.1f}  as the run file says")
+    if plan:
+        lines.append(f"{plan.time.tokens_per_second:9,.0f} {plan.imbalanced.peak / GiB:6.1f}  as the run file says")
     for kind, number in reasons(found).most_common():
         one = next(one.reason for one in found if one.reason.startswith(kind))
         lines.append(f"{number} rejected, {kind}, such as{one.removeprefix(kind)}".replace("such as:", "such as"))

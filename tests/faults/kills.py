@@ -86,7 +86,7 @@ MOMENTS: dict[str, list[Point]] = {
         *_around("megasft.train.checkpoint.resume:", "_set_aside"),
     ],
     "step": [
-        *_around(TRAINER + "Trainer", "_compute", False), *_around(TRAINER, "step", False),
+        *_around("megasft.train.forward_backward:ForwardBackward", "__call__", False), *_around(TRAINER, "step", False),
         *_around(TRAINER + "Trainer", "train_step", False),
     ],
     "metrics": [*_around("megasft.train.metrics:Metrics", "_write"), Point("megasft.train.metrics:Metrics", "_write", "half")],

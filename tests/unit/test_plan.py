@@ -235,6 +235,17 @@ def test_the_search_prints_the_winner_as_lines_to_paste(capsys, monkeypatch, tmp
     assert config.world_size() == 4
 
 
+def test_other_gpus_than_the_run_file_has_are_searched(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["megasft", "plan", "--config", REFERENCE, "--gpus", "8", "--search"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    text = capsys.readouterr().out
+    assert "candidates fit 8 x H200" in text
+    assert "as the run file says" not in text
+    assert "data_parallel = 8" in text
+
+
 # --- a job that does not fit is refused ---
 
 
