@@ -35,7 +35,7 @@ lint: install
 test: lint
 	$(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-# What `make test` leaves out, 3 to 6 minutes: two nodes over a network, ranks that hang or are stopped.
+# What `make test` leaves out, 15 to 20 minutes: two nodes over a network, ranks that hang, models at their true sizes.
 test-slow: install
 	$(PYTHON) -m pytest -m slow
 
