@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megasft import gpus, host, preflight
-from megasft.about import write_about
+from megasft import host
 from megasft.adapters.model_io import initialize_adapter, load_adapter
 from megasft.adapters.peft_layout import SERVED_ROUTER
-from megasft.answers import write_answers
+from megasft.board.about import write_about
+from megasft.board.answers import write_answers
+from megasft.checks import gpus, preflight
 from megasft.config.parallelism import resolve_topology
 from megasft.config.schema import LoraSettings, QuantSettings, RunConfig
 from megasft.config.values import ROUTER

@@ -14,7 +14,7 @@ class UserError(Exception):
 
 def say(message: str, details: str = "") -> None:
     """Print `details` of any length, then the line `megasft: message`, on standard error."""
-    from megasft.keys import redact
+    from megasft.config.keys import redact
 
     print(redact(f"{details}megasft: {' '.join(message.split())}"), file=sys.stderr, flush=True)
 

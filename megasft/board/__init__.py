@@ -1,1 +1,1 @@
-"""The live page and the report. They read run directories only, and never write into one, the report's file apart."""
+"""The live page and the report, which read run directories only, and what the ranks of a run leave for them there."""

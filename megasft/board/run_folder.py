@@ -88,7 +88,7 @@ class Run:
         return self._parsed(CONFIG, tomllib.loads)
 
     def about(self) -> dict[str, Any]:
-        """Data, topology and environment, as `megasft.about` writes them; {} where they cannot be read."""
+        """Data, topology and environment, as `megasft.board.about` writes them; {} where they cannot be read."""
         return self._parsed(ABOUT, json.loads)
 
     def answers(self) -> list[dict[str, str]]:

@@ -132,7 +132,7 @@ def generate(
         ranks = request.ranks()
         use_cores(ranks)
         request.check(request.sizes(ranks))
-        from megasft import gpus
+        from megasft.checks import gpus
 
         gpus.check_ranks(ranks)
         launch(ranks, "interrupted", main, import_rank, asks_rank_0=True)

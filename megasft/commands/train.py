@@ -15,8 +15,8 @@ from megasft.commands.app import (
     import_rank,
     main,
 )
+from megasft.config.keys import load_env_file
 from megasft.config.schema import load_config
-from megasft.keys import load_env_file
 
 
 @app.command(
@@ -104,7 +104,7 @@ def train(
     if settings.compute.gpu_count == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch, which asks for GPUs when megasft.host is imported
     if dry_run:
-        from megasft.dry_run import dry_run as check_all
+        from megasft.checks.dry_run import dry_run as check_all
 
         check_all(settings, ranks or settings.world_size() or 1)
     elif "RANK" in os.environ:
@@ -113,7 +113,7 @@ def train(
 
         rank.train(settings)
     else:
-        from megasft import preflight
+        from megasft.checks import preflight
         from megasft.launch.exit import interrupted
         from megasft.launch.launcher import launch, use_cores
 

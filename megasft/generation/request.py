@@ -73,10 +73,10 @@ class Request:
         read_tools(self.tools)
         if self.jsonl is not None:
             conversation_files(self.jsonl)
-        # Imported after the paths were checked, as in `megasft.preflight`: torch and transformers take seconds.
-        from megasft import gpus
+        # Imported after the paths were checked, as in `megasft.checks.preflight`: torch and transformers take seconds.
         from megasft.adapters.adapter_file import AdapterFile
         from megasft.adapters.fit import fitting_pairs, warn_of_other_base
+        from megasft.checks import gpus
         from megasft.data.tokenizer import load_tokenizer
         from megasft.model.hf_checkpoint import Checkpoint
         from megasft.model.hf_config import read_config

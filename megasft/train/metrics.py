@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megasft.keys import redact
+from megasft.config.keys import redact
 from megasft.messages import say
 from megasft.train.display import open_display
 from megasft.train.trackers import Background, Line

@@ -25,8 +25,8 @@ from urllib.parse import urlparse
 
 import numpy as np
 
+from megasft.config.keys import redact
 from megasft.config.schema import RunConfig
-from megasft.keys import redact
 from megasft.messages import UserError
 
 CLOSE_SECONDS = 60.0  # for what is on its way when a run ends

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megasft import answers
-from megasft.about import write_about
+from megasft.board import answers
+from megasft.board.about import write_about
 from megasft.board.report import write_at_end, write_report
 from megasft.board.svg import load_picture, steps
 from megasft.config.parallelism import resolve_topology

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasft import cli, host
+from megasft.checks.gpus import check_memory
 from megasft.config.schema import load_config
-from megasft.gpus import check_memory
 from megasft.messages import UserError
 from megasft.model.hf_checkpoint import needed
 from megasft.model.hf_config import read_config
@@ -89,7 +89,7 @@ def test_a_conversation_after_the_first_that_cannot_be_used_is_found(dry_run, wo
 
 
 def test_a_full_disk_is_found(dry_run, monkeypatch):
-    from megasft import dry_run as module
+    from megasft.checks import dry_run as module
 
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     code, _, errors = dry_run()

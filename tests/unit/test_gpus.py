@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from megasft import cli, gpus, host, job
+from megasft import cli, host, job
+from megasft.checks import gpus
 from megasft.config.schema import RunConfig
 from megasft.launch import launcher
 from megasft.messages import UserError

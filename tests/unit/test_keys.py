@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megasft.keys import load_env_file, redact
+from megasft.config.keys import load_env_file, redact
 from megasft.messages import UserError, say
 
 

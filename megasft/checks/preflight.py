@@ -43,7 +43,7 @@ def check(config: RunConfig, sizes: TopologySizes) -> None:
     """Raise UserError for any input of the job that is missing or does not fit; reads no weights."""
     _check_paths(config)
     # Imported after the paths were checked: torch and transformers take seconds, and a wrong path should not.
-    from megasft import gpus
+    from megasft.checks import gpus
     from megasft.data.tokenizer import load_tokenizer
     from megasft.model.hf_checkpoint import fingerprint
     from megasft.model.hf_config import read_config
@@ -73,7 +73,7 @@ def check(config: RunConfig, sizes: TopologySizes) -> None:
 
 def check_gpus(config: RunConfig, ranks: int) -> None:
     """Raise UserError unless this machine has the GPUs that the run file and `ranks` ranks on it ask for."""
-    from megasft import gpus
+    from megasft.checks import gpus
 
     gpus.check_count(config, ranks)
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from megasft import gpus, host, preflight
+from megasft import host
+from megasft.checks import gpus, preflight
 from megasft.config.schema import RunConfig
 from megasft.data.conversations import Conversation, read_conversations
 from megasft.data.problems import Problem
