@@ -25,7 +25,7 @@ class Content:
         events, checkpoints: newest last: step, time (s since 1970), event, reason.
         noted: events and checkpoints so far.
         frames: (step, tokens [layer, expert]) over the run, evenly thinned out.
-        step, tokens: of the last `train` line; tokens since the start, about.
+        step, tokens: of the last `train` line; tokens since the start.
         started, ended: time of the first and the last line, s since 1970; 0 before the first.
     """
 
@@ -79,8 +79,9 @@ class Content:
         if kind in ("train", "validation", "norms", "devices"):
             values = _flat(record)
             if kind == "train":
-                # A line in every_steps: the steps between had about as many tokens.
-                self.tokens += values.get("tokens", 0.0) * max(0, step - self.step)
+                # Lines without the sum: the steps between two of them had about as many tokens.
+                between = values.get("tokens", 0.0) * max(0, step - self.step)
+                self.tokens = values.get("trained_tokens", self.tokens + between)
                 self.step = max(step, self.step)
                 _split(values)
             loss = values.get("loss")

@@ -24,7 +24,7 @@ MOST_ANSWERS = 64
 DEPTH, MOST = 3, 200  # folders below a given one that are searched, and the most runs that are shown
 SKIMMED = 400  # lines shown of a long run until all of it is read
 LONG = 2 << 20  # bytes
-PAUSE = 0.15  # seconds without a request after which reading goes on
+PAUSE = 0.15  # seconds without a request after which reading continues
 RECENT = 30.0  # seconds since the last line, after which a run without a lock counts as stopped
 
 

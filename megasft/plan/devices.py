@@ -22,14 +22,33 @@ class Gpu:
     watts: float
 
 
-# NVIDIA's data sheets: dense bf16 without sparsity; NVLink is given as the sum of both directions there.
+# Dense bf16 products with fp32 accumulation, FLOP/s, without sparsity: NVIDIA's data sheets. The words of a GPU's name
+# contain those of one of these; the first that fits counts.
+PEAKS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A40": 149.7e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L4": 121e12,
+}
+
+# NVIDIA's data sheets; NVLink is given as the sum of both directions there.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 80e9, 312e12, 2.039e12, 300e9, 25e9, 400),
-        Gpu("H100", 80e9, 989e12, 3.35e12, 450e9, 50e9, 700),
-        Gpu("H200", 141e9, 989e12, 4.8e12, 450e9, 50e9, 700),
-        Gpu("B200", 180e9, 2250e12, 8.0e12, 900e9, 50e9, 1000),
+        Gpu("A100", 80e9, PEAKS["A100"], 2.039e12, 300e9, 25e9, 400),
+        Gpu("H100", 80e9, PEAKS["H100"], 3.35e12, 450e9, 50e9, 700),
+        Gpu("H200", 141e9, PEAKS["H200"], 4.8e12, 450e9, 50e9, 700),
+        Gpu("B200", 180e9, PEAKS["B200"], 8.0e12, 900e9, 50e9, 1000),
     )
 }
 PER_NODE = 8  # GPUs, where the run file does not say

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megasft.plan.job import Job
 from megasft.plan.state import trained
 
-OWN_NUMBERS = 47  # that each rank tells of itself for a line of metrics.jsonl
+OWN_NUMBERS = 47  # of each rank, exchanged for a line of metrics.jsonl
 SHAPE_MESSAGE = 3 * 8  # a pipeline stage tells the next the shape of what it sends, int64
 
 

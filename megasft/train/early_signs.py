@@ -1,6 +1,6 @@
 """Events for what experienced people watch for, from the lines of a run as they are written.
 
-Everything here is on rank 0 and follows from the lines alone, so a resumed run reads its own lines and goes on; only
+Everything here is on rank 0 and follows from the lines alone, so a resumed run reads its own lines and continues; only
 what ranks are compared by is not among them and starts anew.
 """
 

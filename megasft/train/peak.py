@@ -6,25 +6,8 @@ import time
 import torch
 
 from megasft import host
+from megasft.plan.devices import PEAKS
 
-# Dense bf16 products with fp32 accumulation, FLOP/s, without sparsity: NVIDIA's data sheets. A name in torch's words
-# contains one of these; the first that fits counts.
-GPU_PEAKS = (
-    ("B200", 2250e12),
-    ("GH200", 989e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H800", 989e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("L40S", 362e12),
-    ("A40", 149.7e12),
-    ("A10G", 70e12),
-    ("A10", 125e12),
-    ("L4", 121e12),
-)
 PROBES = ((512, 512, 1024),)  # rows, inputs, outputs
 PROBE_SECONDS = 0.02
 
@@ -34,7 +17,7 @@ def gpu_peak(name: str, dtype: torch.dtype) -> float | None:
     if dtype != torch.bfloat16:
         return None
     words = name.replace("-", " ").split()
-    fits = (peak for known, peak in GPU_PEAKS if set(known.split()) <= set(words))
+    fits = (peak for known, peak in PEAKS.items() if set(known.split()) <= set(words))
     return next(fits, None)
 
 

@@ -1,7 +1,7 @@
 """Trackers: where the numbers of a run go beside metrics.jsonl, for `[logging] to`.
 
 Each works in a thread of its own, so that no step waits for a network; one that fails gets no more numbers, and the run
-goes on. A resumed run continues the run of each tracker, whose name is kept in trackers.json of the run directory.
+continues. A resumed run continues the run of each tracker, whose name is kept in trackers.json of the run directory.
 """
 
 import contextlib
@@ -314,7 +314,7 @@ class Background:
             while (line := self._lines.get()) is not None:
                 tracker.log(line)
             tracker.close()
-        except BaseException as error:  # whatever it is, and SystemExit: training goes on
+        except BaseException as error:  # whatever it is, and SystemExit: training continues
             self.failure = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 

@@ -112,6 +112,9 @@ def test_tokens_between_two_lines_are_counted():
     content = Content()
     content.add([json.dumps({"kind": "train", "step": s, "time": 1.0, "tokens": 100}).encode() for s in (10, 20, 30)])
     assert content.tokens == 3000
+    line = {"kind": "train", "step": 40, "time": 1.0, "tokens": 100, "trained_tokens": 2718}
+    content.add([json.dumps(line).encode()])
+    assert content.tokens == 2718, "what a line knows is not estimated"
 
 
 def test_a_line_without_its_end_waits_and_a_replaced_file_is_read_again(tmp_path):

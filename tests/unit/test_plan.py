@@ -175,6 +175,19 @@ def test_the_first_rank_of_a_stage_needs_most_of_its_stage():
     assert max(peaks[4:]) == peaks[4]
 
 
+def test_constants_of_the_code_that_the_plan_repeats_without_importing_it_are_equal():
+    from megasft.model import loss
+    from megasft.plan import memory, state
+    from megasft.quant import kernels
+    from megasft.train import adapter_norms
+
+    assert (memory.LOSS_CHUNK_BYTES, memory.MIN_CHUNK, memory.MAX_CHUNK) == (
+        loss.CHUNK_BYTES, loss.MIN_CHUNK, loss.MAX_CHUNK,
+    )  # fmt: skip
+    assert memory.NORMS_CHUNK == adapter_norms.CHUNK
+    assert state.GROUP == kernels.GROUP
+
+
 # --- search ---
 
 
