@@ -282,7 +282,7 @@ class Background:
     """A tracker in its thread.
 
     Attributes:
-        failure: why it gets no more lines, empty while it does.
+        failure: why it gets no more lines, empty while it does; may hold keys (`Metrics.record` leaves them out).
     """
 
     def __init__(self, name: str, begin: Callable[[], Tracker]) -> None:
@@ -315,7 +315,7 @@ class Background:
                 tracker.log(line)
             tracker.close()
         except BaseException as error:  # whatever it is, and SystemExit: training continues
-            self.failure = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            self.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def start(run: TrackedRun) -> list[Background]:

@@ -49,27 +49,42 @@ def run_with_answers(run_file, ranks):
 def done(tmp_path_factory, ranks):
     """The folder of a tiny job whose run, on TP=2, is done."""
     folder = tmp_path_factory.mktemp("job")
-    ranks(2, run_with_answers, make_world(folder, tensor=2, steps=2), 2)
+    run_file = make_world(folder, tensor=2, steps=2)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder / "model"), base_model(folder / "model")
+    said = by_transformers(model, tokenizer, question(0), [tokenizer.eos_token_id])
+    stop = [tokenizer.eos_token_id, next(token for token in said if token != said[0])]  # which ends some answers
+    (folder / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    ranks(2, run_with_answers, run_file, 2)
     return folder
+
+
+def question(number):
+    return f"<|im_start|>user\nvalidation {number}: what comes after {number}?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def by_transformers(model, tokenizer, text, stop):
+    """At most NEW greedy tokens, the one that ends them included."""
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        return model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, eos_token_id=stop)[
+            0, ids.shape[1] :
+        ].tolist()
 
 
 def test_answers_before_and_after_are_those_of_transformers_and_peft(done):
     found = json.loads((done / "run" / "answers.json").read_text())["answers"]
     assert [answer["reference"] for answer in found] == ["1 does", "3 does!!", "4 does!!!"]
     tokenizer = AutoTokenizer.from_pretrained(done / "model")
+    stop = json.loads((done / "model" / "generation_config.json").read_text())["eos_token_id"]
     models = {"before": base_model(done / "model"), "after": loaded_by_peft(done / "model", done / "run" / "adapter")}
+    ended = []
     for answer, number in zip(found, (0, 2, 3), strict=True):
-        text = f"<|im_start|>user\nvalidation {number}: what comes after {number}?<|im_end|>\n<|im_start|>assistant\n"
-        assert answer["prompt"] == text
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        assert answer["prompt"] == question(number)
         for name, model in models.items():
-            with torch.no_grad():
-                out = model.generate(
-                    input_ids=ids, max_new_tokens=NEW, do_sample=False, eos_token_id=tokenizer.eos_token_id
-                )
-            assert answer[name] == tokenizer.decode(
-                [token for token in out[0, ids.shape[1] :] if token != tokenizer.eos_token_id]
-            )
+            tokens = by_transformers(model, tokenizer, question(number), stop)
+            ended.append(tokens[-1] in stop)
+            assert answer[name] == tokenizer.decode([token for token in tokens if token not in stop])
+    assert any(ended)
     assert any(answer["before"] != answer["after"] for answer in found)
 
 
