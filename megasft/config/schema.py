@@ -276,8 +276,7 @@ class LoggingSettings(Section):
     project: Text = "megasft"  # the project of the trackers, MLflow's experiment
     run_name: Text | None = None  # the run's name in the trackers; default: the last part of `output_dir`
     experts_every_steps: Count = 100  # optimizer steps between lines of kind `experts` (tokens per layer and expert)
-    # validation prompts that a run answers at its end, with the base model and with the adapter, for the dashboard and
-    # the report; each answer has at most 128 tokens
+    # validation prompts that base model and adapter answer at the end, in at most 128 tokens, for dashboard and report
     answers: Annotated[int, Field(ge=0, le=64)] = 0
 
 

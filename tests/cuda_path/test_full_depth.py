@@ -4,6 +4,7 @@ import pytest
 
 from megasft.plan.memory import memory
 from megasft.plan.state import state_bytes
+from megasft.plan.time import KERNELS
 from tests.cuda_path.cases import FULL, SHAPES, in_a_process
 
 pytestmark = pytest.mark.slow
@@ -20,6 +21,8 @@ def test_a_micro_batch_launches_moves_and_waits_as_committed(walked):
     counts = walked.phases["compute"]
     assert counts.kernels.total() == 11_750
     assert round(counts.bytes.total() / 1e9) == 455
+    forward, backward = KERNELS[False]  # by which the plan counts launches; embedding, head and sums beside the layers
+    assert 48 * (2 * forward + backward) == pytest.approx(counts.kernels.total(), rel=0.03)
     assert [(what, where.partition(":")[0]) for what, where in counts.syncs] == [
         ("copy cuda to cpu", "megasft/train/forward_backward.py")
     ]
