@@ -130,6 +130,6 @@ class StepTraffic:
         self._add("norm", world, "all-reduce", 4)
         self._add("world", world, "all-reduce", 8 * (4 + (self.sparse_everywhere + 1) * experts))
         if self.recorded:  # the ranks' own numbers, between the hosts
-            self._add("world", world, "all-gather", 8 * world * OWN_NUMBERS)
+            self._add("world", world, "all-to-all", 8 * world * OWN_NUMBERS)
         if self.counts_first:
             self._add("world", world, "all-reduce", 8 * (2 + (self.sparse_everywhere + 1) * experts))

@@ -5,7 +5,6 @@ parallel ranks replicate, the first of them counts. An update is taken from Adam
 / (sqrt(v / (1 - b2^t)) + eps), and decoupled weight decay; nothing of the weights before is kept.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megasft import host
 from megasft.config.schema import HyperparameterSettings
 from megasft.config.values import LINEAR_LAYERS
 from megasft.lora.sharded import ShardedLinear
@@ -26,6 +24,7 @@ KEYS = [(what, factor, kind) for what in ("parameters", "updates") for factor in
 
 CHUNK = 2**24  # elements whose updates are in memory together
 
+Key = tuple[str, str, str]  # ("parameters" or "updates", factor, kind)
 Period = list[tuple[str, str, int]]  # (factor, kind, elements) that repeat along a flattened parameter
 
 
@@ -41,8 +40,9 @@ class AdapterNorms:
         self.kinds = [kind for kind in LINEAR_LAYERS if kind in model.lora.targets]
 
     def squares(self, rate: float, updates: int) -> list[float]:
-        """Of each of KEYS, after the `updates`-th step of Adam, with learning rate `rate`. Waits for the device."""
-        found: dict[tuple[str, str, str], list[Tensor]] = defaultdict(list)
+        """Of each of KEYS, after the `updates`-th step of Adam with learning rate `rate`. Waits once for the device."""
+        norms: list[tuple[Key, Tensor]] = []
+        squares: list[tuple[Key, Tensor]] = []
         for parts in self._chunks():
             masters = [part.states["master"] for part in parts]
             for what, values in (("parameters", masters), ("updates", self._updates(parts, rate, updates))):
@@ -50,16 +50,18 @@ class AdapterNorms:
                 for part, value in zip(parts, values, strict=True):
                     period = self._periods[part.parameter]
                     if len(period) > 1:
-                        for factor, kind, square in _squares(value, part.start, period):
-                            found[what, factor, kind].append(square)
+                        squares += [((what, *key), square) for key, square in _squares(value, part.start, period)]
                     else:
                         single.append(value)
                         keys.append((what, *period[0][:2]))
-                norms = torch._foreach_norm(single, 2, torch.float64) if single else ()
-                for key, norm in zip(keys, norms, strict=True):
-                    found[key].append(norm.square())
-        zero = torch.zeros((), dtype=torch.float64, device=host.device())
-        return torch.stack([torch.stack(found[key]).sum() if key in found else zero for key in KEYS]).tolist()
+                if single:
+                    norms += zip(keys, torch._foreach_norm(single, 2, torch.float64), strict=True)
+        totals = dict.fromkeys(KEYS, 0.0)
+        if found := [*norms, *squares]:
+            numbers = torch.stack([number for _, number in found]).tolist()  # summed on the host: thousands of numbers
+            for i, ((key, _), number) in enumerate(zip(found, numbers, strict=True)):
+                totals[key] += number**2 if i < len(norms) else number
+        return list(totals.values())
 
     def of(self, totals: list[float]) -> dict[str, Any]:
         """The norms, for a line of metrics, from the sums of `squares` over all ranks."""
@@ -109,7 +111,7 @@ def _periods(module: ShardedLinear) -> dict[Any, Period]:
     return found
 
 
-def _squares(values: Tensor, start: int, period: Period) -> list[tuple[str, str, Tensor]]:
+def _squares(values: Tensor, start: int, period: Period) -> list[tuple[tuple[str, str], Tensor]]:
     """Sums of squares, fp64, of each (factor, kind) in `values`, which begin at element `start` of the parameter."""
     each, n = period[0][2], len(period)
     head = min(-start % each, len(values))
@@ -122,7 +124,7 @@ def _squares(values: Tensor, start: int, period: Period) -> list[tuple[str, str,
         pieces += [(first + i, squares[i::n].sum()) for i in range(min(n, whole))]
     if (tail := head + whole * each) < len(values):
         pieces.append((first + whole, _square(values[tail:])))
-    return [(*period[number % n][:2], square) for number, square in pieces]
+    return [(period[number % n][:2], square) for number, square in pieces]
 
 
 def _square(values: Tensor) -> Tensor:
