@@ -18,6 +18,7 @@ from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.linear import LoraLinear
 from megasft.model.batch import Segments
 from megasft.model.norm import RMSNorm
+from megasft.model.qkv import split_qkv
 from megasft.storage.shards import Shard, Sharded, full_index
 
 
@@ -37,7 +38,7 @@ class SelfAttention(Sharded):
         self.layer_number = layer_number
         d = self.head_dim = config.kv_channels
         heads, groups, tp = config.num_attention_heads, config.num_query_groups, pg_collection.tp
-        self.widths = [heads * d // tp.size(), groups * d // tp.size(), groups * d // tp.size()]
+        self.heads = heads // tp.size()
         common = {"lora": lora, "group": tp, "dtype": config.params_dtype}
         common |= {"writer": pg_collection.dp.rank() == 0, "quant": quant}
         qkv = {"q_proj": heads * d, "k_proj": groups * d, "v_proj": groups * d}
@@ -51,11 +52,8 @@ class SelfAttention(Sharded):
         self, x: Tensor, attention_mask: None, rotary_pos_emb: Tensor, packed_seq_params: Segments, **_: Any
     ) -> tuple[Tensor, None]:
         """x [S, 1, H], rotary_pos_emb [2, T, d] (cos, sin) -> [S, 1, H] and no bias."""
-        q, k, v = self.linear_qkv(x).squeeze(1).split(self.widths, dim=-1)
-        q = self.q_layernorm(q.unflatten(-1, (-1, self.head_dim)))
-        k = self.k_layernorm(k.unflatten(-1, (-1, self.head_dim)))
-        v = v.unflatten(-1, (-1, self.head_dim))
-        q, k = rotate(q, rotary_pos_emb), rotate(k, rotary_pos_emb)
+        qkv = self.linear_qkv(x).squeeze(1)
+        q, k, v = split_qkv(qkv, self.heads, self.q_layernorm, self.k_layernorm, rotary_pos_emb)
         y = packed_seq_params.attend(self.layer_number, q, k, v, self.core_attention)
         return self.linear_proj(y.reshape(x.shape[0] * self.linear_qkv.size, 1, -1)), None
 
@@ -123,34 +121,3 @@ class SegmentedAttention(nn.Module):
             y = nn.functional.scaled_dot_product_attention(qi, ki, vi, is_causal=True, enable_gqa=repeat > 1)
             outputs.append(y[0].transpose(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), rotating the two halves as Qwen3 does.
-
-    x [T, heads, d], cos_sin [2, T, d].
-    """
-    return _Rotate.apply(x, cos_sin)
-
-
-class _Rotate(torch.autograd.Function):
-    """Linear in x, so backward needs only cos and sin. The transpose of a rotation is the inverse rotation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos_sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_sin)
-        return _turn(x, cos_sin[0, :, None], cos_sin[1, :, None])
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (cos_sin,) = ctx.saved_tensors
-        # cos and sin repeat in both halves, so the transpose only changes the sign of sin.
-        return _turn(gy, cos_sin[0, :, None], -cos_sin[1, :, None]), None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    y = x * cos
-    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return y

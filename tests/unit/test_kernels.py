@@ -1,10 +1,14 @@
 """megasft's Triton kernels give what torch's operators give, in Triton's interpreter, and compile for sm_90."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megasft.lora import factors
 from megasft.lora.dropout import Dropout, key, share
+from megasft.model.norm import RMSNorm
+from megasft.model.qkv import split_qkv
 from megasft.model.swiglu import swiglu
 from tests.unit.triton_modules import compiled_for_hopper, load
 
@@ -128,4 +132,41 @@ def test_swiglu_compiles_for_hopper_without_spilling(monkeypatch, name, types):
     module = load(monkeypatch, "swiglu", interpreted=False)
     compiled_for_hopper(
         getattr(module, name), types, {"WEIGHTED": True, "ROWS": module.ROWS, "WIDE": module.WIDE}, ("rows",)
+    )
+
+
+# --- queries, keys and values ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "heads", "groups", "d"), [(35, 4, 2, 32), (3, 2, 2, 24), (0, 2, 1, 16)])
+def test_queries_and_keys_are_normed_and_rotated_as_torch_does(monkeypatch, tokens, heads, groups, d):
+    module = load(monkeypatch, "qkv", interpreted=True)
+    qkv = random(tokens, (heads + 2 * groups) * d, seed=0).requires_grad_()
+    norms = [RMSNorm(SimpleNamespace(params_dtype=torch.float32), d, 1e-3) for _ in range(2)]
+    for i, norm in enumerate(norms):
+        norm.weight.data = random(d, seed=1 + i)
+    angles = random(tokens, d // 2, seed=3).repeat(1, 2)
+    cos_sin = torch.stack([angles.cos(), angles.sin()])
+    given = (norms[0].weight, norms[1].weight, cos_sin, 1e-3)
+    want = split_qkv(qkv, heads, *norms, cos_sin)
+    gy = [random(*one.shape, seed=4 + i) for i, one in enumerate(want)]
+    (g,) = torch.autograd.grad(want, qkv, gy)
+    with torch.no_grad():
+        for got, one in zip(module.split(qkv, heads, *given), want, strict=True):
+            close(got, one.detach(), torch.float32)
+        close(module.gradient(*gy, qkv, *given), g, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [
+        ("_split", "qkv:*bf16 q_weight:*bf16 k_weight:*bf16 cos_sin:*bf16 q:*bf16 k:*bf16 v:*bf16"),
+        ("_gradient", "gq:*bf16 gk:*bf16 gv:*bf16 qkv:*bf16 q_weight:*bf16 k_weight:*bf16 cos_sin:*bf16 g:*bf16"),
+    ],
+)
+def test_so_they_compile_for_hopper_without_spilling(monkeypatch, name, types):
+    module = load(monkeypatch, "qkv", interpreted=False)
+    constants = {"HALF": 64, "ROWS": module.ROWS, "BLOCK": 64}
+    compiled_for_hopper(
+        getattr(module, name), f"{types} tokens heads groups eps:fp32", constants, ("tokens", "heads", "groups", "eps")
     )

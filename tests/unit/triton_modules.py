@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-MODULES = [f"megasft.kernels.{name}" for name in ("dropout", "factors", "swiglu")]
+MODULES = [f"megasft.kernels.{name}" for name in ("dropout", "factors", "qkv", "swiglu")]
 
 
 def load(monkeypatch: pytest.MonkeyPatch, name: str, interpreted: bool) -> ModuleType:
