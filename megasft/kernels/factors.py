@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megasft.kernels.dropout import mixed
+from megasft.kernels.dropout import mixed, row_hashes
 
 SHORT, TALL = 32, 64  # BM: rows of a tile, few where there are few tiles
 WIDE, RANK = 64, 64  # columns of a tile, and at most so many of a rank
@@ -19,7 +19,14 @@ PARTS = 3
 
 
 def down(
-    x: Tensor, A: Tensor, scaling: float, rows: Tensor | None, first: int, share: int, offsets: Tensor | None
+    x: Tensor,
+    A: Tensor,
+    scaling: float,
+    counters: Tensor | None,
+    key: int,
+    first: int,
+    share: int,
+    offsets: Tensor | None,
 ) -> Tensor:
     """See `lora.factors`."""
     x, A = _inner(x), A.contiguous()
@@ -28,8 +35,8 @@ def down(
     if x.shape[0]:
         block = _block(h.shape[1])
         grid = (launch.tiles, triton.cdiv(h.shape[1], block))
-        _down[grid](x, A, _any(rows, x), launch.offsets, h, *x.shape, h.shape[1], launch.experts, scaling, first,
-                    share, x.stride(0), rows is not None, first % 2, launch.grouped, launch.padded, launch.rows,
+        _down[grid](x, A, _any(counters, x), launch.offsets, h, *x.shape, h.shape[1], launch.experts, scaling, key,
+                    first, share, x.stride(0), counters is not None, first % 2, launch.grouped, launch.padded, launch.rows,
                     block, WIDE)  # fmt: skip
     return h
 
@@ -69,26 +76,26 @@ def up_gradient_B(gy: Tensor, h: Tensor, B: list[Tensor], starts: list[int], off
 
 
 def down_gradient_A(
-    gh: Tensor, x: Tensor, A: Tensor, rows: Tensor | None, first: int, share: int, offsets: Tensor | None
+    gh: Tensor, x: Tensor, A: Tensor, counters: Tensor | None, key: int, first: int, share: int, offsets: Tensor | None
 ) -> Tensor:
     """See `lora.factors`."""
     x, gA = _inner(x), torch.empty_like(A, memory_format=torch.contiguous_format)
     launch, block = _Launch(x.shape[0], offsets), _block(gh.shape[1])
     grid = (launch.experts, triton.cdiv(x.shape[1], WIDE), triton.cdiv(gh.shape[1], block))
-    _gradient_A[grid](gh, x, _any(rows, x), launch.offsets, gA, *x.shape, gh.shape[1], first, share, x.stride(0),
-                      rows is not None, first % 2, launch.grouped, TALL, block, WIDE)  # fmt: skip
+    _gradient_A[grid](gh, x, _any(counters, x), launch.offsets, gA, *x.shape, gh.shape[1], key, first, share,
+                      x.stride(0), counters is not None, first % 2, launch.grouped, TALL, block, WIDE)  # fmt: skip
     return gA
 
 
 def down_gradient_x(
-    gx: Tensor, gh: Tensor, A: Tensor, rows: Tensor | None, first: int, share: int, offsets: Tensor | None
+    gx: Tensor, gh: Tensor, A: Tensor, counters: Tensor | None, key: int, first: int, share: int, offsets: Tensor | None
 ) -> None:
     """See `lora.factors`."""
     launch = _Launch(gx.shape[0], offsets)
     if gx.shape[0]:
         grid = (launch.tiles, triton.cdiv(gx.shape[1], WIDE))
-        _gradient_x[grid](gx, gh, A.contiguous(), _any(rows, gx), launch.offsets, *gx.shape, gh.shape[1],
-                          launch.experts, first, share, gx.stride(0), rows is not None, first % 2,
+        _gradient_x[grid](gx, gh, A.contiguous(), _any(counters, gx), launch.offsets, *gx.shape, gh.shape[1],
+                          launch.experts, key, first, share, gx.stride(0), counters is not None, first % 2,
                           launch.grouped, launch.padded, launch.rows, _block(gh.shape[1]), WIDE)  # fmt: skip
 
 
@@ -109,8 +116,8 @@ def _inner(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _any(rows: Tensor | None, x: Tensor) -> Tensor:
-    return x if rows is None else rows
+def _any(counters: Tensor | None, x: Tensor) -> Tensor:
+    return x if counters is None else counters.contiguous()
 
 
 def _block(r: int) -> int:
@@ -197,9 +204,9 @@ def _part(tile, b0, b1, b2, n0, n1, n2, c0, c1, c2, BN: tl.constexpr):
     return number, b, n, c, tile
 
 
-@triton.jit(do_not_specialize=["T", "scaling", "first", "share"])
-def _down(x, A, rows, offsets, h, T, K, R, experts, scaling: tl.float32, first, share, stride, DROP: tl.constexpr,
-          ODD: tl.constexpr, GROUPED: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "scaling", "key", "first", "share"])
+def _down(x, A, counters, offsets, h, T, K, R, experts, scaling: tl.float32, key: tl.int64, first, share, stride,
+          DROP: tl.constexpr, ODD: tl.constexpr, GROUPED: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
           BK: tl.constexpr):  # fmt: skip
     expert, row, end = _tile(offsets, T, experts, tl.program_id(0), GROUPED, E, BM)
     if row >= end:
@@ -211,7 +218,7 @@ def _down(x, A, rows, offsets, h, T, K, R, experts, scaling: tl.float32, first, 
     total = tl.full((BM, BR), 0, tl.float32)
     bits = tl.full((BM,), 0, tl.uint32)
     if DROP:
-        bits = tl.load(rows + m, mask=m < end, other=0).to(tl.uint32, bitcast=True)
+        bits = row_hashes(tl.load(counters + m, mask=m < end, other=0), key)
     for column in range(0, K, BK):
         k = column + tl.arange(0, BK)
         value = tl.load(x + at * stride + k[None, :], mask=(m < end)[:, None] & (k < K)[None, :], other=0.0)
@@ -300,9 +307,9 @@ def _gradient_B(gy, h, g0, g1, g2, offsets, T, R, r, stride, n0, n1, n2, c0, c1,
     tl.store(g + n[:, None] * r + k[None, :], total.to(g.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "first", "share"])
-def _gradient_A(gh, x, rows, offsets, gA, T, K, R, first, share, stride, DROP: tl.constexpr, ODD: tl.constexpr,
-                GROUPED: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["T", "key", "first", "share"])
+def _gradient_A(gh, x, counters, offsets, gA, T, K, R, key: tl.int64, first, share, stride, DROP: tl.constexpr,
+                ODD: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     expert = tl.program_id(0)
     start, end = _group(offsets, T, expert, GROUPED)
     column = tl.program_id(1) * BK
@@ -314,7 +321,7 @@ def _gradient_A(gh, x, rows, offsets, gA, T, K, R, first, share, stride, DROP: t
         at = m.to(tl.int64)[:, None]
         value = tl.load(x + at * stride + k[None, :], mask=(m < end)[:, None] & (k < K)[None, :], other=0.0)
         if DROP:
-            bits = tl.load(rows + m, mask=m < end, other=0).to(tl.uint32, bitcast=True)
+            bits = row_hashes(tl.load(counters + m, mask=m < end, other=0), key)
             value = _kept(value, bits, column, first, share, ODD, BM, BK)
         low = tl.load(gh + at * R + r[None, :], mask=(m < end)[:, None] & (r < R)[None, :], other=0.0)
         total = tl.dot(tl.trans(low), value, total, input_precision="ieee")
@@ -323,8 +330,8 @@ def _gradient_A(gh, x, rows, offsets, gA, T, K, R, first, share, stride, DROP: t
     tl.store(gA + r[:, None] * K + k[None, :], total.to(gA.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "first", "share"])
-def _gradient_x(gx, gh, A, rows, offsets, T, K, R, experts, first, share, stride, DROP: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "key", "first", "share"])
+def _gradient_x(gx, gh, A, counters, offsets, T, K, R, experts, key: tl.int64, first, share, stride, DROP: tl.constexpr,
                 ODD: tl.constexpr, GROUPED: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
                 BK: tl.constexpr):  # fmt: skip
     expert, row, end = _tile(offsets, T, experts, tl.program_id(0), GROUPED, E, BM)
@@ -342,7 +349,7 @@ def _gradient_x(gx, gh, A, rows, offsets, T, K, R, experts, first, share, stride
         factor = tl.load(A + r[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < K)[None, :], other=0.0)
         total = tl.dot(value, factor, total, input_precision="ieee")
     if DROP:
-        bits = tl.load(rows + m, mask=m < end, other=0).to(tl.uint32, bitcast=True)
+        bits = row_hashes(tl.load(counters + m, mask=m < end, other=0), key)
         total = _kept(total, bits, column, first, share, ODD, BM, BK)
     inside = (m < end)[:, None] & (k < K)[None, :]
     place = gx + at * stride + k[None, :]

@@ -20,7 +20,8 @@ def split(
     q, k, v = (qkv.new_empty(len(qkv), n, d) for n in (heads, groups, groups))
     if len(qkv):
         _split[_grid(qkv, d)](
-            qkv, q_weight, k_weight, cos_sin.contiguous(), q, k, v, len(qkv), heads, groups, eps, d // 2, ROWS, _block(d)
+            qkv, q_weight, k_weight, cos_sin.contiguous(), q, k, v, len(qkv), heads, groups, eps, d // 2, ROWS,
+            _block(d),
         )  # fmt: skip
     return q, k, v
 

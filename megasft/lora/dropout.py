@@ -15,7 +15,7 @@ T rows (tokens, or tokens of experts), K features of this rank.
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -48,19 +48,22 @@ class Dropout:
     """Zeroes the same elements of every x [T, K] that it is called with.
 
     Args:
-        rows: the hash of each row, int32 [T].
+        counters: int64 [T], tell a row from others: its place, or with experts place * experts + expert.
+        key: of step and layer.
         first: the number of this rank's first feature in the full layer.
         share: how many of 65,536 elements are dropped.
     """
 
-    rows: Tensor
+    counters: Tensor
+    key: int
     first: int
     share: int
 
-    @classmethod
-    def of(cls, counters: Tensor, key: int, first: int, share: int) -> "Dropout":
-        """`counters`, int64 [T], tell a row from others: its place, or with experts place * experts + expert."""
-        return cls(torch.ops.megasft.hash_rows(counters, key), first, share)
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The hash of each row, uint32 [T], on CPUs."""
+        hashes = (self.counters ^ self.key).numpy().view(np.uint64)
+        return _mixed(hashes, np.empty_like(hashes), MIX_64).astype(np.uint32)
 
     def __call__(self, x: Tensor) -> Tensor:
         """A copy of x [T, K] with zeros in place of what is dropped, on CPUs. It is not scaled."""
@@ -114,19 +117,11 @@ class SplitPlaces(torch.autograd.Function):
         return grad.double()
 
 
-# --- numpy on CPUs; on CUDA Triton, where the kernels of `lora.factors` drop what they load ---------------------------
-
-_library = torch.library.Library("megasft", "DEF")
-_library.define("hash_rows(Tensor counters, int key) -> Tensor")
+# --- by numpy on CPUs; on CUDA the kernels of `lora.factors` drop what they load -------------------------------------
 
 
-def _hash_rows_on_cpu(counters: Tensor, key: int) -> Tensor:
-    hashes = (counters ^ key).numpy().view(np.uint64)
-    return torch.from_numpy(_mixed(hashes, np.empty_like(hashes), MIX_64).astype(np.uint32).view(np.int32))
-
-
-def _drop(x: Tensor, rows: Tensor, first: int, share: int) -> Tensor:
-    hashes, pairs = rows.numpy().view(np.uint32), _pair_hashes(first // 2, (first + x.shape[1] + 1) // 2)
+def _drop(x: Tensor, hashes: np.ndarray, first: int, share: int) -> Tensor:
+    pairs = _pair_hashes(first // 2, (first + x.shape[1] + 1) // 2)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     height = max(1, min(len(hashes), _BLOCK // max(1, len(pairs))))
     block, spare = (np.empty((height, len(pairs)), np.uint32) for _ in range(2))
@@ -153,14 +148,3 @@ def _mixed(bits: np.ndarray, spare: np.ndarray, mix: tuple[int, int, int, int, i
         else:
             np.bitwise_xor(bits, np.right_shift(bits, number, out=spare), out=bits)
     return bits
-
-
-def _hash_rows_on_cuda(counters: Tensor, key: int) -> Tensor:
-    from megasft.kernels import dropout as kernels  # imports Triton, which comes with torch's CUDA builds
-
-    return kernels.hash_rows(counters, key)
-
-
-_library.impl("hash_rows", _hash_rows_on_cpu, "CPU")
-_library.impl("hash_rows", _hash_rows_on_cuda, "CUDA")
-_library.impl("hash_rows", lambda counters, key: counters.new_empty(counters.shape, dtype=torch.int32), "Meta")

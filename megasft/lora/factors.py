@@ -120,8 +120,8 @@ def _starts(columns: Columns) -> list[int]:
     return [at.start for at in columns]
 
 
-def _counters(drop: Dropout | None) -> tuple[Tensor | None, int, int]:
-    return (None, 0, 0) if drop is None else (drop.rows, drop.first, drop.share)
+def _counters(drop: Dropout | None) -> tuple[Tensor | None, int, int, int]:
+    return (None, 0, 0, 0) if drop is None else (drop.counters, drop.key, drop.first, drop.share)
 
 
 # --- operators on CUDA ------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-_DROP = "Tensor? rows, int first, int share, Tensor? offsets"
+_DROP = "Tensor? counters, int key, int first, int share, Tensor? offsets"
 _OPERATORS = {  # what each takes and gives, and its shape
     "down": (
         f"(Tensor x, Tensor A, float scaling, {_DROP}) -> Tensor",

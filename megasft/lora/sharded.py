@@ -73,9 +73,9 @@ class ShardedLinear(Sharded):
         return self.lora.alpha / self.lora.r / kept
 
     def dropout(self, counters: Tensor) -> Dropout:
-        """The dropout of this layer's input. `counters`, int64 [T], tell its rows apart; see `Dropout.of`."""
+        """The dropout of this layer's input. `counters`, int64 [T], tell its rows apart; see `Dropout`."""
         assert self.draw is not None, "dropout needs the places of the tokens in the global batch"
-        return Dropout.of(counters, key(self.draw.seed, self.name), self.inputs().start, share(self.lora.dropout))
+        return Dropout(counters, key(self.draw.seed, self.name), self.inputs().start, share(self.lora.dropout))
 
     def frozen_weight(self, experts: int | None, dtype: torch.dtype, quant: QuantSettings | None) -> Weight:
         """Uninitialized frozen matrices, [N_local, K_local] or stacked over `experts`; with `quant` in 4 bits."""

@@ -1,142 +1,136 @@
-"""megatron-core's token dispatchers, with copies made and summed without atomics and without waiting for the device.
+"""megatron-core's token dispatchers, fed with each token's k choices instead of masks over all experts.
 
-megatron-core 0.19.2 sums the copies of a token by `scatter_add_`, on GPUs with atomics in the dtype of the model and in
-no fixed order, sorts a mask of tokens x experts to make them, and asks the device several times in each layer for
-numbers that the host knows or does not need. Collectives are megatron-core's.
+megatron-core 0.19.2 sends and sorts masks of tokens x experts, sums the copies of a token by `scatter_add_`, on GPUs
+with atomics in the dtype of the model and in no fixed order, and asks the device several times in each layer for
+numbers that the host knows or does not need. Here choices are sent, and copies are made and summed by `model.copies`.
+The all-to-all's collectives are megatron-core's.
 
-T: tokens; E: experts on this rank; n: copies of tokens, one for each choice of one of these experts; H: hidden size.
+S: tokens of this rank's sequence shard; T: of all ranks that share the experts; k: choices of each; n: rows of this
+rank's experts, one for each choice of them; H: hidden size.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
+from megasft.lora.dropout import JoinPlaces, SplitPlaces
+from megasft.model.copies import Copies
 
-@dataclass(frozen=True)
-class Copies:
-    """Copies of tokens, sorted by expert and within an expert by token.
-
-    Attributes:
-        places: int64 [n], where in [E, T] flattened each copy was chosen.
-        tokens: int64 [n], the token of each copy.
-        order: int64 [n], the copies of the first token, then those of the second, ..., each by expert.
-        starts: int64 [T], where in `order` the copies of each token start.
-        experts: E.
-    """
-
-    places: Tensor
-    tokens: Tensor
-    order: Tensor
-    starts: Tensor
-    experts: int
-
-    @classmethod
-    def of(cls, chosen: Tensor, copies: int) -> "Copies":
-        """`chosen`, bool [T, E], has `copies` true elements."""
-        by_expert = chosen.t().contiguous()
-        experts, tokens = by_expert.nonzero_static(size=copies).unbind(1)
-        counts = chosen.sum(1)
-        order = tokens.int().argsort(stable=True)  # 32 bits are sorted in half the passes of 64
-        return cls(experts * len(chosen) + tokens, tokens, order, counts.cumsum(0) - counts, chosen.shape[1])
-
-    def make(self, x: Tensor) -> Tensor:
-        """The copies of tokens: x [T, H] -> [n, H]."""
-        return _Linear.apply(x, self._gathered, self._summed)
-
-    def add_up(self, y: Tensor) -> Tensor:
-        """The sum of each token's copies, rounded once: y [n, H] -> [T, H]."""
-        return _Linear.apply(y, self._summed, self._gathered)
-
-    def pick(self, weights: Tensor) -> Tensor:
-        """The routing weights of the copies: [T, E] -> [n]."""
-        return _Linear.apply(weights, self._picked, self._spread)
-
-    def _gathered(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.tokens)
-
-    def _summed(self, y: Tensor) -> Tensor:
-        # One kernel that reads each copy once and adds in fp32, in the order of the experts.
-        return torch.nn.functional.embedding_bag(self.order, y.detach().contiguous(), self.starts, mode="sum")
-
-    def _picked(self, weights: Tensor) -> Tensor:
-        return weights.t().reshape(-1).index_select(0, self.places)
-
-    def _spread(self, grad: Tensor) -> Tensor:
-        tokens = len(self.starts)
-        spread = grad.new_zeros(self.experts * tokens).index_copy_(0, self.places, grad)
-        return spread.view(self.experts, tokens).t()
-
-
-class _Linear(torch.autograd.Function):
-    """A linear function with its transpose for backward, neither of which needs a tensor of the other."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        ctx.transpose = transpose
-        return function(x)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return ctx.transpose(gy), None, None
+Rows = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""What the experts compute: rows [n, H] sorted by expert, where each expert's end, int32 [experts], routing weights
+fp32 [n], and numbers that tell the rows of all experts apart, int64 [n], or None."""
 
 
 class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
     """Every rank that shares the experts gathers all tokens. Waits for the device only where the number of copies is
     not known: with experts on other ranks, and with a capacity.
+
+    places: int64 [S], of this rank's tokens in the global batch, or None.
     """
 
-    routing_map: Any
+    places: Tensor | None = None
 
-    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gathered tokens [T, H] and routing weights [T, experts] -> copies [n, H], how many an expert has, weights."""
-        mine = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
-        chosen = self.routing_map[:, mine]
-        known = self.ep_size == 1 and self.config.moe_expert_capacity_factor is None
-        self.copies = Copies.of(chosen, len(chosen) * self.router_topk if known else int(chosen.sum()))
-        self.routing_map = None
-        self.local_probs = self.copies.pick(probs[:, mine])
-        return self.copies.make(hidden_states), chosen.sum(0), self.local_probs
+    def dispatch_preprocess(self, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [S, 1, H], experts int32 [S, k] and their weights fp32 [S, k] -> [S, H], weights."""
+        self.hidden_shape, self._chosen, self._places = hidden_states.shape, chosen, self.places
+        return hidden_states.view(-1, hidden_states.shape[-1]), weights
+
+    def token_dispatch(self, hidden_states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, H] and [S, k] -> [T, H] and [T, k]."""
+        if self._shares:
+            gathered = _GatherChoices.apply(weights, self._chosen, self._places, self.tp_ep_group)
+            weights, self._chosen, self._places = gathered
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, group=self.tp_ep_group, use_global_buffer=True
+            )
+        return hidden_states, weights
+
+    def dispatch_postprocess(self, hidden_states: Tensor, weights: Tensor) -> Rows:  # type: ignore[override]
+        """[T, H] and [T, k] -> the rows of this rank's experts."""
+        here, experts = _range(self.local_expert_indices), self.config.num_moe_experts
+        chosen = self._chosen
+        if self.ep_size == 1 and self.config.moe_expert_capacity_factor is None:
+            n = chosen.numel()
+        else:
+            n = int(((chosen >= here.start) & (chosen < here.stop)).sum())
+        self.copies = Copies.of(chosen, here, n, experts, self._places)
+        counters = None if self._places is None else self.copies.counters
+        return self.copies.make(hidden_states), self.copies.ends, self.copies.pick(weights), counters
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Experts' outputs [n, H] -> [T, H]."""
         return self.copies.add_up(hidden_states)
 
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] -> the sum over the ranks, [S, H], in the dtype of the model as of every row-parallel layer."""
+        if not self._shares:
+            return hidden_states
+        return reduce_scatter_to_sequence_parallel_region(hidden_states, group=self.tp_ep_group)
+
+    @property
+    def _shares(self) -> bool:
+        return self.tp_size > 1 or self.ep_size > 1
+
 
 class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
     """Sends each token to the ranks of its experts. Waits once for the device, for the numbers that it sends and
     receives; without other ranks not at all, unless there is a capacity.
+
+    places: int64 [S], of this rank's tokens in the global batch, or None. They travel with the routing weights.
     """
+
+    places: Tensor | None = None
+    tokens_per_expert: Tensor | None = None
 
     @property
     def _alone(self) -> bool:
         return self.ep_size == self.tp_size == 1
 
-    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [S, B, H] -> copies of the tokens and their weights, sorted by expert of all ranks."""
-        self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
-        self.tokens_per_expert = self.preprocess(routing_map)
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
-        self.copies = Copies.of(routing_map, int(self.num_out_tokens))
-        return self.copies.make(hidden_states.view(-1, self.hidden_shape[-1])), self.copies.pick(probs)
-
-    def dispatch_postprocess(self, global_input_tokens: Tensor, global_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies received [n, H] -> sorted by expert of this rank; those of one rank are."""
+    def dispatch_preprocess(self, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [S, 1, H], experts int32 [S, k] and their weights fp32 [S, k] -> copies of the tokens and their
+        weights, sorted by expert of all ranks.
+        """
+        self.hidden_shape, places = hidden_states.shape, None
+        self.probs = hidden_states.new_empty(0)  # megatron-core sums the experts' outputs in its dtype
         if self._alone:
-            return global_input_tokens, self.tokens_per_expert, global_probs
-        return super().dispatch_postprocess(global_input_tokens, global_probs)
+            places, known = self.places, self.config.moe_expert_capacity_factor is None
+            n = chosen.numel() if known else int((chosen < self.num_experts).sum())
+        else:
+            mask = chosen.new_zeros(len(chosen), self.num_experts + 1, dtype=torch.bool)
+            counts = self.preprocess(mask.scatter_(1, chosen.long(), True)[:, : self.num_experts])
+            self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts)
+            n = int(self.num_out_tokens)
+            if self.places is not None:
+                weights = JoinPlaces.apply(weights, self.places)
+        self.copies = Copies.of(chosen, range(self.num_experts), n, self.num_experts, places)
+        return self.copies.make(hidden_states.view(-1, self.hidden_shape[-1])), self.copies.pick(weights)
+
+    def dispatch_postprocess(self, hidden_states: Tensor, weights: Tensor) -> Rows:  # type: ignore[override]
+        """What has arrived -> sorted by expert of this rank; what never left is."""
+        if self._alone:
+            return hidden_states, self.copies.ends, weights, None if self.places is None else self.copies.counters
+        rows, counts, weights = super().dispatch_postprocess(hidden_states, weights)
+        ends, counters = counts.cumsum(0, dtype=torch.int32), None
+        if self.places is not None:
+            weights, places = SplitPlaces.apply(weights)
+            number = torch.arange(len(places), dtype=ends.dtype, device=places.device)
+            expert = torch.searchsorted(ends, number, right=True) + self.local_expert_indices[0]
+            counters = places * self.num_experts + expert
+        return rows, ends, weights, counters
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """The reverse of `dispatch_postprocess`."""
         return hidden_states if self._alone else super().combine_preprocess(hidden_states)
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
-        """Copies that came back [n, H] -> hidden states [S, B, H]."""
+        """Copies that came back [copies, H] -> hidden states [S, 1, H]."""
         return self.copies.add_up(permutated_local_input_tokens).view(self.hidden_shape)
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Any = None) -> Any:
@@ -144,6 +138,34 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         if not self._alone:
             super()._maybe_dtoh_and_synchronize(point)
         return tokens_per_expert
+
+
+class _GatherChoices(torch.autograd.Function):
+    """Weights fp32 [S, k], experts int32 [S, k] and places int64 [S] or None: of all ranks of a group, in one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: Tensor, chosen: Tensor, places: Tensor | None, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        ctx.group, k = group, weights.shape[1]
+        parts = [chosen, weights.view(torch.int32)]
+        if places is not None:
+            parts.append(places[:, None].view(torch.int32))
+        gathered = gather_from_sequence_parallel_region(torch.cat(parts, dim=1), group=group)
+        chosen, all_weights = gathered[:, :k], gathered[:, k : 2 * k].view(torch.float32)
+        if places is not None:
+            places = gathered[:, 2 * k :].view(torch.int64)[:, 0]
+            ctx.mark_non_differentiable(places)
+        ctx.mark_non_differentiable(chosen)
+        return all_weights, chosen, places
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return reduce_scatter_to_sequence_parallel_region(g, group=ctx.group), None, None, None
+
+
+def _range(experts: list[int]) -> range:
+    return range(experts[0], experts[-1] + 1)
 
 
 DISPATCHERS = {"allgather": AllGatherDispatcher, "alltoall": AllToAllDispatcher}

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from megasft import host
 from megasft.config.schema import LoraSettings, QuantSettings
-from megasft.lora.dropout import JoinPlaces, SplitPlaces
 from megasft.lora.grouped import GroupedLoraLinear
 from megasft.lora.linear import LoraLinear
 from megasft.model.dispatch import DISPATCHERS
+from megasft.model.routing import count_experts, top_experts
 from megasft.model.swiglu import swiglu
 from megasft.storage.shards import Shard, Sharded
 
@@ -85,16 +85,18 @@ class SparseMLP(MoELayer, Sharded):
     token_dispatcher: Any
 
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the experts drop elements, the routing weights take the tokens' places along to them."""
+        """Where the experts drop elements, the dispatcher takes the tokens' places along. See `Router.routing`."""
+        linear = self.router.linear
+        self.token_dispatcher.places = None
         if self.experts.drops:
-            assert self.router.linear.draw is not None
-            probs = JoinPlaces.apply(probs, self.router.linear.draw.shard(self.router.linear.group))
+            assert linear.draw is not None
+            self.token_dispatcher.places = linear.draw.shard(linear.group)
         return super().preprocess(hidden_states, probs, routing_map)
 
-    def combine(self, output: Tensor) -> Tensor:
-        """The all-gather dispatcher sums in the dtype of its routing weights, which may be joined to fp64."""
-        self.token_dispatcher.local_probs = output.new_empty(0, dtype=torch.float32)
-        return super().combine(output)
+    def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """What the dispatcher brought -> what it takes back, and no bias."""
+        rows = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
+        return self.token_dispatcher.combine_preprocess(self.experts(*rows)), None
 
     def base_shards(self) -> Iterator[Shard]:
         yield from self.router.linear.base_shards()
@@ -140,31 +142,44 @@ class Router(TopKRouter):
         return logits.view(*input.shape[:-1], -1)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """logits [S, 1, experts], padding_mask bool [S, 1] (true: padding) -> weights and choices [S, experts]."""
-        probs, chosen = super().routing(logits, padding_mask)
+        """logits fp32 [S, 1, E], padding_mask bool [S, 1] (true: padding) -> weights fp32 [S, k], experts int32 [S, k].
+
+        The experts of a token ascend; E in place of one is a choice that was dropped.
+        """
+        logits = logits.flatten(0, -2)
+        weights, chosen = top_experts(logits, self.topk, self.config.moe_router_pre_softmax)
         recomputes = is_checkpointing() and torch.is_grad_enabled()
-        real = None if padding_mask is None else ~padding_mask.view(-1, 1)
-        if real is not None and self.capacity_factor:
-            chosen = chosen & real
-        demanded = chosen if real is None else chosen & real
-        if self.capacity_factor and self.training:
-            probs, chosen = apply_router_token_dropping(
-                probs * chosen, chosen, router_topk=self.topk, capacity_factor=self.capacity_factor
-            )
+        real = None if padding_mask is None else ~padding_mask.view(-1)
         if not recomputes:
-            self.tokens_per_expert += demanded.sum(0)
-            if self.capacity_factor and self.training:
-                self.dropped += demanded.sum() - chosen.sum()
+            count_experts(self.tokens_per_expert, chosen, real)
+        if self.capacity_factor:
+            chosen = self._limited(weights.detach(), chosen, real, count=not recomputes)
         if self.balance_weights is not None:
-            scores = logits.flatten(0, -2).softmax(dim=-1)
-            scores = scores if real is None else scores * real
+            scores = logits.softmax(dim=-1)
+            scores = scores if real is None else scores * real[:, None]
             if not recomputes:
                 self.probability_sums += scores.detach().sum(0)
-            probs = MoEAuxLossAutoScaler.apply(probs, (scores @ self.balance_weights).sum())
-        return probs, chosen
+            weights = MoEAuxLossAutoScaler.apply(weights, (scores @ self.balance_weights).sum())
+        return weights, chosen
 
-    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Nothing: Qwen3-MoE has no such bias, and megatron-core's compiled function would check that at each call."""
+    def _limited(self, weights: Tensor, chosen: Tensor, real: Tensor | None, count: bool) -> Tensor:
+        """The choices [S, k] without those of padding and, in training, those beyond an expert's capacity."""
+        experts = len(self.tokens_per_expert)
+        if real is not None:
+            chosen = chosen.masked_fill(~real[:, None], experts)
+        if not self.training:
+            return chosen
+        at, demanded = chosen.long(), chosen < experts
+        dense = weights.new_zeros(len(weights), experts + 1).scatter_(1, at, weights)
+        mask = torch.zeros_like(dense, dtype=torch.bool).scatter_(1, at, True)
+        _, kept = apply_router_token_dropping(
+            dense[:, :experts], mask[:, :experts], router_topk=self.topk,
+            capacity_factor=self.capacity_factor,
+        )  # fmt: skip
+        kept = kept.gather(1, at.clamp_max(experts - 1)) & demanded
+        if count:
+            self.dropped += demanded.sum() - kept.sum()
+        return chosen.masked_fill(~kept, experts)
 
 
 class Experts(Sharded):
@@ -184,47 +199,35 @@ class Experts(Sharded):
         common |= {"writer": pg_collection.expt_dp.rank() == 0, "quant": quant}
         self.gate_up = GroupedLoraLinear(experts, h, {"gate_proj": f, "up_proj": f}, "column", **common)
         self.down = GroupedLoraLinear(experts, f, {"down_proj": h}, "row", **common)
-        assert config.num_moe_experts is not None
-        self.all_experts = config.num_moe_experts
 
     @property
     def drops(self) -> bool:
         """Whether the input of one of the two layers is subject to dropout."""
         return self.gate_up.drops or self.down.drops
 
-    def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor, **_: Any) -> tuple[Tensor, None]:
-        """x [T, H] sorted by expert, tokens_per_expert int64 [E], probs [T] -> [T, H].
+    def forward(self, x: Tensor, ends: Tensor, weights: Tensor, counters: Tensor | None) -> Tensor:
+        """x [n, H] sorted by expert, ends int32 [E] (of each expert's rows), routing weights fp32 [n] -> [n, H].
 
-        `probs` are the routing weights of the rows; where there is dropout, joined with the places of their tokens.
+        `counters`, int64 [n], tell the rows of all experts apart, for dropout.
         """
-        places = None
-        if self.drops:
-            probs, places = SplitPlaces.apply(probs)
         rows = host.grouped_rows(x.dtype)
         if rows == 1:
-            offsets = tokens_per_expert.cumsum(0, dtype=torch.int32)
-            return self._run(x, offsets, probs, places), None
-        counts = tokens_per_expert
+            return self._run(x, ends, weights, counters)
+        counts = ends.diff(prepend=ends.new_zeros(1))
         padded = (counts + rows - 1) // rows * rows
         offsets = padded.cumsum(0, dtype=torch.int32)
-        shift = (offsets - padded) - (counts.cumsum(0) - counts)
+        shift = (offsets - padded) - (ends - counts)
         at = torch.arange(x.shape[0], device=x.device) + shift.repeat_interleave(counts)
         total = int(offsets[-1])
         wide = x.new_zeros(total, x.shape[1]).index_copy(0, at, x)
-        wide_probs = probs.new_zeros(total).index_copy(0, at, probs)
-        if places is not None:
-            places = places.new_zeros(total).index_copy(0, at, places)
-        return self._run(wide, offsets, wide_probs, places).index_select(0, at), None
+        wide_weights = weights.new_zeros(total).index_copy(0, at, weights)
+        if counters is not None:
+            counters = counters.new_zeros(total).index_copy(0, at, counters)
+        return self._run(wide, offsets, wide_weights, counters).index_select(0, at)
 
-    def _run(self, x: Tensor, offsets: Tensor, probs: Tensor, places: Tensor | None) -> Tensor:
-        counters = None if places is None else self._counters(places, offsets)
+    def _run(self, x: Tensor, ends: Tensor, weights: Tensor, counters: Tensor | None) -> Tensor:
         # `down` is linear, so the routing weights can scale the F-wide activations instead of the H-wide outputs.
-        return self.down(swiglu(self.gate_up(x, offsets, counters), probs), offsets, counters)
-
-    def _counters(self, places: Tensor, offsets: Tensor) -> Tensor:
-        """A number for each row, of its token's place and its expert in the full layer: int64 [T]."""
-        rows = torch.arange(len(places), dtype=offsets.dtype, device=places.device)
-        return places * self.all_experts + torch.searchsorted(offsets, rows, right=True) + self.gate_up.experts[0]
+        return self.down(swiglu(self.gate_up(x, ends, counters), weights), ends, counters)
 
     def base_shards(self) -> Iterator[Shard]:
         yield from self.gate_up.base_shards()

@@ -141,12 +141,12 @@ def dropout(place: Place) -> None:
         for p in (0.05, 0.5):
             kept = []
             for device in ("cpu", place.device):
-                drop = Dropout.of(counters.to(device), key(5, "model.layers.0.q"), first, share(p))
+                drop = Dropout(counters.to(device), key(5, "model.layers.0.q"), first, share(p))
                 kept.append(torch.zeros(len(counters), k, device=device))
                 gh, A = ones.to(device), torch.full((16, k), 1 / 16, device=device)
                 factors.down_gradients(kept[-1], gh, kept[-1].clone(), A, drop, None)
             place.same_bits(f"{k} features from {first}, p = {p}", kept[1], kept[0])
-            whole = Dropout.of(counters, key(5, "model.layers.0.q"), 0, share(p))(torch.ones(len(counters), first + k))
+            whole = Dropout(counters, key(5, "model.layers.0.q"), 0, share(p))(torch.ones(len(counters), first + k))
             place.same_bits(f"the same as features {first} to {first + k} of a layer", kept[1], whole[:, first:])
 
 
@@ -189,7 +189,7 @@ def _adapted(device: str, dtype: torch.dtype, rows: list[int] | None, k: int, n:
     x, A = draw(t, k, seed=0).requires_grad_(), draw(*stack, 2 * r, k, seed=1).requires_grad_()
     B = [draw(*stack, at.stop - at.start, r, seed=2 + i).requires_grad_() for i, at in enumerate(columns)]
     weight, gy = draw(*stack, n, k, seed=5), draw(t, n, seed=6)
-    drop = Dropout.of(torch.arange(t, device=device), key(5, "q"), 0, share(0.3)) if dropped else None
+    drop = Dropout(torch.arange(t, device=device), key(5, "q"), 0, share(0.3)) if dropped else None
     if rows is None:
         y = lora_linear(x, weight, A, B, columns, 0.5, drop)
     else:

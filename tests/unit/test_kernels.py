@@ -7,6 +7,7 @@ import torch
 
 from megasft.lora import factors
 from megasft.lora.dropout import Dropout, key, share
+from megasft.model import copies, routing  # noqa: F401 (they register the operators on CPUs)
 from megasft.model.norm import RMSNorm
 from megasft.model.qkv import split_qkv
 from megasft.model.swiglu import swiglu
@@ -52,8 +53,8 @@ def test_the_kernels_compute_what_torchs_products_do(monkeypatch, case, dropped)
     B = [random(*experts, width, r, seed=4 + i).to(dtype) for i, (_, width) in enumerate(parts)]
     columns = [slice(start, start + width) for start, width in parts]
     starts = [start for start, _ in parts]
-    drop = Dropout.of(torch.arange(t) * 3, key(1, case), first, share(0.3)) if dropped else None
-    counters = (drop.rows, drop.first, drop.share) if drop else (None, 0, 0)
+    drop = Dropout(torch.arange(t) * 3, key(1, case), first, share(0.3)) if dropped else None
+    counters = (drop.counters, drop.key, drop.first, drop.share) if drop else (None, 0, 0, 0)
 
     h = factors.down(x, A, SCALING, drop, offsets)
     close(module.down(x, A, SCALING, *counters, offsets), h, dtype)
@@ -81,12 +82,12 @@ def test_columns_between_the_adapted_ones_are_left_alone(monkeypatch):
 
 
 LAUNCHES = {  # the types of what is no constant, in the order of the kernel
-    "_down": "x:*bf16 A:*bf16 rows:*i32 offsets:*i32 h:*bf16 T K R experts scaling:fp32 first share stride",
+    "_down": "x:*bf16 A:*bf16 counters:*i64 offsets:*i32 h:*bf16 T K R experts scaling:fp32 key:i64 first share stride",
     "_add_up": "y:*bf16 h:*bf16 b0:*bf16 b1:*bf16 b2:*bf16 offsets:*i32 T R r stride n0 n1 n2 c0 c1 c2 experts",
     "_gradient_h": "gy:*bf16 b0:*bf16 b1:*bf16 b2:*bf16 gh:*bf16 offsets:*i32 T R r stride n0 n1 n2 c0 c1 c2 experts scaling:fp32",
     "_gradient_B": "gy:*bf16 h:*bf16 g0:*bf16 g1:*bf16 g2:*bf16 offsets:*i32 T R r stride n0 n1 n2 c0 c1 c2",
-    "_gradient_A": "gh:*bf16 x:*bf16 rows:*i32 offsets:*i32 gA:*bf16 T K R first share stride",
-    "_gradient_x": "gx:*bf16 gh:*bf16 A:*bf16 rows:*i32 offsets:*i32 T K R experts first share stride",
+    "_gradient_A": "gh:*bf16 x:*bf16 counters:*i64 offsets:*i32 gA:*bf16 T K R key:i64 first share stride",
+    "_gradient_x": "gx:*bf16 gh:*bf16 A:*bf16 counters:*i64 offsets:*i32 T K R experts key:i64 first share stride",
 }  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def test_the_kernels_compile_for_hopper_without_spilling(monkeypatch, name):
     module = load(monkeypatch, "factors", interpreted=False)
     constants = {"DROP": True, "ODD": 0, "GROUPED": True, "E": 128, "BR": 32}
     constants |= {"BM": module.TALL, "BN": module.WIDE, "BK": module.WIDE}
-    any_number = ("T", "experts", "first", "share", "scaling")
+    any_number = ("T", "experts", "key", "first", "share", "scaling")
     ptx = compiled_for_hopper(getattr(module, name), LAUNCHES[name], constants, any_number)
     assert "wgmma" in ptx or "mma.sync" in ptx, "products are of tensor cores"
 
@@ -170,3 +171,84 @@ def test_so_they_compile_for_hopper_without_spilling(monkeypatch, name, types):
     compiled_for_hopper(
         getattr(module, name), f"{types} tokens heads groups eps:fp32", constants, ("tokens", "heads", "groups", "eps")
     )
+
+
+# --- routing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("over_all", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(35, 12, 4), (5, 6, 2), (1, 3, 3), (0, 8, 2)])
+def test_tokens_are_routed_as_torch_does(monkeypatch, tokens, experts, k, over_all):
+    module = load(monkeypatch, "routing", interpreted=True)
+    logits, g = random(tokens, experts, seed=0), random(tokens, k, seed=1)
+    weights, chosen = torch.ops.megasft.route(logits, k, over_all)
+    got = module.route(logits, k, over_all)
+    assert torch.equal(got[1], chosen)
+    close(got[0], weights, torch.float32)
+    close(module.route_gradient(g, logits, chosen, over_all),
+          torch.ops.megasft.route_gradient(g, logits, chosen, over_all), torch.float32)  # fmt: skip
+    chosen[::3] = experts  # dropped
+    for real in (None, torch.arange(tokens) % 2 == 0):
+        counts, want = torch.arange(experts), torch.arange(experts)
+        module.count_experts(counts, chosen, real)
+        torch.ops.megasft.count_experts(want, chosen, real)
+        assert torch.equal(counts, want)
+
+
+def test_logits_that_are_no_numbers_choose_experts_that_exist(monkeypatch):
+    """Their NaN is in the weights, and so in the loss; memory that is not theirs is not touched."""
+    module = load(monkeypatch, "routing", interpreted=True)
+    logits = torch.tensor([[1.0, 2, 3], [float("nan"), 0, 1], [float("nan")] * 3, [float("-inf")] * 3, [1, 1, 1]])
+    weights, chosen = module.route(logits, 2, False)
+    assert chosen.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]]
+    assert weights.isnan().any(1).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("experts", [range(8), range(3, 9)], ids=str)
+@pytest.mark.parametrize("tokens", [70, 1, 0])
+@pytest.mark.parametrize("programs", [2, 256])
+def test_copies_are_sorted_and_summed_as_torch_does(monkeypatch, tokens, experts, programs):
+    module = load(monkeypatch, "copies", interpreted=True)
+    monkeypatch.setattr(module, "PROGRAMS", programs)
+    _, wide = torch.ops.megasft.route(random(tokens, 10, seed=0), 5, False)
+    wide[::4, 1] = 10  # dropped
+    chosen, places = wide[:, :4], torch.arange(2 * tokens)[::2] + 2**40  # rows that do not follow each other
+    n = int(((chosen >= experts.start) & (chosen < experts.stop)).sum())
+    given = (experts.start, len(experts), 10, n)
+    want = torch.ops.megasft.sort_copies(chosen, places, *given)
+    for got, one in zip(module.sort_copies(chosen, places, *given), want, strict=True):
+        assert got.dtype == one.dtype
+        assert torch.equal(got, one)
+    assert module.sort_copies(chosen, None, *given)[3].numel() == 0
+    slots = want[1]
+    y, weights, back = random(n, 70, seed=1), random(tokens, 9, seed=2)[:, 3:7], random(n, seed=3).double()
+    close(module.sum_copies(y, slots), torch.ops.megasft.sum_copies(y, slots), torch.float32)
+    assert torch.equal(module.to_copies(weights, slots, n), torch.ops.megasft.to_copies(weights, slots, n))
+    assert torch.equal(module.from_copies(back, slots), torch.ops.megasft.from_copies(back, slots))
+
+
+NUMBERS = "t first local experts tiles programs stride step"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "types"),
+    [
+        ("routing", "_route", "logits:*fp32 weights:*fp32 chosen:*i32 tokens experts"),
+        ("routing", "_route_gradient", "g:*fp32 logits:*fp32 chosen:*i32 out:*fp32 tokens experts"),
+        ("routing", "_count", "counts:*i64 chosen:*i32 real:*i1 tokens experts"),
+        ("copies", "_count", "chosen:*i32 counts:*i32 t first local tiles stride"),
+        (
+            "copies", "_place",
+            f"chosen:*i32 places:*i64 counts:*i32 tokens:*i32 slots:*i32 ends:*i32 counters:*i64 {NUMBERS}",
+        ),
+        ("copies", "_sum", "y:*bf16 slots:*i32 out:*bf16 width"),
+        ("copies", "_spread", "values:*fp32 slots:*i32 out:*fp32 n k rows columns"),
+        ("copies", "_collect", "values:*fp32 slots:*i32 out:*fp32 n"),
+    ],
+)  # fmt: skip
+def test_routing_compiles_for_hopper_without_spilling(monkeypatch, module, name, types):
+    loaded = load(monkeypatch, module, interpreted=False)
+    constants = {"K": 8, "OVER_ALL": False, "MASKED": True, "COUNTED": True, "E": 128, "WIDE": 1024}
+    constants |= {"ROWS": loaded.ROWS * (4 if (module, name) == ("routing", "_count") else 1)}
+    any_number = ("tokens", "t", "first", "tiles", "programs", "n", "stride", "step", "k", "rows", "columns")
+    compiled_for_hopper(getattr(loaded, name), types, constants, any_number)
