@@ -36,8 +36,8 @@ def down(
         block = _block(h.shape[1])
         grid = (launch.tiles, triton.cdiv(h.shape[1], block))
         _down[grid](x, A, _any(counters, x), launch.offsets, h, *x.shape, h.shape[1], launch.experts, scaling, key,
-                    first, share, x.stride(0), counters is not None, first % 2, launch.grouped, launch.padded, launch.rows,
-                    block, WIDE)  # fmt: skip
+                    first, share, x.stride(0), counters is not None, first % 2, launch.grouped, launch.padded,
+                    launch.rows, block, WIDE)  # fmt: skip
     return h
 
 
@@ -206,8 +206,8 @@ def _part(tile, b0, b1, b2, n0, n1, n2, c0, c1, c2, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "scaling", "key", "first", "share"])
 def _down(x, A, counters, offsets, h, T, K, R, experts, scaling: tl.float32, key: tl.int64, first, share, stride,
-          DROP: tl.constexpr, ODD: tl.constexpr, GROUPED: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
-          BK: tl.constexpr):  # fmt: skip
+          DROP: tl.constexpr, ODD: tl.constexpr, GROUPED: tl.constexpr, E: tl.constexpr, BM: tl.constexpr,
+          BR: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     expert, row, end = _tile(offsets, T, experts, tl.program_id(0), GROUPED, E, BM)
     if row >= end:
         return
@@ -309,7 +309,8 @@ def _gradient_B(gy, h, g0, g1, g2, offsets, T, R, r, stride, n0, n1, n2, c0, c1,
 
 @triton.jit(do_not_specialize=["T", "key", "first", "share"])
 def _gradient_A(gh, x, counters, offsets, gA, T, K, R, key: tl.int64, first, share, stride, DROP: tl.constexpr,
-                ODD: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                ODD: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+                BK: tl.constexpr):  # fmt: skip
     expert = tl.program_id(0)
     start, end = _group(offsets, T, expert, GROUPED)
     column = tl.program_id(1) * BK
