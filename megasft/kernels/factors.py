@@ -64,26 +64,31 @@ def up_gradient_h(gy: Tensor, B: list[Tensor], starts: list[int], scaling: float
     return gh
 
 
-def up_gradient_B(gy: Tensor, h: Tensor, B: list[Tensor], starts: list[int], offsets: Tensor | None) -> list[Tensor]:
-    """See `lora.factors`."""
-    gB, r, gy = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B], B[0].shape[-1], _inner(gy)
+def up_gradient_B(
+    gy: Tensor, h: Tensor, B: list[Tensor], starts: list[int], offsets: Tensor | None, into: list[Tensor] | None = None
+) -> list[Tensor]:
+    """See `lora.factors`. `into`, of the shapes of B and contiguous: where gradients are added instead."""
+    gB = into or [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B]
+    r, gy = B[0].shape[-1], _inner(gy)
     launch = _Launch(gy.shape[0], offsets)
     grid = (launch.experts, sum(triton.cdiv(b.shape[-2], WIDE) for b in B), triton.cdiv(r, _block(r)))
     _gradient_B[grid](gy, h, *_padded(gB), launch.offsets, gy.shape[0], h.shape[1], r, gy.stride(0),
-                      *_padded([b.shape[-2] for b in B], 0), *_padded(starts), launch.grouped, TALL, WIDE,
-                      _block(r))  # fmt: skip
+                      *_padded([b.shape[-2] for b in B], 0), *_padded(starts), into is not None, launch.grouped, TALL,
+                      WIDE, _block(r))  # fmt: skip
     return gB
 
 
 def down_gradient_A(
-    gh: Tensor, x: Tensor, A: Tensor, counters: Tensor | None, key: int, first: int, share: int, offsets: Tensor | None
-) -> Tensor:
-    """See `lora.factors`."""
-    x, gA = _inner(x), torch.empty_like(A, memory_format=torch.contiguous_format)
+    gh: Tensor, x: Tensor, A: Tensor, counters: Tensor | None, key: int, first: int, share: int, offsets: Tensor | None,
+    into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See `lora.factors`. `into`, of A's shape and contiguous: where the gradient is added instead."""
+    x, gA = _inner(x), torch.empty_like(A, memory_format=torch.contiguous_format) if into is None else into
     launch, block = _Launch(x.shape[0], offsets), _block(gh.shape[1])
     grid = (launch.experts, triton.cdiv(x.shape[1], WIDE), triton.cdiv(gh.shape[1], block))
     _gradient_A[grid](gh, x, _any(counters, x), launch.offsets, gA, *x.shape, gh.shape[1], key, first, share,
-                      x.stride(0), counters is not None, first % 2, launch.grouped, TALL, block, WIDE)  # fmt: skip
+                      x.stride(0), into is not None, counters is not None, first % 2, launch.grouped, TALL, block,
+                      WIDE)  # fmt: skip
     return gA
 
 
@@ -286,8 +291,8 @@ def _gradient_h(gy, b0, b1, b2, gh, offsets, T, R, r, stride, n0, n1, n2, c0, c1
 
 
 @triton.jit(do_not_specialize=["T"])
-def _gradient_B(gy, h, g0, g1, g2, offsets, T, R, r, stride, n0, n1, n2, c0, c1, c2, GROUPED: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+def _gradient_B(gy, h, g0, g1, g2, offsets, T, R, r, stride, n0, n1, n2, c0, c1, c2, ADD: tl.constexpr,
+                GROUPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     expert = tl.program_id(0)
     start, end = _group(offsets, T, expert, GROUPED)
     number, g, width, first, tile = _part(tl.program_id(1), g0, g1, g2, n0, n1, n2, c0, c1, c2, BN)
@@ -304,12 +309,15 @@ def _gradient_B(gy, h, g0, g1, g2, offsets, T, R, r, stride, n0, n1, n2, c0, c1,
         total = tl.dot(tl.trans(value), low, total, input_precision="ieee")
     g += tl.cast(expert, tl.int64) * width * r
     inside = (n < width)[:, None] & (k < r)[None, :]
-    tl.store(g + n[:, None] * r + k[None, :], total.to(g.dtype.element_ty), mask=inside)
+    place = g + n[:, None] * r + k[None, :]
+    if ADD:
+        total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, total.to(g.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "key", "first", "share"])
-def _gradient_A(gh, x, counters, offsets, gA, T, K, R, key: tl.int64, first, share, stride, DROP: tl.constexpr,
-                ODD: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+def _gradient_A(gh, x, counters, offsets, gA, T, K, R, key: tl.int64, first, share, stride, ADD: tl.constexpr,
+                DROP: tl.constexpr, ODD: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
                 BK: tl.constexpr):  # fmt: skip
     expert = tl.program_id(0)
     start, end = _group(offsets, T, expert, GROUPED)
@@ -328,7 +336,10 @@ def _gradient_A(gh, x, counters, offsets, gA, T, K, R, key: tl.int64, first, sha
         total = tl.dot(tl.trans(low), value, total, input_precision="ieee")
     gA += tl.cast(expert, tl.int64) * R * K
     inside = (r < R)[:, None] & (k < K)[None, :]
-    tl.store(gA + r[:, None] * K + k[None, :], total.to(gA.dtype.element_ty), mask=inside)
+    place = gA + r[:, None] * K + k[None, :]
+    if ADD:
+        total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, total.to(gA.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "key", "first", "share"])

@@ -45,12 +45,19 @@ def add_up(y: Tensor, h: Tensor, B: Sequence[Tensor], columns: Columns, offsets:
 
 
 def up_gradients(
-    gy: Tensor, h: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float, offsets: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Of gy [T, N]: s times the gradient of h, which is that of drop(x) A^T [T, R], and the gradients of B."""
+    gy: Tensor, h: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float, offsets: Tensor | None,
+    into: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor] | list[None]]:  # fmt: skip
+    """Of gy [T, N]: s times the gradient of h, which is that of drop(x) A^T [T, R], and the gradients of B.
+
+    On CUDA these are added to `into`, where that is given, and None is returned for them.
+    """
     if gy.is_cuda:
         starts = _starts(columns)
         gh = torch.ops.megasft.lora_up_gradient_h(gy, B, starts, scaling, offsets)
+        if into is not None:
+            torch.ops.megasft.lora_up_gradient_B_(into, gy, h, B, starts, offsets)
+            return gh, [None] * len(B)
         return gh, torch.ops.megasft.lora_up_gradient_B(gy, h, B, starts, offsets)
     gh = torch.empty_like(h)
     gB = []
@@ -61,12 +68,19 @@ def up_gradients(
 
 
 def down_gradients(
-    gx: Tensor | None, gh: Tensor, x: Tensor, A: Tensor, drop: Dropout | None, offsets: Tensor | None
-) -> Tensor:
-    """The gradient of A, from gh [T, R] of drop(x) A^T; adds that of x to gx [T, K] in place, unless it is None."""
+    gx: Tensor | None, gh: Tensor, x: Tensor, A: Tensor, drop: Dropout | None, offsets: Tensor | None,
+    into: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """The gradient of A, from gh [T, R] of drop(x) A^T; adds that of x to gx [T, K] in place, unless it is None.
+
+    On CUDA it is added to `into`, where that is given, and None is returned.
+    """
     if x.is_cuda:
         if gx is not None:
             torch.ops.megasft.lora_down_gradient_x(gx, gh, A, *_counters(drop), offsets)
+        if into is not None:
+            torch.ops.megasft.lora_down_gradient_A_(into, gh, x, A, *_counters(drop), offsets)
+            return None
         return torch.ops.megasft.lora_down_gradient_A(gh, x, A, *_counters(drop), offsets)
     gA = product(gh.t(), x if drop is None else drop(x), offsets)
     if gx is not None:
@@ -131,6 +145,9 @@ def _kernel(name: str) -> Any:
     def call(*args: Any) -> Any:
         from megasft.kernels import factors as kernels  # imports Triton, which comes with torch's CUDA builds
 
+        if name in ("up_gradient_B_", "down_gradient_A_"):
+            getattr(kernels, name[:-1])(*args[1:], args[0])
+            return None
         return getattr(kernels, name)(*args)
 
     return call
@@ -159,6 +176,11 @@ _OPERATORS = {  # what each takes and gives, and its shape
         f"(Tensor gh, Tensor x, Tensor A, {_DROP}) -> Tensor",
         lambda gh, x, A, *_: torch.empty_like(A, memory_format=torch.contiguous_format),
     ),
+    "up_gradient_B_": (
+        "(Tensor(a!)[] into, Tensor gy, Tensor h, Tensor[] B, int[] starts, Tensor? offsets) -> ()",
+        _nothing,
+    ),
+    "down_gradient_A_": (f"(Tensor(a!) into, Tensor gh, Tensor x, Tensor A, {_DROP}) -> ()", _nothing),
     "down_gradient_x": (f"(Tensor(a!) gx, Tensor gh, Tensor A, {_DROP}) -> ()", _nothing),
 }
 _library = torch.library.Library("megasft", "FRAGMENT")

@@ -96,16 +96,25 @@ class _LoraLinear(torch.autograd.Function):
         factors.add_up(y, h, B, columns, offsets)
         ctx.save_for_backward(x, A, h, offsets, *B)
         ctx.weight, ctx.scaling, ctx.drop, ctx.columns = weight, scaling, drop, columns
+        ctx.into = _sums((A, *B)) if x.is_cuda else None
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, A, h, offsets, *B = ctx.saved_tensors
         gy = gy.contiguous()
-        gh, gB = factors.up_gradients(gy, h, B, ctx.columns, ctx.scaling, offsets)  # of B: h includes the scaling
+        into_A, into_B = ctx.into or (None, None)
+        # Those of B: h includes the scaling.
+        gh, gB = factors.up_gradients(gy, h, B, ctx.columns, ctx.scaling, offsets, into_B)
         gx = _frozen(gy, ctx.weight, offsets) if ctx.needs_input_grad[0] else None
-        gA = factors.down_gradients(gx, gh, x, A, ctx.drop, offsets)
+        gA = factors.down_gradients(gx, gh, x, A, ctx.drop, offsets, into_A)
         return gx, None, gA, None, None, None, None, *gB
+
+
+def _sums(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
+    """Where megatron-core adds up the gradients of A and each B over micro batches, fp32; None: outside of its DDP."""
+    found = [parameter.main_grad for parameter in parameters if hasattr(parameter, "main_grad")]
+    return (found[0], found[1:]) if len(found) == len(parameters) else None
 
 
 def _frozen(x: Tensor, weight: Weight, offsets: Tensor | None, transposed: bool = False) -> Tensor:

@@ -155,13 +155,15 @@ class _GatherChoices(torch.autograd.Function):
         chosen, all_weights = gathered[:, :k], gathered[:, k : 2 * k].view(torch.float32)
         if places is not None:
             places = gathered[:, 2 * k :].view(torch.int64)[:, 0]
-            ctx.mark_non_differentiable(places)
-        ctx.mark_non_differentiable(chosen)
+            ctx.mark_non_differentiable(chosen, places)
+        else:
+            ctx.mark_non_differentiable(chosen)
+        ctx.set_materialize_grads(False)  # no zeros for whole numbers
         return all_weights, chosen, places
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return reduce_scatter_to_sequence_parallel_region(g, group=ctx.group), None, None, None
+        return reduce_scatter_to_sequence_parallel_region(g.contiguous(), group=ctx.group), None, None, None
 
 
 def _range(experts: list[int]) -> range:

@@ -21,7 +21,7 @@ from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.grouped import GroupedLoraLinear
 from megasft.lora.linear import LoraLinear
 from megasft.model.dispatch import DISPATCHERS
-from megasft.model.routing import count_experts, top_experts
+from megasft.model.routing import count_experts, gate, top_experts
 from megasft.model.swiglu import swiglu
 from megasft.storage.shards import Shard, Sharded
 
@@ -138,7 +138,9 @@ class Router(TopKRouter):
 
     def gating(self, input: Tensor) -> Tensor:
         """input [S, 1, H] -> logits, fp32 [S, 1, experts]."""
-        logits = self.linear.multiply(input.flatten(0, -2).float(), self.linear.weight.float())
+        x, weight = input.flatten(0, -2), self.linear.weight
+        assert isinstance(weight, Tensor)  # never in 4 bits
+        logits = self.linear.multiply(x.float(), weight.float()) if self.linear.adapted else gate(x, weight)
         return logits.view(*input.shape[:-1], -1)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

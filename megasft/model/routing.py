@@ -9,6 +9,26 @@ import torch
 from torch import Tensor
 
 
+def gate(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits in fp32 of values in any dtype, none of which is rounded: x [T, H], frozen weight [E, H] -> [T, E]."""
+    return _Gate.apply(x, weight)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = x.dtype
+        if x.is_cuda and x.dtype != torch.float32:
+            return torch.mm(x, weight.t(), out_dtype=torch.float32)  # tensor cores multiply exactly and add in fp32
+        return x.float() @ weight.float().t()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return (g @ weight.float()).to(ctx.dtype), None
+
+
 def top_experts(logits: Tensor, k: int, over_all: bool) -> tuple[Tensor, Tensor]:
     """logits fp32 [T, E] -> weights fp32 [T, k], experts int32 [T, k], those of a token in ascending order.
 
@@ -33,11 +53,12 @@ class _Route(torch.autograd.Function):
         ctx.save_for_backward(logits, experts)
         ctx.over_all = over_all
         ctx.mark_non_differentiable(experts)
+        ctx.set_materialize_grads(False)  # no zeros for the experts
         return weights, experts
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: None) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return torch.ops.megasft.route_gradient(g, *ctx.saved_tensors, ctx.over_all), None, None
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        return None if g is None else torch.ops.megasft.route_gradient(g, *ctx.saved_tensors, ctx.over_all), None, None
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

@@ -67,9 +67,14 @@ def test_the_kernels_compute_what_torchs_products_do(monkeypatch, case, dropped)
     close(module.up_gradient_h(gy, B, starts, SCALING, offsets), gh, dtype)
     for got, one in zip(module.up_gradient_B(gy, h, B, starts, offsets), gB, strict=True):
         close(got, one, dtype)
+    sums = [torch.ones(one.shape) for one in (*gB, A)]  # fp32
+    module.up_gradient_B(gy, h, B, starts, offsets, sums[:-1])
     want = gx.clone()
     gA = factors.down_gradients(want, gh, x, A, drop, offsets)
     close(module.down_gradient_A(gh, x, A, *counters, offsets), gA, dtype)
+    module.down_gradient_A(gh, x, A, *counters, offsets, sums[-1])
+    for got, one in zip(sums, (*gB, gA), strict=True):
+        close((got - 1).to(dtype), one, dtype)
     module.down_gradient_x(gx, gh, A, *counters, offsets)
     close(gx, want, dtype)
 
@@ -85,8 +90,8 @@ LAUNCHES = {  # the types of what is no constant, in the order of the kernel
     "_down": "x:*bf16 A:*bf16 counters:*i64 offsets:*i32 h:*bf16 T K R experts scaling:fp32 key:i64 first share stride",
     "_add_up": "y:*bf16 h:*bf16 b0:*bf16 b1:*bf16 b2:*bf16 offsets:*i32 T R r stride n0 n1 n2 c0 c1 c2 experts",
     "_gradient_h": "gy:*bf16 b0:*bf16 b1:*bf16 b2:*bf16 gh:*bf16 offsets:*i32 T R r stride n0 n1 n2 c0 c1 c2 experts scaling:fp32",
-    "_gradient_B": "gy:*bf16 h:*bf16 g0:*bf16 g1:*bf16 g2:*bf16 offsets:*i32 T R r stride n0 n1 n2 c0 c1 c2",
-    "_gradient_A": "gh:*bf16 x:*bf16 counters:*i64 offsets:*i32 gA:*bf16 T K R key:i64 first share stride",
+    "_gradient_B": "gy:*bf16 h:*bf16 g0:*fp32 g1:*fp32 g2:*fp32 offsets:*i32 T R r stride n0 n1 n2 c0 c1 c2",
+    "_gradient_A": "gh:*bf16 x:*bf16 counters:*i64 offsets:*i32 gA:*fp32 T K R key:i64 first share stride",
     "_gradient_x": "gx:*bf16 gh:*bf16 A:*bf16 counters:*i64 offsets:*i32 T K R experts key:i64 first share stride",
 }  # fmt: skip
 
@@ -94,7 +99,7 @@ LAUNCHES = {  # the types of what is no constant, in the order of the kernel
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_the_kernels_compile_for_hopper_without_spilling(monkeypatch, name):
     module = load(monkeypatch, "factors", interpreted=False)
-    constants = {"DROP": True, "ODD": 0, "GROUPED": True, "E": 128, "BR": 32}
+    constants = {"DROP": True, "ADD": True, "ODD": 0, "GROUPED": True, "E": 128, "BR": 32}
     constants |= {"BM": module.TALL, "BN": module.WIDE, "BK": module.WIDE}
     any_number = ("T", "experts", "key", "first", "share", "scaling")
     ptx = compiled_for_hopper(getattr(module, name), LAUNCHES[name], constants, any_number)

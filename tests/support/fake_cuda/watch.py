@@ -31,6 +31,7 @@ _NOTHING = {
     "aten::_unsafe_view", "aten::lift_fresh", "aten::alias", "aten::view", "aten::is_same_size", "aten::resize_", "aten::set_",
     "aten::record_stream", "prim::device", "aten::sym_size", "aten::is_pinned",
 }  # fmt: skip
+_LAUNCHES = {"megasft::sort_copies": 2}  # of our operators, where it is not one
 _WRITES_ONLY = {"copy_", "zero_", "fill_"}  # of the operators that write their first argument
 _GATHERS = {"aten::index_select", "aten::index", "aten::gather", "aten::embedding"}  # read no more than they write
 
@@ -195,9 +196,9 @@ class Watch(TorchDispatchMode):
         if not any(is_cuda(tensor) for tensor in tensors + outs) or name in _NOTHING or _is_view(func):
             return
         counts = self.counts
-        counts.kernels[name] += 1
+        counts.kernels[name] += _LAUNCHES.get(name, 1)
         if func.namespace != "c10d":
-            counts.bytes[name] += _bytes(func, name, tensors, outs)
+            counts.bytes[name] += _bytes(func, name, args, tensors, outs)
             if operations := _flops(name, args):
                 counts.flops[name] += operations
 
@@ -254,7 +255,7 @@ def _is_view(func: Any) -> bool:
     return any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
 
 
-def _bytes(func: Any, name: str, tensors: list[Tensor], outs: list[Tensor]) -> int:
+def _bytes(func: Any, name: str, args: tuple, tensors: list[Tensor], outs: list[Tensor]) -> int:
     if name in _GATHERS:
         return 2 * outs[0].nbytes
     different = {
@@ -262,7 +263,7 @@ def _bytes(func: Any, name: str, tensors: list[Tensor], outs: list[Tensor]) -> i
     }.values()
     total = sum(_size(tensor) for tensor in different)
     if _writes(func) and name.removeprefix("aten::") not in _WRITES_ONLY and not func._overloadname.startswith("out"):
-        total += _size(tensors[0])  # which it reads as well
+        total += sum(_size(tensor) for tensor in tree_leaves(args[0]))  # which it reads as well
     return total
 
 
@@ -297,6 +298,8 @@ def _flops(name: str, args: tuple) -> int:
 
 def _lora_flops(name: str, args: tuple) -> int:
     """Of `lora.factors`: rows times inputs or outputs times rank."""
+    if name.endswith("_"):  # the same, added to what is given first
+        name, args = name[:-1], args[1:]
     if name in ("down", "down_gradient_A", "down_gradient_x"):
         rows, factor = args[1 if name == "down_gradient_A" else 0], args[2 if name.startswith("down_") else 1]
         return 2 * len(rows) * factor.shape[-1] * factor.shape[-2]
