@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasft.lora import factors
+from megasft.lora import factors, recompute
 from megasft.lora.dropout import Dropout
 from megasft.lora.factors import Columns, grouped_mm
 from megasft.quant.weight import QuantizedWeight
@@ -28,54 +28,47 @@ Weight = Tensor | QuantizedWeight
 
 
 def lora_linear(x: Tensor, weight: Weight, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
-                drop: Dropout | None = None) -> Tensor:  # fmt: skip
+                drop: Dropout | None = None, unread: bool = False) -> Tensor:  # fmt: skip
     """x [T, K], frozen weight [N, K], A [R, K] and B_n [len(columns[n]), r] -> y [T, N].
 
-    The adapters see drop(x). `scaling` includes its 1 / (1 - p).
+    The adapters see drop(x). `scaling` includes its 1 / (1 - p). `unread`: only the gradients are wanted, not y (see
+    `lora.recompute`).
     """
-    return _LoraLinear.apply(x, weight, A, scaling, drop, columns, None, *B)
+    return _LoraLinear.apply(x, weight, A, scaling, drop, columns, None, unread, *B)
 
 
 def grouped_lora_linear(x: Tensor, weight: Weight, A: Tensor, B: Sequence[Tensor], columns: Columns, scaling: float,
-                        offsets: Tensor, drop: Dropout | None = None) -> Tensor:  # fmt: skip
+                        offsets: Tensor, drop: Dropout | None = None, unread: bool = False) -> Tensor:  # fmt: skip
     """`lora_linear` for rows sorted by expert: x [T, K], weight [E, N, K], A [E, R, K], B_n [E, len(columns[n]), r].
 
     Rows offsets[e - 1] to offsets[e] (int32 [E]) belong to expert e.
     """
-    return _LoraLinear.apply(x, weight, A, scaling, drop, columns, offsets, *B)
+    return _LoraLinear.apply(x, weight, A, scaling, drop, columns, offsets, unread, *B)
 
 
-def frozen_linear(x: Tensor, weight: Weight) -> Tensor:
+def frozen_linear(x: Tensor, weight: Weight, unread: bool = False) -> Tensor:
     """x [T, K] times the transposed weight [N, K] -> [T, N], without a gradient for the weight."""
-    return _FrozenLinear.apply(x, weight)
+    return _FrozenLinear.apply(x, weight, None, unread)
 
 
-def grouped_linear(x: Tensor, weight: Weight, offsets: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Weight, offsets: Tensor, unread: bool = False) -> Tensor:
     """`frozen_linear` for rows sorted by expert and weight [E, N, K]."""
-    return _GroupedLinear.apply(x, weight, offsets)
+    return _FrozenLinear.apply(x, weight, offsets, unread)
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
-        ctx.weight = weight
-        return x @ _dense(weight).t()
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return gy @ _dense(ctx.weight), None
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, offsets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, offsets: Tensor | None, unread: bool) -> Tensor:
         ctx.save_for_backward(offsets)
         ctx.weight = weight
-        return _grouped(x, weight, offsets, transposed=True)
+        if unread:
+            return recompute.unread(x, len(x), weight.shape[-2])
+        return _frozen(x, weight, offsets, transposed=True)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return _grouped(gy.contiguous(), ctx.weight, *ctx.saved_tensors), None, None
+        (offsets,) = ctx.saved_tensors
+        return _frozen(gy if offsets is None else gy.contiguous(), ctx.weight, offsets), None, None, None
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -89,11 +82,15 @@ class _LoraLinear(torch.autograd.Function):
         drop: Dropout | None,
         columns: Columns,
         offsets: Tensor | None,
+        unread: bool,
         *B: Tensor,
     ) -> Tensor:
         h = factors.down(x, A, scaling, drop, offsets)
-        y = _frozen(x, weight, offsets, transposed=True)
-        factors.add_up(y, h, B, columns, offsets)
+        if unread:
+            y = recompute.unread(x, len(x), weight.shape[-2])
+        else:
+            y = _frozen(x, weight, offsets, transposed=True)
+            factors.add_up(y, h, B, columns, offsets)
         ctx.save_for_backward(x, A, h, offsets, *B)
         ctx.weight, ctx.scaling, ctx.drop, ctx.columns = weight, scaling, drop, columns
         ctx.into = _sums((A, *B)) if x.is_cuda else None
@@ -108,7 +105,7 @@ class _LoraLinear(torch.autograd.Function):
         gh, gB = factors.up_gradients(gy, h, B, ctx.columns, ctx.scaling, offsets, into_B)
         gx = _frozen(gy, ctx.weight, offsets) if ctx.needs_input_grad[0] else None
         gA = factors.down_gradients(gx, gh, x, A, ctx.drop, offsets, into_A)
-        return gx, None, gA, None, None, None, None, *gB
+        return gx, None, gA, None, None, None, None, None, *gB
 
 
 def _sums(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]] | None:

@@ -61,19 +61,21 @@ class GroupedLoraLinear(ShardedLinear):
                 parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
                 parameter.partial_over_expert_tp = not split  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor, offsets: Tensor, counters: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor, counters: Tensor | None, unread: bool = False) -> Tensor:
         """x [T, K_local] sorted by expert, offsets int32 [E] (the end of each expert's rows) -> [T, N_local].
 
-        `counters`, int64 [T], tell the rows of all experts apart; dropout needs them.
+        `counters`, int64 [T], tell the rows of all experts apart; dropout needs them. `unread`: see `lora.recompute`.
         """
         if not self.adapted:
-            return grouped_linear(x, self.weight, offsets)
+            return grouped_linear(x, self.weight, offsets, unread)
         drop = None
         if self.drops:
             assert counters is not None
             drop = self.dropout(counters)
         B = [self.lora_B[name] for name in self.adapted]
-        return grouped_lora_linear(x, self.weight, self.lora_A, B, self.lora_columns, self.scaling(), offsets, drop)
+        return grouped_lora_linear(
+            x, self.weight, self.lora_A, B, self.lora_columns, self.scaling(), offsets, drop, unread
+        )
 
     def base_shards(self) -> Iterator[Shard]:
         """The frozen matrices, one per expert and part."""

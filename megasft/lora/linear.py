@@ -18,6 +18,7 @@ The partial gradients are summed over TP once per step, not once per micro batch
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.functional import Weight, frozen_linear, lora_linear
+from megasft.lora.recompute import Unread
 from megasft.lora.sharded import Mode, ShardedLinear, factor
 from megasft.storage.shards import Shard, leaf
 
@@ -73,25 +75,28 @@ class LoraLinear(ShardedLinear):
                 parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
                 parameter.sequence_parallel = not split  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Column: a sequence shard x [S, 1, K] -> [S * TP, 1, N / TP]. Row: x [S * TP, 1, K / TP] -> [S, 1, N]."""
+    def forward(self, x: Tensor, unread: bool = False) -> Tensor:
+        """Column: a sequence shard x [S, 1, K] -> [S * TP, 1, N / TP]. Row: x [S * TP, 1, K / TP] -> [S, 1, N].
+
+        `unread`: the values of the output are not wanted (see `lora.recompute`).
+        """
         if self.mode == "column" and self.size > 1:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.group)
-        y = self.multiply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
+        y = self.multiply(x.flatten(0, -2), self.weight, unread).view(*x.shape[:-1], -1)
         if self.mode == "row" and self.size > 1:
-            y = reduce_scatter_to_sequence_parallel_region(y, group=self.group)
+            y = scattered(y, self.group, unread)
         return y
 
-    def multiply(self, x: Tensor, weight: Weight) -> Tensor:
+    def multiply(self, x: Tensor, weight: Weight, unread: bool = False) -> Tensor:
         """The sum of the frozen and the LoRA branch, in the dtype of x: x [T, K_local] -> [T, N_local]."""
         if not self.adapted:
-            return frozen_linear(x, weight)
+            return frozen_linear(x, weight, unread)
         drop = None
         if self.drops:
             assert self.draw is not None
             drop = self.dropout(self.draw.shard(self.group) if self.mode == "replicated" else self.draw.places)
         A, B = self.lora_A.to(x.dtype), [self.lora_B[leaf(name)].to(x.dtype) for name in self.adapted]
-        return lora_linear(x, weight, A, B, self.lora_columns, self.scaling(), drop)
+        return lora_linear(x, weight, A, B, self.lora_columns, self.scaling(), drop, unread)
 
     def base_shards(self) -> Iterator[Shard]:
         """The frozen matrices, one per part."""
@@ -104,3 +109,11 @@ class LoraLinear(ShardedLinear):
         for i, name in enumerate(self.adapted):
             A, B = self.lora_A.data[i * r : (i + 1) * r], self.lora_B[leaf(name)].data
             yield from self.factor_shards(name, name, A, B)
+
+
+def scattered(y: Tensor, group: dist.ProcessGroup, unread: bool) -> Tensor:
+    """The sum of y [S * TP, ...] over the ranks of `group`, of which each takes its [S, ...]; no values if `unread`."""
+    if unread:
+        shape = (len(y) // group.size(), *y.shape[1:])
+        return Unread.apply(y, shape, partial(gather_from_sequence_parallel_region, group=group))
+    return reduce_scatter_to_sequence_parallel_region(y, group=group)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megasft.lora.recompute import Unread
+
 
 @dataclass(frozen=True)
 class Copies:
@@ -42,8 +44,13 @@ class Copies:
         """The copies of tokens: x [T, H] -> [n, H]."""
         return _Linear.apply(x, self._gathered, self._summed)
 
-    def add_up(self, y: Tensor) -> Tensor:
-        """The sum of each token's copies in fp32, in the order of its choices, rounded once: y [n, H] -> [T, H]."""
+    def add_up(self, y: Tensor, unread: bool = False) -> Tensor:
+        """The sum of each token's copies in fp32, in the order of its choices, rounded once: y [n, H] -> [T, H].
+
+        `unread`: the values are not wanted (see `lora.recompute`).
+        """
+        if unread:
+            return Unread.apply(y, (len(self.slots), y.shape[1]), self._gathered)
         return _Linear.apply(y, self._summed, self._gathered)
 
     def pick(self, weights: Tensor) -> Tensor:

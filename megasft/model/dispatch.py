@@ -21,6 +21,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDisp
 from torch import Tensor
 
 from megasft.lora.dropout import JoinPlaces, SplitPlaces
+from megasft.lora.linear import scattered
+from megasft.lora.recompute import recomputing
 from megasft.model.copies import Copies
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -66,13 +68,18 @@ class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Experts' outputs [n, H] -> [T, H]."""
-        return self.copies.add_up(hidden_states)
+        return self.copies.add_up(hidden_states, self.skips)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """[T, H] -> the sum over the ranks, [S, H], in the dtype of the model as of every row-parallel layer."""
         if not self._shares:
             return hidden_states
-        return reduce_scatter_to_sequence_parallel_region(hidden_states, group=self.tp_ep_group)
+        return scattered(hidden_states, self.tp_ep_group, self.skips)
+
+    @property
+    def skips(self) -> bool:
+        """Whether the experts' outputs are not wanted (see `lora.recompute`)."""
+        return recomputing()
 
     @property
     def _shares(self) -> bool:
@@ -88,6 +95,11 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
 
     places: Tensor | None = None
     tokens_per_expert: Tensor | None = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether the experts' outputs are not wanted (see `lora.recompute`); those that travel are computed anyway."""
+        return self._alone and recomputing()
 
     @property
     def _alone(self) -> bool:
@@ -131,7 +143,7 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         """Copies that came back [copies, H] -> hidden states [S, 1, H]."""
-        return self.copies.add_up(permutated_local_input_tokens).view(self.hidden_shape)
+        return self.copies.add_up(permutated_local_input_tokens, self.skips).view(self.hidden_shape)
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Any = None) -> Any:
         """Copy to the host what it needs there; the grouped products read the counts of the experts on the device."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, apply_router_token_dropping
 from megatron.core.transformer.moe.router import TopKRouter
@@ -20,6 +19,7 @@ from megasft import host
 from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.grouped import GroupedLoraLinear
 from megasft.lora.linear import LoraLinear
+from megasft.lora.recompute import recomputing
 from megasft.model.dispatch import DISPATCHERS
 from megasft.model.routing import count_experts, gate, top_experts
 from megasft.model.swiglu import swiglu
@@ -46,7 +46,7 @@ class DenseMLP(Sharded):
 
     def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
         """x [S, 1, H] -> [S, 1, H] and no bias."""
-        return self.linear_fc2(swiglu(self.linear_fc1(x))), None
+        return self.linear_fc2(swiglu(self.linear_fc1(x)), recomputing()), None
 
     def base_shards(self) -> Iterator[Shard]:
         yield from self.linear_fc1.base_shards()
@@ -96,7 +96,8 @@ class SparseMLP(MoELayer, Sharded):
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """What the dispatcher brought -> what it takes back, and no bias."""
         rows = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
-        return self.token_dispatcher.combine_preprocess(self.experts(*rows)), None
+        outputs = self.experts(*rows, unread=self.token_dispatcher.skips)
+        return self.token_dispatcher.combine_preprocess(outputs), None
 
     def base_shards(self) -> Iterator[Shard]:
         yield from self.router.linear.base_shards()
@@ -150,7 +151,7 @@ class Router(TopKRouter):
         """
         logits = logits.flatten(0, -2)
         weights, chosen = top_experts(logits, self.topk, self.config.moe_router_pre_softmax)
-        recomputes = is_checkpointing() and torch.is_grad_enabled()
+        recomputes = recomputing()
         real = None if padding_mask is None else ~padding_mask.view(-1)
         if not recomputes:
             count_experts(self.tokens_per_expert, chosen, real)
@@ -207,14 +208,16 @@ class Experts(Sharded):
         """Whether the input of one of the two layers is subject to dropout."""
         return self.gate_up.drops or self.down.drops
 
-    def forward(self, x: Tensor, ends: Tensor, weights: Tensor, counters: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, ends: Tensor, weights: Tensor, counters: Tensor | None, unread: bool = False
+    ) -> Tensor:
         """x [n, H] sorted by expert, ends int32 [E] (of each expert's rows), routing weights fp32 [n] -> [n, H].
 
-        `counters`, int64 [n], tell the rows of all experts apart, for dropout.
+        `counters`, int64 [n], tell the rows of all experts apart, for dropout. `unread`: see `lora.recompute`.
         """
         rows = host.grouped_rows(x.dtype)
         if rows == 1:
-            return self._run(x, ends, weights, counters)
+            return self._run(x, ends, weights, counters, unread)
         counts = ends.diff(prepend=ends.new_zeros(1))
         padded = (counts + rows - 1) // rows * rows
         offsets = padded.cumsum(0, dtype=torch.int32)
@@ -225,11 +228,11 @@ class Experts(Sharded):
         wide_weights = weights.new_zeros(total).index_copy(0, at, weights)
         if counters is not None:
             counters = counters.new_zeros(total).index_copy(0, at, counters)
-        return self._run(wide, offsets, wide_weights, counters).index_select(0, at)
+        return self._run(wide, offsets, wide_weights, counters, unread).index_select(0, at)
 
-    def _run(self, x: Tensor, ends: Tensor, weights: Tensor, counters: Tensor | None) -> Tensor:
+    def _run(self, x: Tensor, ends: Tensor, weights: Tensor, counters: Tensor | None, unread: bool) -> Tensor:
         # `down` is linear, so the routing weights can scale the F-wide activations instead of the H-wide outputs.
-        return self.down(swiglu(self.gate_up(x, ends, counters), weights), ends, counters)
+        return self.down(swiglu(self.gate_up(x, ends, counters), weights), ends, counters, unread)
 
     def base_shards(self) -> Iterator[Shard]:
         yield from self.gate_up.base_shards()

@@ -20,6 +20,7 @@ from megasft.config.parallelism import TopologySizes, choose_dispatcher
 from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.distributed.topology import Topology
 from megasft.lora.dropout import Draw
+from megasft.lora.recompute import UnreadSum, recomputing
 from megasft.lora.sharded import ShardedLinear
 from megasft.model.attention import SelfAttention
 from megasft.model.batch import MicroBatch, Segments
@@ -297,7 +298,7 @@ def _layer_specs(
                 self_attn_bda=_residual_add,
                 pre_mlp_layernorm=RMSNorm,
                 mlp=partial(SparseMLP if sparse[i] else DenseMLP, lora=lora, quant=quant),
-                mlp_bda=_residual_add,
+                mlp_bda=_last_residual_add,
                 cross_attention=IdentityOp,
             ),
         )
@@ -309,6 +310,18 @@ def _layer_specs(
 def _residual_add(training: bool, fused: bool) -> Any:
     """Replaces megatron-core's bias-dropout-add, because Qwen3-MoE has neither bias nor dropout there."""
     return lambda output_and_bias, residual, dropout: residual + output_and_bias[0]
+
+
+def _last_residual_add(training: bool, fused: bool) -> Any:
+    """What the layer returns, which nothing reads where it is computed again (see `lora.recompute`)."""
+
+    def add(output_and_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
+        output, _ = output_and_bias
+        # megatron-core enables gradients here in each forward; those before the backward have none of the output.
+        unread = recomputing() and output.requires_grad
+        return UnreadSum.apply(residual, output) if unread else residual + output
+
+    return add
 
 
 def _under(prefix: str, shards: Iterator[Shard]) -> Iterator[Shard]:

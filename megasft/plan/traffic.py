@@ -30,7 +30,8 @@ class StepTraffic:
         self.config, self.sizes, self.dispatcher = job.shape, job.sizes, job.dispatcher
         self.counts_first = job.counts_first
         self.forwards = 1 + job.recompute  # how often a layer runs forward per micro batch
-        self.b, self.w = job.width, 8 if job.dropout and job.targets & {"gate_proj", "up_proj", "down_proj"} else 4
+        self.b = job.width
+        self.places = bool(job.dropout and job.targets & {"gate_proj", "up_proj", "down_proj"})  # go to the experts
         self.sparse_everywhere = job.sparse_everywhere
         self.layers, self.sparse = len(job.layers), sum(job.layers)
         self.is_first, self.is_last = job.is_first, job.is_last
@@ -51,27 +52,28 @@ class StepTraffic:
             self.bytes[group, kind] += times * size
 
     def _layers(self, tokens: int, forwards: int) -> None:
-        """Forward: gather before a column-parallel product, scatter after a row-parallel one; backward: the reverse."""
+        """Forward: gather before a column-parallel product, scatter after a row-parallel one; backward: the reverse.
+
+        The last scatter of a layer is left out where the layer is computed again.
+        """
         s, config = self.sizes, self.config
         hidden = tokens * config.hidden_size * self.b
         pairs = self.layers + (self.layers - self.sparse)  # attention everywhere, the MLP of dense layers
         self._add("tp", s.tensor, "all-gather", hidden, pairs * (forwards + 1))
         # Without recomputation the first product asks no gradient of the embedding, which is frozen.
         asked_by_none = self.is_first and self.forwards == 1
-        self._add("tp", s.tensor, "reduce-scatter", hidden, pairs * (forwards + 1) - asked_by_none)
+        dense, again = self.layers - self.sparse, self.forwards - 1
+        self._add("tp", s.tensor, "reduce-scatter", hidden, pairs * (forwards + 1) - asked_by_none - dense * again)
         sharing = s.expert * s.expert_tensor
         group = ("expert tp x ep", sharing)
         if self.dispatcher == "allgather":
             tokens = tokens * sharing // s.tensor
-            hidden, weights = tokens * config.hidden_size, tokens * config.num_experts * self.w
-            # to the experts in the dtype of activations; their outputs are summed in fp32
-            for kind, times in (("all-gather", forwards), ("reduce-scatter", 1)):
-                self._add(*group, kind, hidden * self.b, self.sparse * times)
-            for kind, times in (("reduce-scatter", forwards), ("all-gather", 1)):
-                self._add(*group, kind, hidden * 4, self.sparse * times)
-            self._add(*group, "all-gather", weights, self.sparse * forwards)
-            self._add(*group, "reduce-scatter", weights, self.sparse)
-            self._add(*group, "all-gather", tokens * config.num_experts, self.sparse * forwards)  # the choices, bool
+            hidden, k = tokens * config.hidden_size * self.b, config.num_experts_per_tok
+            self._add(*group, "all-gather", hidden, self.sparse * (forwards + 1))
+            self._add(*group, "reduce-scatter", hidden, self.sparse * (forwards + 1 - again))
+            # each choice's expert and weight, and the token's place
+            self._add(*group, "all-gather", tokens * (8 * k + 8 * self.places), self.sparse * forwards)
+            self._add(*group, "reduce-scatter", tokens * 4 * k, self.sparse)
         else:
             assert s.expert_tensor == 1 or self.uneven, (
                 "gathers of uneven length are made of even ones on gloo: their bytes say nothing"
@@ -83,7 +85,9 @@ class StepTraffic:
             self._add(*group, "all-gather", s.expert * config.num_experts * 8, self.sparse * forwards)  # counts, int64
             there_and_back = 2 * self.sparse * (forwards + 1)
             self._add("ep", s.expert, "all-to-all", rows * config.hidden_size * self.b, there_and_back)
-            self._add("ep", s.expert, "all-to-all", rows * self.w, self.sparse * (forwards + 1))  # routing weights
+            self._add(
+                "ep", s.expert, "all-to-all", rows * (8 if self.places else 4), self.sparse * (forwards + 1)
+            )  # routing weights
 
     def _ends(self, tokens: int, supervised: int) -> None:
         """The embedding's sum over the vocabulary's shards; the head's gather, and its sums over supervised tokens."""
