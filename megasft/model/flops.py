@@ -4,7 +4,8 @@ A multiplication plus an addition counts as two. Frozen weights: 2 per active we
 for the gradient of the input. LoRA: 2 in forward, 4 in backward. Attention: two products of half a square (causal) per
 conversation in forward, four in backward. Head: as frozen weights, for supervised positions only. Not counted: norms,
 softmax, activations, dequantization and the optimizer, and the saving that the first layer's input, an embedding, needs
-no gradient.
+no gradient. A layer that is computed again leaves out its last product, of `down` (`lora.recompute`), but for
+experts on other ranks, where this counts too little.
 """
 
 from collections.abc import Set
@@ -40,7 +41,7 @@ def step_flops(
         squares: sum of the squared lengths of its conversations.
         recompute: whether layers run forward twice.
     """
-    active = active_lora = 0
+    active = active_lora = again = 0
     h, q = config.hidden_size, config.num_attention_heads * head_dim(config)
     kv = config.num_key_value_heads * head_dim(config)
     for sparse in sparse_layers(config):
@@ -52,11 +53,13 @@ def step_flops(
         linears += [(ROUTER, 1, h, config.num_experts)] * sparse
         active += sum(n * inputs * outputs for _, n, inputs, outputs in linears)
         active_lora += sum(r * n * (inputs + outputs) for name, n, inputs, outputs in linears if name in targets)
+        again -= times * h * (f + r * ("down_proj" in targets))
+    again += active + active_lora
     scores = squares * config.num_hidden_layers * q / 2  # multiplications of one product
     return Flops(
         frozen=4.0 * tokens * active,
         lora=6.0 * tokens * active_lora,
         attention=6 * 2 * scores,
         head=4.0 * supervised * h * config.vocab_size,
-        recomputed=2.0 * tokens * (active + active_lora) + 2 * 2 * scores if recompute else 0.0,
+        recomputed=2.0 * tokens * again + 2 * 2 * scores if recompute else 0.0,
     )

@@ -12,7 +12,7 @@ from megasft.plan.state import owned, state_bytes, trained
 
 LOSS_CHUNK_BYTES, MIN_CHUNK, MAX_CHUNK = 256 * 2**20, 64, 4096  # of `model.loss`
 NORMS_CHUNK = 2**24  # elements, of `train.adapter_norms`
-COPY_BYTES = 32  # of each copy of a token: four 64-bit numbers (`model.dispatch.Copies`)
+COPY_BYTES = 16  # of each copy of a token: two 32-bit and a 64-bit number (`model.copies.Copies`)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _moments(job: Job) -> dict[str, dict[str, int]]:
         "backward of a layer": {
             "saved activations": waiting + kept - last, "recomputed layer" if job.recompute else "last layer":
             attention + saved + (0 if job.recompute else layer_input), "products in flight": transient,
-            **residual, "gradients of a layer's adapters": _layer_gradients(job),
+            **residual,
         },
         "sums of gradients": {"flattened gradients": _flattened(job)},
         "optimizer": {"Adam's temporaries": _adam(job)},
@@ -94,9 +94,9 @@ def _attention(job: Job) -> int:
     shard = t // job.sizes.tensor
     adapted = len(job.targets & {"q_proj", "k_proj", "v_proj"}), len(job.targets & {"o_proj"})
     found = b * t * h  # the gathered input of q, k, v
-    found += b * t * (q + 2 * kv) + b * t * (q + 2 * kv) + b * t * q  # q, k, v; rotated; the result
-    found += 4 * t * (2 * q + kv) // d  # softmax's sums, and those of the norms of q and k
-    found += b * t * job.r * sum(adapted) + 4 * t * sum(map(bool, adapted)) * job.dropout
+    found += b * t * (q + 2 * kv) + b * t * (q + 2 * kv) + b * t * q  # their product; normed and rotated; the result
+    found += 4 * t * q // d  # softmax's sums
+    found += b * t * job.r * sum(adapted)
     return found + b * shard * h + 2 * 4 * shard  # the input of the norm after it
 
 
@@ -105,15 +105,14 @@ def _experts(job: Job) -> tuple[int, int]:
     b, h, f, n, shape = job.width, job.shape.hidden_size, job.expert_width, job.rows, job.shape
     shard = job.tokens // job.sizes.tensor
     adapted = len(job.targets & {"gate_proj", "up_proj"}), len(job.targets & {"down_proj"})
-    saved = 4 * shape.num_experts * h  # the router's weight in fp32
-    saved += shard * (4 * h * ("gate" in job.targets) + shape.num_experts * 5 + 24 * shape.num_experts_per_tok)
-    saved += n * (COPY_BYTES * (not job.recompute) + 4 + (16 if job.dropout else 0))  # weights, places, hashes
+    gate, k = "gate" in job.targets, shape.num_experts_per_tok
+    saved = 4 * (shape.num_experts + shard) * h * gate  # the router's weight and input in fp32
+    saved += shard * (4 * shape.num_experts + 8 * k) + 8 * k * job.tokens  # logits, weights and choices, all gathered
+    saved += n * (COPY_BYTES * (not job.recompute) + 4)  # routing weights
     saved += b * n * (h + 2 * f) + b * n * job.padded_r * adapted[0]
     down = b * n * f + b * n * job.padded_r * adapted[1]
-    # The gradient of the rows: of the frozen branch, of the adapters, and that of the adapters after dropout.
-    of_rows = b * n * h * (1 + bool(adapted[0]) * (1 + job.dropout)) + b * n * (2 * f + job.padded_r * adapted[0])
-    # Forward of `down`: its input and two results; the frozen one and that of the adapters.
-    of_down = down + b * n * h * (1 + bool(adapted[1]))
+    of_rows = b * n * h + b * n * (2 * f + job.padded_r * adapted[0])  # gradients of the rows and of gate and up
+    of_down = down + b * n * (h + f)  # what `down` saves, and gradients of its output and input
     return saved, max(of_rows, of_down)
 
 
@@ -121,12 +120,6 @@ def _dense(job: Job) -> tuple[int, int]:
     b, t, h, f = job.width, job.tokens, job.shape.hidden_size, job.dense_width
     saved = b * t * (h + 2 * f + f + job.r * len(job.targets & {"gate_proj", "up_proj", "down_proj"}))
     return saved, b * t * (2 * f + h * (2 + job.dropout))
-
-
-def _layer_gradients(job: Job) -> int:
-    """Gradients of a layer's experts' adapters, until they are added to the buffer."""
-    (_, (_, experts)), layers = trained(job), max(1, sum(job.layers))
-    return job.width * experts // layers
 
 
 def _flattened(job: Job) -> int:

@@ -12,7 +12,8 @@ from megasft.plan.job import Job
 from megasft.plan.state import owned
 from megasft.plan.traffic import StepTraffic
 
-KERNELS = {False: (79, 82), True: (111, 114)}  # per layer: of one forward, and of a backward; bf16, and 4-bit
+# Per layer: of a forward, of one that is run again for the backward, and of a backward; bf16, and 4-bit (docs/gpu.md).
+KERNELS = {False: (33, 27, 50), True: (58, 46, 75)}
 # FLOPs of attention for each multiplication of one of its products: forward 2 products, backward 5 in flash attention,
 # which computes one of forward's again.
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
@@ -98,10 +99,16 @@ def rank_work(job: Job) -> Work:
     scores = len(job.layers) * job.queries * job.tokens * job.length / 2
     return Work(
         job.tokens * (dense * (4 + 2 * again) + lora_dense * (6 + 2 * again)),
-        job.rows * (experts * (4 + 2 * again) + lora_experts * (6 + 2 * again)),
+        job.rows * (experts * (4 + 2 * experts_again(job)) + lora_experts * (6 + 2 * experts_again(job))),
         scores * (ATTENTION_FORWARD * (1 + again) + ATTENTION_BACKWARD),
         4.0 * job.supervised * job.shape.hidden_size * job.shape.vocab_size / job.sizes.tensor * job.is_last,
     )
+
+
+def experts_again(job: Job) -> float:
+    """How many forwards of the experts' products are run again: without `down`, a third, if its output stays here."""
+    stays = job.dispatcher == "allgather" or job.sizes.expert * job.sizes.expert_tensor == 1
+    return job.counts_first + job.recompute * (2 / 3 if stays else 1)
 
 
 def _stage(job: Job, gpu: Gpu, per_node: int, c: Constants) -> tuple[dict[str, float], dict[str, float]]:
@@ -112,16 +119,19 @@ def _stage(job: Job, gpu: Gpu, per_node: int, c: Constants) -> tuple[dict[str, f
     dense, _, _, _ = _weights(job)
     passes = 2 + job.recompute + job.counts_first  # each reads the weights once
     one = {
-        "experts' products": max(work.experts / grouped_rate, passes * job.width * _experts_held(job) / bandwidth),
+        "experts' products": max(
+            work.experts / grouped_rate, (2 + experts_again(job)) * job.width * _experts_held(job) / bandwidth
+        ),
         "other products": max(work.dense / dense_rate, passes * job.width * dense / bandwidth),
         "attention": work.attention / (gpu.flops * c.attention),
         "loss head": work.head / (gpu.flops * c.dense) + job.is_last * _head_bytes(job) / bandwidth,
         "elementwise, sorting, copies": _moved(job) / bandwidth,
     }  # fmt: skip
     if job.quant:
-        one["dequantization"] = passes * (dense + _experts_held(job)) * DEQUANTIZED_BYTES / bandwidth
-    forward, backward = KERNELS[job.quant is not None]
-    kernels = len(job.layers) * (forward * (passes - 1) + backward)
+        dequantized = passes * dense + (2 + experts_again(job)) * _experts_held(job)
+        one["dequantization"] = dequantized * DEQUANTIZED_BYTES / bandwidth
+    forward, again, backward = KERNELS[job.quant is not None]
+    kernels = len(job.layers) * (forward * (1 + job.counts_first) + again * job.recompute + backward)
     one["launches"] = max(0.0, kernels * c.launch - sum(one.values()))
     parts = {name: m * seconds for name, seconds in one.items()}
     seconds, sent = _collectives(job, gpu, per_node, c)
@@ -170,16 +180,14 @@ def _head_bytes(job: Job) -> float:
 def _moved(job: Job) -> float:
     """Bytes that kernels other than products move in a micro batch, fitted to counted steps (docs/gpu.md).
 
-    Per row of the experts, forward of a layer some 6 passes over H and 8 over F; per token some 22 over H and 16 over
-    queries and keys; backward 1.7 times that.
+    Passes over H and F for each row of the experts, over H, queries and keys for each token.
     """
     h, f, b = job.shape.hidden_size, job.expert_width, job.width
-    per_row = 6.1 * h + 8.3 * f
-    per_token = 22 * h + 16 * (job.queries + 2 * job.keys)
+    forwards, again = 1 + job.counts_first, job.recompute
+    per_row = h * (6 * forwards + 3 * again + 8) + f * (8 * forwards + 8 * again + 12)
+    per_token = (14 * h + 4 * (job.queries + 2 * job.keys)) * (forwards + again + 3.3)
     shard = job.tokens / job.sizes.tensor
-    passes = 2.7 + job.recompute + job.counts_first
-    layer = b * (job.rows * per_row + (job.tokens + shard) / 2 * per_token)
-    return passes * layer * len(job.layers)
+    return b * len(job.layers) * (job.rows * per_row + (job.tokens + shard) / 2 * per_token)
 
 
 # The share of a collective's bytes that a rank sends over its slowest link; of the others (ranks - 1) / ranks.

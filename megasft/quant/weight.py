@@ -112,7 +112,7 @@ class QuantizedWeight(nn.Module):
         else:
             found = found.view(codes.shape).mul_(self.groups[first:last].index_select(1, at).view(codes.shape))
         for place in self.parts.values():
-            found[:, place.to_rows] += self.means[first:last, place.number, None, None]
+            found[:, place.to_rows].add_(self.means[first:last, place.number, None, None])
         return found
 
     @functools.cached_property

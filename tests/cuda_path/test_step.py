@@ -28,7 +28,7 @@ def walked(tmp_path_factory):
 def test_a_step_and_a_checkpoint_run(walked, case):
     """No host tensor meets one of the device, and every operand is such that CUDA's kernels take it (see `watch`)."""
     assert not walked[case.name].error, walked[case.name].error
-    assert walked[case.name].phases["compute"].kernels.total() > 300
+    assert walked[case.name].phases["compute"].kernels.total() > 200
 
 
 # Where the host waits for the device between the first layer and the end of backward: in a layer (each forward of it), in

@@ -9,7 +9,7 @@ import os
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +31,7 @@ _NOTHING = {
     "aten::_unsafe_view", "aten::lift_fresh", "aten::alias", "aten::view", "aten::is_same_size", "aten::resize_", "aten::set_",
     "aten::record_stream", "prim::device", "aten::sym_size", "aten::is_pinned",
 }  # fmt: skip
-_LAUNCHES = {"megasft::sort_copies": 2}  # of our operators, where it is not one
+LAUNCHES = {"megasft::sort_copies": 2}  # of our operators, where it is not one
 _WRITES_ONLY = {"copy_", "zero_", "fill_"}  # of the operators that write their first argument
 _GATHERS = {"aten::index_select", "aten::index", "aten::gather", "aten::embedding"}  # read no more than they write
 
@@ -40,19 +40,39 @@ _GATHERS = {"aten::index_select", "aten::index", "aten::gather", "aten::embeddin
 class Counts:
     """What ran in one phase of a step.
 
-    kernels, bytes, flops: by operator. syncs: by (what, file:line). calls, sent: of collectives, by (group, kind), as
-    `StepTraffic`. peak, live: bytes of the device at most and at the end. grouped: the layouts of grouped products.
+    ran: how often (operator, bytes, FLOPs) did. syncs: by (what, file:line). calls, sent: of collectives, by (group,
+    kind), as `StepTraffic`. peak, live: bytes of the device at most and at the end. grouped: the layouts of grouped
+    products.
     """
 
-    kernels: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
-    flops: Counter[str] = field(default_factory=Counter)
+    ran: Counter[tuple[str, int, int]] = field(default_factory=Counter)
     syncs: Counter[tuple[str, str]] = field(default_factory=Counter)
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     sent: Counter[tuple[str, str]] = field(default_factory=Counter)
     grouped: Counter[str] = field(default_factory=Counter)
     peak: int = 0
     live: int = 0
+
+    @property
+    def kernels(self) -> Counter[str]:
+        """Launches, by operator."""
+        return self._sum(lambda name, *_: LAUNCHES.get(name, 1))
+
+    @property
+    def bytes(self) -> Counter[str]:
+        """Bytes read and written, by operator."""
+        return self._sum(lambda _, size, __: size)
+
+    @property
+    def flops(self) -> Counter[str]:
+        """Operations of products, by operator."""
+        return self._sum(lambda _, __, operations: operations)
+
+    def _sum(self, of: Callable[[str, int, int], int]) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for one, n in self.ran.items():
+            found[one[0]] += n * of(*one)
+        return found
 
     def __str__(self) -> str:
         lines = [
@@ -195,12 +215,9 @@ class Watch(TorchDispatchMode):
             assert not hosts, f"{func} mixes tensors of the device with {[tuple(t.shape) for t in hosts]} on the host"
         if not any(is_cuda(tensor) for tensor in tensors + outs) or name in _NOTHING or _is_view(func):
             return
-        counts = self.counts
-        counts.kernels[name] += _LAUNCHES.get(name, 1)
-        if func.namespace != "c10d":
-            counts.bytes[name] += _bytes(func, name, args, tensors, outs)
-            if operations := _flops(name, args):
-                counts.flops[name] += operations
+        moves = func.namespace != "c10d"
+        size = _bytes(func, name, args, tensors, outs) if moves else 0
+        self.counts.ran[name, size, _flops(name, args)] += 1
 
     def _hold(self, tensor: Tensor) -> None:
         """Add the tensor's memory to what is live, until its storage goes."""

@@ -1,0 +1,35 @@
+"""What a GPU would run in a layer of the reference job and of four others, held to `benchmarks/kernels.json` exactly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = json.loads((ROOT / "benchmarks" / "kernels.json").read_text())
+REMEDY = "if that is meant, run `python benchmarks/kernels.py --write` and say so in docs/performance.md"
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kernels") / "counted.json"
+    subprocess.run([sys.executable, "benchmarks/kernels.py", "--json", path], cwd=ROOT, check=True, capture_output=True)
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("part", ["a layer", "the rest"])
+@pytest.mark.parametrize("name", COMMITTED)
+def test_kernels_bytes_waits_collectives_and_memory_are_as_committed(counted, name, part):
+    found, committed = counted[name][part], COMMITTED[name][part]
+    assert len(committed["kernels by operator"]) > 10
+    changed = {key: (committed[key], found[key]) for key in committed if found[key] != committed[key]}
+    assert not changed, f"{name}, {part}: (committed, counted) {changed}; {REMEDY}"
+
+
+def test_the_reference_job_stays_below_its_limits():
+    layer = COMMITTED["reference job, TP=2 x DP=2"]["a layer"]
+    assert layer["kernels"] <= 120
+    assert layer["bytes"] <= 7.5e9
+    assert not layer["host waits"]
