@@ -4,7 +4,7 @@
     python benchmarks/kernels.py --tp 1 --tokens 16384 --packed 4 --no-recompute --gpu H100 --costliest 15
     python benchmarks/kernels.py --write                        # into kernels.json, which a test compares exactly
 
-megasft's own step runs, of one micro batch on one rank, with models of one and of two layers: their difference is a layer.
+megasft's own step runs, of one micro batch on one rank, with models of one and two layers: their difference is a layer.
 Counted are launches of kernels, bytes that they read and write, their FLOPs, waits of the host, collectives and what
 they send, and memory. The roofline gives each kernel the larger of its bytes over the memory's bandwidth and its FLOPs
 over the rate of the GPU's data sheet; launches, collectives and all that a kernel falls short of are not in it. Nothing

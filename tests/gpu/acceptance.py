@@ -43,6 +43,8 @@ CHECKS = {
     "attention": Check("kernels.attention", 300),
     "dropout": Check("kernels.dropout", 300),
     "adapters": Check("kernels.adapters", 300),
+    "routing": Check("kernels.routing", 300),
+    "queries": Check("kernels.queries", 300),
     "layer": Check("parity.layer", 600),
     "model": Check("parity.model", 600),
     "collectives": Check("parity.collectives", 600),

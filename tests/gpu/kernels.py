@@ -196,3 +196,56 @@ def _adapted(device: str, dtype: torch.dtype, rows: list[int] | None, k: int, n:
         offsets = torch.tensor(rows).cumsum(0).int().to(device)
         y = grouped_lora_linear(x, weight, A, B, columns, 0.5, offsets, drop)
     return [y, *torch.autograd.grad(y, (x, A, *B), gy)]
+
+
+def routing(place: Place) -> None:
+    """Top-k, copies of tokens and their sums, queries and keys: against the CPU; whole numbers and copies exactly."""
+    from megasft.model.copies import Copies
+    from megasft.model.routing import count_experts, gate, top_experts
+
+    t, k, width, places = 333, 8, 200, torch.arange(333) * 3 + 2**40
+    x, weight = _random(t, 64, seed=0).bfloat16(), _random(128, 64, seed=1).bfloat16()
+    place.near("the router's product", gate(x.to(place.device), weight.to(place.device)), gate(x, weight), FP32)
+    logits, back, y = _random(t, 128, seed=2), _random(t, k, seed=3), _random(t, width, seed=4)
+    for over_all, here in itertools.product((False, True), (range(128), range(32, 64))):
+        results = []
+        for device in ("cpu", place.device):
+            given = logits.to(device).requires_grad_()
+            weights, chosen = top_experts(given, k, over_all)
+            (g,) = torch.autograd.grad(weights, given, back.to(device))
+            counts = torch.zeros(128, dtype=torch.int64, device=device)
+            count_experts(counts, chosen, (torch.arange(t) % 3 > 0).to(device))
+            n = int(((chosen >= here.start) & (chosen < here.stop)).sum())
+            copies = Copies.of(chosen, here, n, 128, places.to(device))
+            whole = [chosen, counts, copies.tokens, copies.slots, copies.ends, copies.counters]
+            made, picked = copies.make(y.to(device)), copies.pick(weights.detach())
+            results.append((whole, [weights, g, copies.add_up(made), picked, copies._returned(picked)]))
+        what = f"{'all' if over_all else 'top-k'}, experts {here.start} to {here.stop}"
+        for want, got in zip(*(whole for whole, _ in results), strict=True):
+            place.same_bits(f"{what}: whole numbers", got.cpu(), want)
+        for want, got in zip(*(numbers for _, numbers in results), strict=True):
+            place.near(f"{what}: numbers", got, want, FP32)
+
+
+def queries(place: Place) -> None:
+    """Norm and rotation of queries and keys, forward and backward in bf16, against fp32 on the CPU."""
+    from types import SimpleNamespace
+
+    from megasft.model.norm import RMSNorm
+    from megasft.model.qkv import split_qkv
+
+    t, heads, groups, d = 77, 8, 2, 128
+    qkv = _random(t, (heads + 2 * groups) * d, seed=0).bfloat16()
+    gy = [_random(t, n, d, seed=1 + n).bfloat16() for n in (heads, groups, groups)]
+    angles = _random(t, d // 2, seed=5).repeat(1, 2)
+    cos_sin, results = torch.stack([angles.cos(), angles.sin()]).bfloat16(), []
+    for device, dtype in (("cpu", torch.float32), (place.device, torch.bfloat16)):
+        norms = [RMSNorm(SimpleNamespace(params_dtype=dtype), d, 1e-6) for _ in range(2)]
+        for i, norm in enumerate(norms):
+            norm.weight.data = _random(d, seed=6 + i).bfloat16().to(device, dtype)
+        given = qkv.to(device, dtype).requires_grad_()
+        parts = split_qkv(given, heads, *norms, cos_sin.to(device, dtype))
+        results.append([*parts, *torch.autograd.grad(parts, given, [one.to(device, dtype) for one in gy])])
+    for what, want, got in zip(("q", "k", "v", "gradient"), *results, strict=True):
+        # where the device has no kernel of its own, torch rounds between norm, product and sum
+        place.near(f"queries and keys: {what}", got, want, 2**-5)

@@ -48,7 +48,15 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     "**QLoRA over all experts**, in bitsandbytes' NF4": ("nf4", "qlora"),
     "bitwise reproducible resuming": ("resume",),
     "a watchdog that names the rank that hangs": ("hang",),
-    "The same code runs on CPUs with gloo": ("grouped_mm", "attention", "dropout", "adapters", "model"),
+    "The same code runs on CPUs with gloo": (
+        "grouped_mm",
+        "attention",
+        "dropout",
+        "adapters",
+        "routing",
+        "queries",
+        "model",
+    ),
     "The reference job is Qwen3-Coder-30B-A3B-Instruct on 4 x H200 (TP=2 x DP=2)": ("reference",),
 }
 
