@@ -26,6 +26,7 @@ _MODULES = {
     "load_adapter": "adapters.model_io",
     "save_adapter": "adapters.model_io",
     "generate": "generation.decode",
+    "generate_many": "generation.batch",
     "Sampler": "generation.sampling",
 }
 __all__ = [*_MODULES]

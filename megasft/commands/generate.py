@@ -85,9 +85,8 @@ def generate(
 ) -> None:
     """Answer prompts, or chat on the terminal.
 
-    Prompts come from --prompt, --jsonl or standard input. For looking at results, not for serving: it answers one
-    conversation at a time, and ends with the vLLM command that serves the adapter. The answer goes to standard output,
-    everything else to standard error.
+    Prompts come from --prompt, --jsonl or standard input. For looking at results, not for serving: it ends with the
+    vLLM command that serves the adapter. The answer goes to standard output, everything else to standard error.
     """
     from megasft.generation.request import Request, check_sampling, template_variables
     from megasft.target import find_target

@@ -6,8 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -161,8 +165,16 @@ class Qwen3Moe(GPTModel):
         return self._run(batch, self._logits)
 
     def next_logits(self, batch: MicroBatch) -> Tensor:
-        """Logits of the last position, fp32 [vocabulary]; hidden states on stages before the last."""
-        return self._run(batch, self._next_logits)
+        """Logits of the n positions `batch.supervised`, fp32 [n, vocabulary]; hidden states on earlier stages."""
+        assert batch.supervised is not None
+        return self._run(batch, partial(self._next_logits, at=batch.supervised))
+
+    def next_tokens(self, batch: MicroBatch) -> Tensor:
+        """The most likely token after each of the positions `batch.supervised`, int64 [n], the first of equal ones;
+        hidden states on stages before the last.
+        """
+        assert batch.supervised is not None
+        return self._run(batch, partial(self._next_tokens, at=batch.supervised))
 
     def _run(self, batch: MicroBatch, head: Any) -> Any:
         segments = batch.segments
@@ -216,9 +228,31 @@ class Qwen3Moe(GPTModel):
         logits = gather_from_tensor_model_parallel_region(logits, group=self.topology.groups.tp)
         return logits[:, 0, : self.true_vocab_size]
 
-    def _next_logits(self, hidden_states: Tensor, **given: Any) -> Tensor:
-        # The last position is the last of the last sequence shard. The head gathers one position from each shard.
-        return self._logits(hidden_states[-1:], **given)[-1].float()
+    def _at(self, hidden_states: Tensor, at: Tensor) -> Tensor:
+        """Hidden states of the positions `at` of all sequence shards: [S, 1, H] -> [n, H]."""
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.topology.groups.tp)
+        return hidden_states.flatten(0, -2).index_select(0, at)
+
+    def _next_logits(self, hidden_states: Tensor, at: Tensor, **_: Any) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits = self._at(hidden_states, at) @ (self.output_layer.weight if weight is None else weight).t()
+        logits = gather_from_tensor_model_parallel_region(logits, group=self.topology.groups.tp)
+        return logits[:, : self.true_vocab_size].float()
+
+    def _next_tokens(self, hidden_states: Tensor, at: Tensor, **_: Any) -> Tensor:
+        weight, first = self._head_weight()
+        logits = (self._at(hidden_states, at) @ weight.t()).float()
+        if not len(weight):  # padding rows only
+            logits = logits.new_full((len(at), 1), -torch.inf)
+        tp = self.topology.groups.tp
+        # Numbers of tokens are exact in fp64.
+        best = torch.stack([part.double() for part in logits.max(-1)])
+        best[1] += first
+        everyone = best.new_empty(tp.size() * 2, len(at))
+        dist.all_gather_into_tensor(everyone, best, group=tp)
+        winner = everyone[::2].argmax(0, keepdim=True)
+        return everyone[1::2].gather(0, winner)[0].long()
 
     def base_shards(self) -> Iterator[Shard]:
         """The base-model tensors that this rank holds a slice of."""

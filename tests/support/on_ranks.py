@@ -13,7 +13,8 @@ from megasft.config.parallelism import resolve_topology
 from megasft.config.schema import RunConfig
 from megasft.data.dataset import Samples
 from megasft.distributed.topology import Topology, regroup
-from megasft.generation import decode
+from megasft.generation import batch, decode
+from megasft.generation.batch import generate_many
 from megasft.generation.decode import generate
 from megasft.generation.sampling import Sampler
 from megasft.job import build_model
@@ -156,6 +157,26 @@ def answers(
     _, _, model = start(settings)
     sampler, cache = Sampler(**sampling), KVCache()
     return [list(generate(model, prompt, count, sampler, stop, cache)) for prompt in prompts]
+
+
+def answers_together(
+    settings: dict[str, Any],
+    prompts: list[list[int]],
+    count: int,
+    stop: tuple[int, ...] = (),
+    sizes: dict[str, int] | None = None,
+) -> list[list[int]]:
+    """The tokens that this rank sees generated for all prompts at once. `sizes` replace constants of the module."""
+    _, _, model = start(settings)
+    for name, size in (sizes or {}).items():
+        assert hasattr(batch, name)
+        setattr(batch, name, size)
+    model.train()
+    steps: list[None] = []
+    found = generate_many(model, prompts, count, stop, lambda: steps.append(None))
+    assert model.training
+    assert steps
+    return found
 
 
 def answers_to_prompts_in_parts(
