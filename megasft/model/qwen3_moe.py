@@ -27,7 +27,7 @@ from megasft.lora.dropout import Draw
 from megasft.lora.sharded import ShardedLinear
 from megasft.model.attention import SelfAttention
 from megasft.model.batch import MicroBatch, Segments
-from megasft.model.loss import supervised_loss
+from megasft.model.loss import supervised_loss, token_losses
 from megasft.model.mlp import DenseMLP, Router, SparseMLP
 from megasft.model.norm import RMSNorm
 from megasft.model.rotary import RotaryEmbedding
@@ -156,6 +156,13 @@ class Qwen3Moe(GPTModel):
         assert batch.supervised is not None
         return self._run(batch, partial(self._loss, supervised=batch.supervised))
 
+    def token_losses(self, batch: MicroBatch) -> Tensor:
+        """Of each supervised position the loss, and 1 where it is predicted right, fp32 [2, n]; hidden states on stages
+        before the last.
+        """
+        assert batch.supervised is not None
+        return self._run(batch, partial(self._loss, supervised=batch.supervised, head=token_losses))
+
     def route(self, batch: MicroBatch) -> Tensor:
         """Run the layers for the routers' counts only: returns 0, or hidden states on stages before the last."""
         return self._run(batch, lambda hidden_states, **_: hidden_states.new_zeros(()))
@@ -217,9 +224,11 @@ class Qwen3Moe(GPTModel):
         first = self.topology.groups.tp.rank() * weight.shape[0]
         return weight[: max(0, self.true_vocab_size - first)], first
 
-    def _loss(self, hidden_states: Tensor, labels: Tensor, supervised: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, hidden_states: Tensor, labels: Tensor, supervised: Tensor, head: Any = supervised_loss, **_: Any
+    ) -> Any:
         weight, first = self._head_weight()
-        return supervised_loss(
+        return head(
             hidden_states, weight, labels, supervised, first, self.topology.groups.tp, self.config.sequence_parallel
         )
 
