@@ -27,6 +27,7 @@ _MODULES = {
     "save_adapter": "adapters.model_io",
     "generate": "generation.decode",
     "generate_many": "generation.batch",
+    "evaluate": "evaluation.evaluate",
     "Sampler": "generation.sampling",
 }
 __all__ = [*_MODULES]

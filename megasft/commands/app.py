@@ -64,6 +64,7 @@ Examples:
   megasft validate --config run.toml      check the conversations
   megasft train --config run.toml         train
   megasft generate runs/run               chat with the trained model
+  megasft evaluate runs/run held_out.jsonl --generate 32
   megasft merge runs/run merged           write a model folder that needs no adapter
 
 `megasft COMMAND --help` shows the options and examples of a command.
@@ -86,6 +87,7 @@ def import_rank() -> None:
     from megasft import host
 
     host.import_megatron()
+    import megasft.evaluation.run
     import megasft.generation.run
     import megasft.rank  # noqa: F401
 
