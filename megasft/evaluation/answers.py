@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megasft.config.measures import SCORES
 from megasft.data.tokenizer import ChatTokenizer
 from megasft.evaluation.questions import Questions
-from megasft.evaluation.score import METRICS, Scores, score
+from megasft.evaluation.score import Scores, score
 from megasft.evaluation.tool_calls import read_reply
 from megasft.generation.answer_file import answered
 from megasft.generation.batch import generate_many
@@ -52,7 +53,7 @@ def answer_all(
 
 def sums_by_conversation(questions: Questions, answers: list[Scored], conversations: int) -> dict[str, np.ndarray]:
     """Of each metric that applies to any answer, the sums of its shares: fp64 [conversations, 2]."""
-    sums = {name: np.zeros((conversations, 2)) for name in METRICS}
+    sums = {name: np.zeros((conversations, 2)) for name in SCORES}
     for question, answer in zip(questions.asked, answers, strict=True):
         for name, share in answer.scores.items():
             sums[name][question.conversation] += share

@@ -9,9 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megasft.config.measures import SCORES
 from megasft.evaluation.evaluate import Evaluation, Metric, Side
 from megasft.evaluation.losses import LOSS, RIGHT, TOKENS
-from megasft.evaluation.score import METRICS
 from megasft.messages import UserError
 
 TURNS = 8  # of which the table has rows
@@ -55,7 +55,7 @@ def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
     hidden |= set() if split else {name for name in metrics if name.startswith("text/")}
     shown = [name for name in metrics if name not in hidden]
     for name in shown:
-        if name in METRICS and name == next(one for one in shown if one in METRICS):
+        if name in SCORES and name == next(one for one in shown if one in SCORES):
             table.add_section()
         table.add_row(*_row(name, metrics[name], both))
     console = console or Console()

@@ -5,17 +5,6 @@ from typing import Any, NamedTuple
 
 from megasft.evaluation.tool_calls import Call, Reply
 
-METRICS = {
-    "exact_match": "text and calls are those of the reference",
-    "call_parsable": "turns with calls: the answer calls, and every call can be read",
-    "call_name": "reference calls: the answer calls this tool",
-    "call_arguments": "reference arguments: the answer has the same value",
-    "call_match": "turns with calls: all calls are right and there are no others",
-    "unasked_call": "turns without calls: the answer calls",
-    "cut_off": "the answer did not come to its end",
-}
-LOWER_IS_BETTER = ("unasked_call", "cut_off")
-
 
 class Share(NamedTuple):
     """`right` of `all`; a mean of shares is the sum of `right` over the sum of `all`."""
@@ -28,7 +17,7 @@ Scores = dict[str, Share]
 
 
 def score(reference: Reply, answer: Reply, cut_off: bool = False) -> Scores:
-    """The METRICS of an answer; those about calls only where they apply.
+    """The scores of an answer (`config.measures.SCORES`); those about calls only where they apply.
 
     A call of the answer counts for one of the reference: calls of the same name are paired so that most arguments are
     right, in whatever order they come. A parameter that only one of the two has is a wrong argument, as is each of a

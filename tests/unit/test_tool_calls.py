@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from megasft.evaluation.score import METRICS, score
+from megasft.config.measures import SCORES
+from megasft.evaluation.score import score
 from megasft.evaluation.statistics import difference, ratio
 from megasft.evaluation.tool_calls import Call, Reply, find_format, read_reply
 
@@ -105,7 +106,7 @@ def test_the_format_is_the_templates_own(with_template, template, format):
 
 def shares(wanted: Reply, got: Reply, cut_off: bool = False) -> dict[str, tuple[float, float]]:
     found = score(wanted, got, cut_off)
-    assert found.keys() <= METRICS.keys()
+    assert found.keys() <= SCORES.keys()
     return {name: tuple(share) for name, share in found.items() if name not in ("cut_off",)}
 
 
