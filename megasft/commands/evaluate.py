@@ -53,9 +53,13 @@ def evaluate(
         int | None,
         typer.Option(min=2, metavar="N", help="Tokens of the longest conversation.  [default: the run's, or 4096]"),
     ] = None,
-    template_arg: Annotated[
+    set_: Annotated[
         list[str],
-        typer.Option(metavar="NAME=VALUE", help="A variable of the chat template, as in enable_thinking=false."),
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Override a setting of the run, or a default, as in data.train_on=last; may be repeated.",
+        ),
     ] = [],  # noqa: B006
     ranks: Annotated[
         int | None,
@@ -93,12 +97,14 @@ def evaluate(
     also how right the answers and tool calls are. The results go to standard output, everything else to standard error.
     """
     from megasft.evaluation.request import EvaluationRequest, find_data, read_count
-    from megasft.generation.request import Request, template_variables
+    from megasft.generation.request import Request
     from megasft.target import find_target
 
-    count, variables = read_count(generate), template_variables(template_arg)
+    count = read_count(generate)
     found = find_target(target, adapter)
-    config = found.config or RunConfig.from_dict({"job": {"model": found.model}})
+    if sequence_length:
+        set_ = [*set_, f"hyperparameters.sequence_length={sequence_length}"]
+    config = (found.config or RunConfig.from_dict({"job": {"model": found.model}})).overridden(set_)
     data = find_data(data, found.config)
     in_4_bits = config.training.use_qlora if qlora is None else qlora
     asked = {
@@ -112,9 +118,6 @@ def evaluate(
         config.data.topology.model_copy(update={key: size for key, size in asked.items() if size}),
         quant=config.quant if in_4_bits else None,
     )
-    changed = {"template_args": config.data.template_args | variables}
-    hyper = config.hyperparameters.model_copy(update={"sequence_length": sequence_length} if sequence_length else {})
-    config = config.model_copy(update={"data": config.data.model_copy(update=changed), "hyperparameters": hyper})
     request = EvaluationRequest(model, config, data, count, max_new_tokens, as_json, output)
     if "RANK" in os.environ:
         import_rank()
@@ -128,6 +131,6 @@ def evaluate(
 
         ranks = ranks or model.ranks()
         use_cores(ranks)
-        request.check(model.sizes(ranks))
+        request.check(request.sizes(ranks))
         gpus.check_ranks(ranks)
         launch(ranks, "interrupted", main, import_rank)

@@ -51,12 +51,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), dataset: str | 
     UserError.
     """
     file = RunFile.read(path)
-    for argument in overrides:
-        key, value = parse_override(argument)
-        for replaced in paths(value, key):
-            if replaced in SAME_SETTING:
-                file.drop(SAME_SETTING[replaced])
-        file.override(key, value, f"--set {argument}")
+    _override(file, overrides)
     if dataset is not None:
         file.drop(("data", "mix"))
         file.override(("job", "data"), os.fspath(dataset), f"--dataset {dataset}")
@@ -313,6 +308,14 @@ class RunConfig(Section):
         """Validate and resolve settings nested as in the run file. Raises UserError."""
         return _checked(RunFile(settings))
 
+    def overridden(self, overrides: Sequence[str]) -> "RunConfig":
+        """A copy with `section.key=value` arguments applied, as by `load_config`. Raises UserError."""
+        if not overrides:
+            return self
+        file = RunFile(self.model_dump(exclude_none=True))
+        _override(file, overrides)
+        return _checked(file)
+
     def to_toml(self) -> str:
         """The resolved settings as a run file. `load_config` of that file returns an equal RunConfig."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
@@ -339,6 +342,15 @@ class RunConfig(Section):
 # --------------------------------------------------------------------------------------------------------------------
 # Validating and resolving
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _override(file: RunFile, overrides: Sequence[str]) -> None:
+    for argument in overrides:
+        key, value = parse_override(argument)
+        for replaced in paths(value, key):
+            if replaced in SAME_SETTING:
+                file.drop(SAME_SETTING[replaced])
+        file.override(key, value, f"--set {argument}")
 
 
 def _checked(file: RunFile) -> RunConfig:

@@ -98,7 +98,9 @@ def ask(
             f"{unread:,} conversations are compared as text"
         )
     if left_out:
-        say_once(f"{len(left_out):,} turns are not answered: {left_out[0]}{', ...' if len(left_out) > 1 else ''}")
+        say_once(
+            f"turns that are not answered: {len(left_out):,} ({left_out[0]}{', ...' if len(left_out) > 1 else ''})"
+        )
     if not asked:
         raise UserError(f"nothing to answer: {left_out[0]}")
     return Questions(asked, chosen, format)

@@ -33,6 +33,14 @@ class EvaluationRequest:
     as_json: bool = False
     output: Path | None = None
 
+    def sizes(self, ranks: int) -> TopologySizes:
+        """The topology on so many ranks. Raises UserError unless they hold the model some times over."""
+        if ranks % (least := self.model.ranks()):
+            raise UserError(
+                f"{ranks} ranks: the topology puts one model on {least}; use {least} ranks, or a multiple of it"
+            )
+        return self.model.sizes(ranks)
+
     def check(self, sizes: TopologySizes) -> None:
         """Raise UserError for input that is missing or does not fit; reads no weights."""
         check_data(self.data, self.config.data.on_error == "stop")

@@ -20,7 +20,7 @@ TIMEOUT_MINUTES = 24 * 60.0  # the other ranks wait in a collective while rank 0
 def run(request: EvaluationRequest) -> None:
     """Evaluate; every rank calls it. Rank 0 reads the conversations and prints the results."""
     asked, config = request.model, request.config
-    topology = join_world(asked.sizes(int(os.environ.get("WORLD_SIZE", 1))), 0, TIMEOUT_MINUTES)
+    topology = join_world(request.sizes(int(os.environ.get("WORLD_SIZE", 1))), 0, TIMEOUT_MINUTES)
     with topology.together():
         if topology.is_first:
             request.check(topology.sizes)

@@ -3,8 +3,10 @@
     hermes   <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>                          Qwen3, Hermes
     xml      <tool_call><function=f><parameter=x>1</parameter></function></tool_call>             Qwen3-Coder
 
-What is accepted is what vLLM 0.12's parsers `hermes` and `qwen3_coder` accept: of both formats a last call without its
-closing tag, of XML functions without `<tool_call>`, several functions in one, and parameters without their closing tag.
+What is accepted is what vLLM's parsers `hermes` and `qwen3_coder` accept (vllm-project/vllm at 0b13f933): of both
+formats a last call without its closing tag, of XML functions without `<tool_call>`, several functions in one, and
+parameters without their closing tag. Unlike there, a malformed call does not spoil the others, and what is no boolean
+stays text.
 """
 
 import ast
@@ -153,12 +155,11 @@ def _structure(text: str) -> Any:
 
 def _types(schema: Any) -> list[str]:
     """The types that a schema names, those of its alternatives too; strings last, as any text is one."""
-    if not isinstance(schema, dict):
-        return []
+    schema = schema if isinstance(schema, dict) else {}
     named = schema.get("type")
     found = [named] if isinstance(named, str) else list(named) if isinstance(named, list) else []
     for key in ("anyOf", "oneOf"):
         others = schema.get(key)
         found += [kind for one in others for kind in _types(one)] if isinstance(others, list) else []
     names = [kind.strip().lower() for kind in found if isinstance(kind, str)]
-    return sorted(names, key=lambda kind: kind == "string")
+    return sorted(names or ["string"], key=lambda kind: kind == "string")

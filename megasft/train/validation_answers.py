@@ -83,9 +83,10 @@ def _check_metric(config: RunConfig, questions: Questions) -> None:
     metric = config.training.validation.metric_for_best_model.removeprefix("val.")
     measured = scores_of(questions)
     if metric in SCORES and metric not in measured:
+        share = SCORES[metric].partition(":")[0]
         raise UserError(
-            f"[training.validation] metric_for_best_model = val.{metric}: a share of {SCORES[metric].partition(':')[0]}, "
-            f"of which the validation conversations that are answered have none; they give {listed(measured)}"
+            f"[training.validation] metric_for_best_model = val.{metric}: a share of {share}, of which the validation "
+            f"conversations that are answered have none; they give {listed(measured)}"
         )
 
 

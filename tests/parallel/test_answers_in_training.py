@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megasft.config.measures import SCORES
+from tests.faults.test_generate import without_weights
 from tests.parity.test_evaluate import TEMPLATE, conversation
 from tests.support import on_ranks
 from tests.support.world import make_world
@@ -94,6 +95,6 @@ def test_a_resumed_run_compares_with_the_best_of_the_same_measure_only(ranks, wo
 def test_a_score_that_no_answer_has_is_refused_before_weights_are_read(ranks, world):
     plain = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     (world / "validation.jsonl").write_text(json.dumps(plain) + "\n")
-    (world / "model" / "model.safetensors").unlink()
+    without_weights(world)
     with pytest.raises(AssertionError, match=r"val\.call_name: a share of reference calls, of which .* they give val\.exact_match, "):  # fmt: skip
         train(ranks, world, 'training.validation.metric_for_best_model="val.call_name"')

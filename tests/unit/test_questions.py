@@ -98,7 +98,7 @@ def test_turns_that_cannot_be_answered_are_said(with_template, file, capsys):
     first, last = (len(question.prompt) for question in asked(file(MESSAGES), tokenizer).asked)
     found = asked(file(MESSAGES), tokenizer, context=last)
     assert [question.turn for question in found.asked] == [0]
-    assert "1 turns are not answered: " in (said := capsys.readouterr().err)
+    assert "turns that are not answered: 1 (" in (said := capsys.readouterr().err)
     assert f":1, turn 3: the prompt has {last} tokens" in said
     with pytest.raises(UserError, match=r"nothing to answer: .*held_out\.jsonl:1, turn 1"):
         asked(file(MESSAGES), tokenizer, context=first)
