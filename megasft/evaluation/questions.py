@@ -44,16 +44,13 @@ class Questions:
 
     Attributes:
         chosen: the numbers of the conversations.
+        left_out: how many of their turns are not asked.
     """
 
     asked: list[Question]
     chosen: list[int]
     format: Format | None
-
-    @property
-    def calls(self) -> int:
-        """Calls in all references."""
-        return sum(len(question.reference.calls) for question in self.asked)
+    left_out: int = 0
 
 
 def choose(count: int | None, conversations: int) -> list[int]:
@@ -87,11 +84,11 @@ def ask(
         unread += format is None and any("tool_calls" in message for message in conversation.messages)
         for turn, at in _supervised(conversation, config):
             try:
-                asked.append(_question(number, turn, conversation, at, tokenizer, config, format))
-                check_length(asked[-1].prompt, context)
+                question = _question(number, turn, conversation, at, tokenizer, config, format)
+                check_length(question.prompt, context)
+                asked.append(question)
             except UserError as error:
                 left_out.append(f"{conversation.file}:{conversation.line}, turn {turn + 1}: {error}")
-        asked = [question for question in asked if len(question.prompt) < context]
     if unread:
         say_once(
             f"{tokenizer.source}: the chat template writes tool calls neither as Qwen3 nor as Qwen3-Coder do; those of "
@@ -103,7 +100,7 @@ def ask(
         )
     if not asked:
         raise UserError(f"nothing to answer: {left_out[0]}")
-    return Questions(asked, chosen, format)
+    return Questions(asked, chosen, format, len(left_out))
 
 
 def _supervised(conversation: Conversation, config: RunConfig) -> list[tuple[int, int]]:

@@ -28,6 +28,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     }
     if task.questions is not None:
         found |= {"answered_conversations": len(task.questions.chosen), "answered_turns": len(task.questions.asked)}
+        found["unanswered_turns"] = task.questions.left_out
         found |= {"tool_call_format": task.questions.format, "max_new_tokens": task.max_new_tokens}
     found["metrics"] = {name: _metric(metric) for name, metric in evaluation.metrics.items()}
     return found
