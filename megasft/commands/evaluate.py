@@ -105,7 +105,7 @@ def evaluate(
     if sequence_length:
         set_ = [*set_, f"hyperparameters.sequence_length={sequence_length}"]
     config = (found.config or RunConfig.from_dict({"job": {"model": found.model}})).overridden(set_)
-    data = find_data(data, found.config)
+    data = find_data(data, found.config, target)
     in_4_bits = config.training.use_qlora if qlora is None else qlora
     asked = {
         "tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel,

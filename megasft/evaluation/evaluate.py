@@ -154,7 +154,7 @@ def prepare(
     def read() -> Task:
         path = data or config.data.validation_path
         if path is None:
-            raise UserError("nothing to evaluate on: name a file of conversations, or a run with a validation_path")
+            raise UserError("nothing to evaluate on; name a file of conversations, or a run with a validation_path")
         folder = find_model(config.job.model)
         hf_config = read_config(folder)
         tokenizer = load_tokenizer(folder, config.data.template_args, config.data.template_date)

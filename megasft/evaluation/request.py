@@ -65,15 +65,17 @@ def read_count(text: str | None) -> Count:
     return int(text)
 
 
-def find_data(data: str | None, config: RunConfig | None) -> str:
-    """The conversations to evaluate on: those named, or those that the run validated on. Raises UserError."""
+def find_data(data: str | None, config: RunConfig | None, target: str) -> str:
+    """The conversations to evaluate on: those named, or those that the run `target` validated on. Raises UserError."""
     if data is not None:
         return data
     if config is None:
-        raise UserError("nothing to evaluate on: name DATA, a file or folder of conversations, behind the model")
+        raise UserError(
+            f"nothing to evaluate on, as {target} is not a run; name DATA, a file or folder of conversations, behind it"
+        )
     if config.data.validation_path is None:
         raise UserError(
-            "nothing to evaluate on: the run names no [data] validation_path; name DATA, a file or folder of "
+            f"nothing to evaluate on, as the run {target} has no [data] validation_path; name DATA, a file or folder of "
             "conversations, behind it"
         )
     return config.data.validation_path

@@ -141,8 +141,8 @@ def test_a_number_of_conversations_is_above_0_or_all(text):
 
 def test_without_data_that_of_the_run_is_used(tmp_path):
     config = RunConfig.from_dict({"data": {"validation_path": "v.jsonl"}})
-    assert find_data("d.jsonl", config) == "d.jsonl"
-    assert find_data(None, config) == "v.jsonl"
+    assert find_data("d.jsonl", config, "runs/x") == "d.jsonl"
+    assert find_data(None, config, "runs/x") == "v.jsonl"
     for run in (None, RunConfig.from_dict({})):
-        with pytest.raises(UserError, match=r"nothing to evaluate on: .*name DATA"):
-            find_data(None, run)
+        with pytest.raises(UserError, match=r"nothing to evaluate on, as .*runs/x .*name DATA"):
+            find_data(None, run, "runs/x")
