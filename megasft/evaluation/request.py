@@ -75,7 +75,7 @@ def find_data(data: str | None, config: RunConfig | None, target: str) -> str:
         )
     if config.data.validation_path is None:
         raise UserError(
-            f"nothing to evaluate on, as the run {target} has no [data] validation_path; name DATA, a file or folder of "
-            "conversations, behind it"
+            f"nothing to evaluate on, as the run {target} has no [data] validation_path; name DATA, a file or folder "
+            "of conversations, behind it"
         )
     return config.data.validation_path
