@@ -165,22 +165,29 @@ def answers(
 
 
 def answers_together(
+    settings: dict[str, Any], prompts: list[list[int]], count: int, stop: tuple[int, ...] = ()
+) -> list[list[int]]:
+    """The tokens that this rank sees generated for all prompts at once."""
+    return answers_in_batches(settings, prompts, count, [{}], stop)[0]
+
+
+def answers_in_batches(
     settings: dict[str, Any],
     prompts: list[list[int]],
     count: int,
+    sizes: list[dict[str, int]],
     stop: tuple[int, ...] = (),
-    sizes: dict[str, int] | None = None,
-) -> list[list[int]]:
-    """The tokens that this rank sees generated for all prompts at once. `sizes` replace constants of the module."""
+) -> list[list[list[int]]]:
+    """The same, once for each of `sizes`, which replace constants of the module."""
     _, _, model = start(settings)
-    for name, size in (sizes or {}).items():
-        assert hasattr(batch, name)
-        setattr(batch, name, size)
-    model.train()
-    steps: list[None] = []
-    found = generate_many(model, prompts, count, stop, lambda: steps.append(None))
-    assert model.training
-    assert steps
+    found, before = [], {name: getattr(batch, name) for one in sizes for name in one}
+    for one in sizes:
+        vars(batch).update(before | one)
+        model.train()
+        steps: list[None] = []
+        found.append(generate_many(model, prompts, count, stop, lambda steps=steps: steps.append(None)))  # type: ignore[misc]
+        assert model.training
+        assert steps
     return found
 
 
