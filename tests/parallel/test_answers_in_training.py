@@ -28,8 +28,8 @@ def world(tmp_path) -> Path:
     return tmp_path
 
 
-def train(ranks, world: Path, *overrides: str, count: int = 1, scripted: list[float] | None = None) -> dict:
-    return ranks(count, on_ranks.train_with_answers, world / "job.toml", [*EACH_STEP, *overrides], scripted)[0]
+def train(ranks, world: Path, *overrides: str, scripted: list[float] | None = None) -> dict:
+    return ranks(1, on_ranks.train_with_answers, world / "job.toml", [*EACH_STEP, *overrides], scripted)[0]
 
 
 def of(run: dict, kind: str) -> list[dict]:
@@ -37,7 +37,7 @@ def of(run: dict, kind: str) -> list[dict]:
 
 
 def test_a_validation_has_the_scores_that_an_evaluation_has(ranks, world):
-    run = train(ranks, world, "hyperparameters.max_steps=2", "data.topology.tensor_parallel=2", "data.topology.expert_tensor_parallel=2", count=2)  # fmt: skip
+    run = train(ranks, world, "hyperparameters.max_steps=2")
     validations = of(run, "validation")
     assert len(validations) == 2
     assert set(SCORES) <= validations[0].keys()
