@@ -2,11 +2,21 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from megasft.commands.app import app, import_rank, main
+from megasft.commands.app import (
+    DtypeOption,
+    ExpertParallelOption,
+    ExpertTensorParallelOption,
+    PipelineParallelOption,
+    QloraOption,
+    TensorParallelOption,
+    app,
+    import_rank,
+    main,
+)
 from megasft.config.schema import RunConfig
 
 
@@ -70,26 +80,12 @@ def evaluate(
             "many as hold the model once]",
         ),
     ] = None,
-    dtype: Annotated[
-        Literal["bf16", "fp32"] | None,
-        typer.Option(help="Precision of the model.  [default: that of the run, or of the model's config.json]"),
-    ] = None,
-    tensor_parallel: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Ranks that share each layer.  [default: the run's, or 1]")
-    ] = None,
-    expert_parallel: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Ranks that share the experts.  [default: the run's, or 1]")
-    ] = None,
-    expert_tensor_parallel: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Ranks that share each expert.  [default: the run's]")
-    ] = None,
-    pipeline_parallel: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Stages of layers.  [default: the run's, or 1]")
-    ] = None,
-    qlora: Annotated[
-        bool | None,
-        typer.Option("--qlora/--no-qlora", help="Use a 4-bit base or not.  [default: as the run was trained]"),
-    ] = None,
+    dtype: DtypeOption = None,
+    tensor_parallel: TensorParallelOption = None,
+    expert_parallel: ExpertParallelOption = None,
+    expert_tensor_parallel: ExpertTensorParallelOption = None,
+    pipeline_parallel: PipelineParallelOption = None,
+    qlora: QloraOption = None,
 ) -> None:
     """Measure a model on held-out conversations, and its adapter beside its base.
 

@@ -8,7 +8,6 @@ from megasft.distributed.topology import join_world
 from megasft.evaluation.evaluate import measure, prepare
 from megasft.evaluation.report import as_json, print_table, write_lines
 from megasft.evaluation.request import EvaluationRequest
-from megasft.generation.request import Request
 from megasft.job import load_model
 from megasft.messages import say_once
 from megasft.model.hf_config import DTYPES, read_config
@@ -25,11 +24,10 @@ def run(request: EvaluationRequest) -> None:
         if topology.is_first:
             request.check(topology.sizes)
         lora = None if asked.adapter is None else AdapterFile(asked.adapter).settings()
+    dtype = asked.precision(read_config(find_model(asked.model)))
     # Conversations before weights: a bad line is found in seconds.
     task = prepare(config, topology, request.data, request.generate, request.max_new_tokens)
-    model = load_model(
-        asked.model, topology, DTYPES[precision(asked)], lora, asked.adapter, quant=asked.quant, recompute=False
-    )
+    model = load_model(asked.model, topology, DTYPES[dtype], lora, asked.adapter, quant=asked.quant, recompute=False)
     evaluation = measure(config, model, task, say_once)
     with topology.together():
         if topology.is_first:
@@ -39,8 +37,3 @@ def run(request: EvaluationRequest) -> None:
                 print(json.dumps(as_json(evaluation), indent=2))
             else:
                 print_table(evaluation)
-
-
-def precision(request: Request) -> str:
-    """The precision that was asked for, or that of the model's config.json."""
-    return request.dtype or ("fp32" if str(read_config(find_model(request.model)).dtype) == "torch.float32" else "bf16")

@@ -42,7 +42,7 @@ def run(request: Request) -> None:
         folder = find_model(request.model)
         config = read_config(folder)
         lora = None if request.adapter is None else AdapterFile(request.adapter).settings()
-        dtype = request.dtype or ("fp32" if str(config.dtype) == "torch.float32" else "bf16")
+        dtype = request.precision(config)
         # Greedy answers to a file need not wait for each other; a sampler draws in the order of the prompts.
         many = request.jsonl is not None and not request.sampling.get("temperature")
         kind = AnswerFile if many else _Conversation
