@@ -23,14 +23,20 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {
 
 
 def conversation(number: int) -> dict:
-    """Two to four turns of the assistant, of which the first calls and the second is not to be learned."""
+    """Two to four turns of the assistant, of which the first calls and the second is not to be learned. From 100 on the
+    third is so long that it is cut.
+    """
     call = {"type": "function", "function": {"name": "look", "arguments": {"at": number}}}
     messages = [
         {"role": "user", "content": f"what is at {number}?"},
         {"role": "assistant", "content": "hm" * (number % 2), "tool_calls": [call]},
         {"role": "tool", "content": "w" * number},
         {"role": "assistant", "content": f"{number} w", "loss": False},
-        *({"role": role, "content": f"and {i}"} for i in range(number % 3) for role in ("user", "assistant")),
+        *(
+            {"role": role, "content": f"and {i}" * (1 if role == "user" or number < 100 else 99)}
+            for i in range(number % 3)
+            for role in ("user", "assistant")
+        ),
     ]
     return {"messages": messages, "tools": [TOOL]}
 
@@ -88,7 +94,7 @@ def test_greedy_answers_are_those_of_transformers_and_peft(alone, world):
     models = {"base": base_model(world / "model"), "adapter": loaded_by_peft(world / "model", world / "adapter")}
     assert alone["turns"] == [(0, 0), (0, 2), (1, 0), (1, 2), (1, 3), (2, 0), (3, 0), (3, 2), (4, 0), (4, 2), (4, 3), (5, 0), (5, 2), (5, 3)]  # fmt: skip
     for side, model in models.items():
-        for prompt, text in zip(alone["prompts"], alone["texts"][side], strict=True):
+        for prompt, text in list(zip(alone["prompts"], alone["texts"][side], strict=True))[::3]:
             ids = torch.tensor([prompt])
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
