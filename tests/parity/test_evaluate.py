@@ -55,7 +55,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def evaluated(ranks, world: Path, count: int, *overrides: str) -> list[dict]:
-    given = [f'job.init_adapter="{world}/adapter"', "hyperparameters.sequence_length=512", *overrides]
+    given = [f'job.init_adapter="{world}/adapter"', "hyperparameters.sequence_length=1024", *overrides]
     return ranks(count, on_ranks.evaluation, world / "job.toml", given, "all", NEW)
 
 
