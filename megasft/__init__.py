@@ -26,6 +26,8 @@ _MODULES = {
     "load_adapter": "adapters.model_io",
     "save_adapter": "adapters.model_io",
     "generate": "generation.decode",
+    "generate_many": "generation.batch",
+    "evaluate": "evaluation.evaluate",
     "Sampler": "generation.sampling",
 }
 __all__ = [*_MODULES]

@@ -5,7 +5,7 @@ from megasft.launch.parent import die_with_launcher
 
 die_with_launcher()  # before the imports, which take seconds
 
-from megasft.commands import train, plan, conversations, generate, adapters, dashboard  # noqa: E402, F401
+from megasft.commands import train, plan, conversations, generate, evaluate, adapters, dashboard  # noqa: E402, F401
 
 # isort: on
 from megasft.commands.app import app, main  # noqa: E402

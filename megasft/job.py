@@ -35,6 +35,7 @@ from megasft.model.positions import longest_input
 from megasft.model.shape import check_fits
 from megasft.train.checkpoint import resume, run_lock
 from megasft.train.trainer import Summary, Trainer, global_batches
+from megasft.train.validation_answers import ValidationAnswers
 
 
 def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None) -> Summary:
@@ -57,8 +58,9 @@ def run(config: RunConfig, on_start: Callable[[Trainer], None] = lambda _: None)
     with topology.together():
         if topology.is_first:
             resume.check_data(config, train, global_batches(config, topology, train))
+    answers = None if validation is None else ValidationAnswers.prepare(config, topology, validation)
     model = build_model(config, topology)
-    trainer = Trainer(config, topology, model, train, validation)
+    trainer = Trainer(config, topology, model, train, validation, answers=answers)
     if topology.is_first and trainer.schedule.shortened:
         say(trainer.schedule.shortened)
 
@@ -159,8 +161,9 @@ def load_model(
 def load_data(config: RunConfig, topology: Topology) -> tuple[Mix, Mix | None]:
     """(training, validation) samples, mapped into memory; one rank of each node tokenizes what is not in the cache."""
     validates, path = config.training.validation.enabled, config.data.validation_path
-    folders = on_each_node(topology, lambda: _tokenized(config, [path] if validates and path else []))
-    sources = [Samples.open(folder) for folder in folders]
+    paths = [*(source.path for source in config.training_data()), *([path] if validates and path else [])]
+    folders = on_each_node(topology, lambda: _tokenized(config, paths))
+    sources = [Samples.open(folder, path) for folder, path in zip(folders, paths, strict=True)]
     weights = [source.weight for source in config.training_data()]
     train = Mix(tuple(sources[: len(weights)]), tuple(weights))
     if topology.is_first:
@@ -172,13 +175,12 @@ def load_data(config: RunConfig, topology: Topology) -> tuple[Mix, Mix | None]:
     return train.split(config.data.validation_fraction, config.job.seed)
 
 
-def _tokenized(config: RunConfig, more: list[str]) -> list[Path]:
-    """The token cache's folders of the training data and of `more` files; those missing are made."""
+def _tokenized(config: RunConfig, paths: list[str]) -> list[Path]:
+    """The token cache's folders of these conversations; those missing are made."""
     folder = find_model(config.job.model)
     data, recipe = config.data, Recipe.of(config)
     tokenizer = load_tokenizer(folder, data.template_args, data.template_date)
     tokenizer.check_vocabulary(read_config(folder).vocab_size)
-    paths = [*(source.path for source in config.training_data()), *more]
     return [prepare(path, tokenizer, recipe, data.on_error, data.cache_dir) for path in paths]
 
 

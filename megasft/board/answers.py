@@ -9,7 +9,8 @@ from torch import Tensor
 from megasft.data.dataset import Mix
 from megasft.data.tokenizer import load_tokenizer
 from megasft.distributed.topology import Topology
-from megasft.generation.decode import generate
+from megasft.generation.answer_file import answered
+from megasft.generation.batch import generate_many
 from megasft.generation.text import stop_tokens
 from megasft.lora.sharded import without_adapters
 from megasft.messages import say
@@ -33,24 +34,22 @@ def write_answers(trainer: Trainer, topology: Topology) -> None:
     tokenizer = load_tokenizer(folder) if topology.is_first else None
     stop = topology.from_first(lambda: tokenizer and stop_tokens(folder, read_config(folder), tokenizer))
 
-    def answer(prompt: list[int]) -> list[int]:
-        found = []
-        for token in generate(trainer.model, prompt, MOST_TOKENS, stop=stop):
-            trainer.progress.count_micro_batch()  # for the watchdog
-            found.append(token)
-        return found[:-1] if found and found[-1] in stop else found
+    asked = [prompt for prompt, _ in prompts]
+
+    def answers() -> list[list[int]]:
+        return generate_many(trainer.model, asked, MOST_TOKENS, stop, trainer.progress.count_micro_batch)
 
     trainer.progress.begin("the answers")
     with without_adapters(trainer.model):
-        before = [answer(prompt) for prompt, _ in prompts]
-    after = [answer(prompt) for prompt, _ in prompts]
+        before = answers()
+    after = answers()
     if tokenizer is not None:
         texts = [
             {
                 "prompt": tokenizer.decode(prompt),
                 "reference": tokenizer.decode([token for token in reference if token not in stop]).rstrip("\n"),
-                "before": tokenizer.decode(base),
-                "after": tokenizer.decode(trained),
+                "before": answered(tokenizer, base, stop).text,
+                "after": answered(tokenizer, trained, stop).text,
             }
             for (prompt, reference), base, trained in zip(prompts, before, after, strict=True)
         ]

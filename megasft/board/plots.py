@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from megasft.config.measures import SCORES
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -44,6 +46,16 @@ PLOTS = (
         scale=100,
     ),
     Plot("perplexity", "Quality", "Validation perplexity", "", _one("validation.perplexity"), exact=True),
+    Plot(
+        "answers",
+        "Quality",
+        "Answers to validation conversations",
+        "%",
+        {f"validation.{name}": name.replace("_", " ") for name in SCORES},
+        "parts",
+        scale=100,
+        exact=True,
+    ),
     Plot("lr", "Optimization", "Learning rate", "", _one("train.lr"), exact=True),
     Plot("grad_norm", "Optimization", "Gradient norm", "", _one("train.grad_norm"), logarithmic=True),
     Plot("norm_a", "Adapters", "Norm of A", "", _one("norms.parameters.lora_A."), "parts"),

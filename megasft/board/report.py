@@ -148,7 +148,7 @@ def _usage(run: Run) -> str:
         blocks.append(("vLLM", Request(model, shown).vllm_command()))
     blocks.append(("megasft", shlex.join(["megasft", "generate", os.path.dirname(shown)])))
     best = run.folder / "best" / "adapter_config.json"
-    note = "<p>The adapter of the best validation loss is in <code>best/</code>.</p>" if best.is_file() else ""
+    note = "<p>The adapter of the best validation is in <code>best/</code>.</p>" if best.is_file() else ""
     return note + "".join(f"<h3>{name}</h3><pre>{escape(text)}</pre>" for name, text in blocks)
 
 

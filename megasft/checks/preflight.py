@@ -84,7 +84,7 @@ def _check_paths(config: RunConfig) -> None:
     for key, path in [*paths, ("[data] validation_path", config.data.validation_path)]:
         try:
             if path:
-                _check_data(path, config.data.on_error == "stop")
+                check_data(path, config.data.on_error == "stop")
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
     check_name(config.job.model)
@@ -98,7 +98,7 @@ def _check_paths(config: RunConfig) -> None:
         raise UserError(f"[job] output_dir = {config.job.output_dir!r}: {exists} {kind}; name a folder to write to")
 
 
-def _check_data(path: str, stops: bool) -> None:
+def check_data(path: str, stops: bool) -> None:
     """Raise UserError where there is no conversation, or the first cannot be used and the run `stops` at such."""
     from megasft.data.conversations import Problem, check_record
     from megasft.data.records import read_records

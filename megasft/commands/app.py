@@ -7,7 +7,7 @@ import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -49,6 +49,26 @@ BaseOption = Annotated[
         help="The base model, a folder or hub id.  [default: the one the adapter names]",
     ),
 ]
+DtypeOption = Annotated[
+    Literal["bf16", "fp32"] | None,
+    typer.Option(help="Precision of the model.  [default: that of the run, or of the model's config.json]"),
+]
+TensorParallelOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Ranks that share each layer.  [default: the run's, or 1]")
+]
+ExpertParallelOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Ranks that share the experts.  [default: the run's, or 1]")
+]
+ExpertTensorParallelOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Ranks that share each expert.  [default: the run's]")
+]
+PipelineParallelOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Stages of layers.  [default: the run's, or 1]")
+]
+QloraOption = Annotated[
+    bool | None,
+    typer.Option("--qlora/--no-qlora", help="Use a 4-bit base or not.  [default: as the run was trained]"),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,6 +84,7 @@ Examples:
   megasft validate --config run.toml      check the conversations
   megasft train --config run.toml         train
   megasft generate runs/run               chat with the trained model
+  megasft evaluate runs/run held_out.jsonl --generate 32
   megasft merge runs/run merged           write a model folder that needs no adapter
 
 `megasft COMMAND --help` shows the options and examples of a command.
@@ -86,6 +107,7 @@ def import_rank() -> None:
     from megasft import host
 
     host.import_megatron()
+    import megasft.evaluation.run
     import megasft.generation.run
     import megasft.rank  # noqa: F401
 

@@ -2,11 +2,21 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from megasft.commands.app import app, import_rank, main
+from megasft.commands.app import (
+    DtypeOption,
+    ExpertParallelOption,
+    ExpertTensorParallelOption,
+    PipelineParallelOption,
+    QloraOption,
+    TensorParallelOption,
+    app,
+    import_rank,
+    main,
+)
 from megasft.config.parallelism import TopologySettings
 from megasft.config.schema import RunConfig
 from megasft.messages import UserError
@@ -62,32 +72,17 @@ def generate(
     ] = 1.0,
     top_k: Annotated[int, typer.Option(metavar="K", help="Sample from the K most likely tokens; 0: from all.")] = 0,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.")] = 0,
-    dtype: Annotated[
-        Literal["bf16", "fp32"] | None,
-        typer.Option(help="Precision of the model.  [default: that of the run, or of the model's config.json]"),
-    ] = None,
-    tensor_parallel: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Ranks that share each layer.  [default: the run's, or 1]")
-    ] = None,
-    expert_parallel: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Ranks that share the experts.  [default: the run's, or 1]")
-    ] = None,
-    expert_tensor_parallel: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Ranks that share each expert.  [default: the run's]")
-    ] = None,
-    pipeline_parallel: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Stages of layers.  [default: the run's, or 1]")
-    ] = None,
-    qlora: Annotated[
-        bool | None,
-        typer.Option("--qlora/--no-qlora", help="Use a 4-bit base or not.  [default: as the run was trained]"),
-    ] = None,
+    dtype: DtypeOption = None,
+    tensor_parallel: TensorParallelOption = None,
+    expert_parallel: ExpertParallelOption = None,
+    expert_tensor_parallel: ExpertTensorParallelOption = None,
+    pipeline_parallel: PipelineParallelOption = None,
+    qlora: QloraOption = None,
 ) -> None:
     """Answer prompts, or chat on the terminal.
 
-    Prompts come from --prompt, --jsonl or standard input. For looking at results, not for serving: it answers one
-    conversation at a time, and ends with the vLLM command that serves the adapter. The answer goes to standard output,
-    everything else to standard error.
+    Prompts come from --prompt, --jsonl or standard input. For looking at results, not for serving: it ends with the
+    vLLM command that serves the adapter. The answer goes to standard output, everything else to standard error.
     """
     from megasft.generation.request import Request, check_sampling, template_variables
     from megasft.target import find_target

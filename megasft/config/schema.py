@@ -14,15 +14,11 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from megasft.config.aliases import ABSENT, FOREIGN_NAMES, SAME_SETTING, SYNONYMS
-from megasft.config.parallelism import (
-    TopologySettings,
-    asked_ranks,
-    choose_dispatcher,
-    derive,
-    fit,
-)
-from megasft.config.toml import Key, RunFile, Section, explain, parse_override, paths
+from megasft.config.aliases import ABSENT, FOREIGN_NAMES, SAME_SETTING
+from megasft.config.measures import SCORES, check_metric
+from megasft.config.parallelism import TopologySettings, asked_ranks
+from megasft.config.resolve import changed, check_topology, fold_synonyms, settle_validation
+from megasft.config.toml import RunFile, Section, explain, parse_override, paths
 from megasft.config.values import (
     ALL_LINEAR,
     REFERENCE_MODEL,
@@ -38,7 +34,6 @@ from megasft.config.values import (
     check_block_size,
     check_deepspeed_stage,
     check_json,
-    check_validation_loss,
     iso_date,
     list_as_tuple,
     names_as_tuple,
@@ -56,18 +51,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), dataset: str | 
     UserError.
     """
     file = RunFile.read(path)
-    for argument in overrides:
-        key, value = parse_override(argument)
-        for replaced in paths(value, key):
-            if replaced in SAME_SETTING:
-                file.drop(SAME_SETTING[replaced])
-        file.override(key, value, f"--set {argument}")
+    _override(file, overrides)
     if dataset is not None:
         file.drop(("data", "mix"))
         file.override(("job", "data"), os.fspath(dataset), f"--dataset {dataset}")
     config = _checked(file)
     if "output_dir" not in config.job.model_fields_set:
-        config = _with(config, ("job", "output_dir"), f"runs/{Path(path).stem}")
+        config = changed(config, ("job", "output_dir"), f"runs/{Path(path).stem}")
     return config
 
 
@@ -146,18 +136,36 @@ class DataSettings(Section):
 
 
 class ValidationSettings(Section):
-    """`[training.validation]`: when to measure the validation loss. If enabled, a run also ends with a validation."""
+    """`[training.validation]`: when to validate, and which is best. If enabled, a run also ends with a validation."""
 
     enabled: bool = False  # if left out: true where `[data]` sets `validation_path` or `validation_fraction`
     evaluation_strategy: Literal["steps", "epoch", "no"] = "steps"  # `"no"`: only after the last step
     eval_steps: Count = 100  # optimizer steps between validations, for `"steps"`
     at_start: bool = False  # also validate before the first step: the loss of the base model, or of `init_adapter`
-    save_best_model_at_end: bool = True  # keep the adapter of the lowest validation loss in `best/`
-    # end the run when so many validations in a row found no lower loss; default: never
+    save_best_model_at_end: bool = True  # keep the adapter of the best validation in `best/`
+    # end the run when so many validations in a row were no better than the best before; default: never
     early_stopping_patience: Count | None = None
-    metric_for_best_model: Annotated[str, AfterValidator(check_validation_loss)] = "val.loss"  # the only metric
-    # false is the only value, as a lower loss is better
-    greater_is_better: Annotated[bool, refuse_true("a loss is better when it is smaller; set it to false")] = False
+    generate: Annotated[int, Field(ge=0, lt=2**31)] = 0  # validation conversations whose turns are answered and scored
+    max_new_tokens: Count = 256  # the longest of these answers, in tokens
+    # what decides which validation is best: `val.loss`, `val.perplexity`, `val.token_accuracy`, or with `generate`
+    # one of the answers' scores, such as `val.exact_match` and `val.call_match` (see evaluate.md)
+    metric_for_best_model: Annotated[str, AfterValidator(check_metric)] = "val.loss"
+    # whether a greater value of it is better; default: false for the loss, the perplexity, `val.unasked_call` and
+    # `val.cut_off`, true for the others
+    greater_is_better: bool | None = None
+
+    def is_better(self, value: float | None, best: float | None) -> bool:
+        """Whether a value of `metric_for_best_model` is better than the best so far, if there are both."""
+        if value is None or best is None:
+            return value is not None
+        return value > best if self.greater_is_better else value < best
+
+    @property
+    def measure(self) -> str:
+        """What two validations must share for one to be better than the other."""
+        scored = self.metric_for_best_model.removeprefix("val.") in SCORES
+        asked = f" of {self.generate} conversations, {self.max_new_tokens} tokens each" if scored else ""
+        return f"{self.metric_for_best_model}{asked}{', greater' if self.greater_is_better else ''}"
 
 
 class TrainingSettings(Section):
@@ -258,7 +266,7 @@ class CheckpointSettings(Section):
 
     every_steps: Count = 100  # optimizer steps between checkpoints; epochs and the run end with one too
     every_minutes: Positive | None = None  # also save when so many minutes have passed since the last checkpoint
-    keep: Count = 3  # keep the newest so many, and the checkpoint of the best validation loss
+    keep: Count = 3  # keep the newest so many, and the checkpoint of the best validation
     # `"auto"`: resume from the newest checkpoint in `output_dir`, if any; `"never"`; or the folder of a checkpoint
     resume: Text = "auto"
     # resume although the base model or the data are not those of the checkpoint
@@ -300,6 +308,14 @@ class RunConfig(Section):
         """Validate and resolve settings nested as in the run file. Raises UserError."""
         return _checked(RunFile(settings))
 
+    def overridden(self, overrides: Sequence[str]) -> "RunConfig":
+        """A copy with `section.key=value` arguments applied, as by `load_config`. Raises UserError."""
+        if not overrides:
+            return self
+        file = RunFile(self.model_dump(exclude_none=True))
+        _override(file, overrides)
+        return _checked(file)
+
     def to_toml(self) -> str:
         """The resolved settings as a run file. `load_config` of that file returns an equal RunConfig."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
@@ -328,74 +344,24 @@ class RunConfig(Section):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def _override(file: RunFile, overrides: Sequence[str]) -> None:
+    for argument in overrides:
+        key, value = parse_override(argument)
+        for replaced in paths(value, key):
+            if replaced in SAME_SETTING:
+                file.drop(SAME_SETTING[replaced])
+        file.override(key, value, f"--set {argument}")
+
+
 def _checked(file: RunFile) -> RunConfig:
     try:
         config = RunConfig.model_validate(file.settings)
     except ValidationError as error:
         aliases = {name: key for key, names in FOREIGN_NAMES.items() for name in names.split()}
         raise UserError(explain(error, file, RunConfig, aliases, ABSENT)) from None
-    config = _fold_synonyms(config, file)
+    config = fold_synonyms(config, file)
     if config.data.mix and config.job.data is not None:
         raise UserError(f"{file.at(('job', 'data'))}: [[data.mix]] names training data too; keep one of the two")
-    config = _settle_validation(config, file)
-    _check_topology(config, file)
+    config = settle_validation(config, file)
+    check_topology(config, file)
     return config
-
-
-def _fold_synonyms(config: RunConfig, file: RunFile) -> RunConfig:
-    for synonym, key in SYNONYMS.items():
-        value = getattr(config.hyperparameters, synonym[-1])
-        if value is None:
-            continue
-        name = key[-1]
-        if name in config.lora.model_fields_set and getattr(config.lora, name) != value:
-            raise UserError(f"{file.at(synonym)}: contradicts {file.at(key)}; keep one of the two")
-        config = _with(_with(config, key, value), synonym, None)
-    return _with(config, ("hyperparameters", "train_kind"), None)
-
-
-def _settle_validation(config: RunConfig, file: RunFile) -> RunConfig:
-    """Set `enabled` if the file leaves it out, and `validation_fraction` to the share that is really held out.
-
-    That is 0 without validation, and with a `validation_path`.
-    """
-    data, validation = config.data, config.training.validation
-    enabled, fraction = validation.enabled, data.validation_fraction
-    if "enabled" not in validation.model_fields_set:
-        enabled = bool(data.validation_path or ("validation_fraction" in data.model_fields_set and fraction))
-    if not enabled and validation.early_stopping_patience is not None:
-        at = file.at(("training", "validation", "early_stopping_patience"))
-        raise UserError(f"{at}: there is no validation; set [training.validation] enabled = true")
-    if not enabled or data.validation_path:
-        fraction = 0.0
-    elif not fraction:
-        remedy = "set it above 0, name a [data] validation_path, or set [training.validation] enabled = false"
-        raise UserError(f"{file.at(('data', 'validation_fraction'))}: leaves nothing to validate on; {remedy}")
-    config = _with(config, ("training", "validation", "enabled"), enabled)
-    return _with(config, ("data", "validation_fraction"), fraction)
-
-
-def _check_topology(config: RunConfig, file: RunFile) -> None:
-    """Refuse, before any rank is launched, a topology that does not fit the file's GPUs or dispatcher."""
-    asked = config.hyperparameters.parallelism.token_dispatcher
-    try:
-        choose_dispatcher(asked, derive(config.data.topology))
-    except ValueError as error:
-        at = file.at(("hyperparameters", "parallelism", "token_dispatcher"))
-        raise UserError(f'{at}: {error}; "alltoall" works with any topology') from None
-    compute = config.compute
-    ranks = compute.gpu_count * compute.nodes if compute.gpu_count else config.world_size()
-    if ranks is None:
-        return
-    try:
-        fit(config.data.topology, ranks)
-    except ValueError as error:
-        place = file.at(("compute", "gpu_count") if compute.gpu_count else ("data", "topology"))
-        nodes = f" on {compute.nodes} nodes" if compute.nodes > 1 else ""
-        raise UserError(f"{place}: makes {ranks} ranks{nodes}, but [data.topology] {error}") from None
-
-
-def _with(settings: Any, key: Key, value: Any) -> Any:
-    """A copy of nested settings with `key` set."""
-    name, *rest = key
-    return settings.model_copy(update={name: _with(getattr(settings, name), tuple(rest), value) if rest else value})

@@ -61,13 +61,6 @@ def short_targets(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(given - set(ALL_LINEAR) | {"all-linear"} if given.issuperset(ALL_LINEAR) else given))
 
 
-def check_validation_loss(value: str) -> str:
-    """Accept the names that other trainers use for the validation loss."""
-    if value not in ("val.loss", "val_loss", "eval_loss", "loss"):
-        raise ValueError("megasft measures the validation loss only: 'val.loss'")
-    return "val.loss"
-
-
 def check_deepspeed_stage(value: int | None) -> int | None:
     """Accept the ZeRO stages that megasft implements."""
     if value not in (None, 1, 2):

@@ -5,7 +5,7 @@ That depends on the seed, the epoch and the size of the global batch only, never
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ class Samples:
     """Conversations as tokens: sample i is ids[starts[i]:ends[i]] (int32) with mask (bool), True for targets.
 
     Without `starts` they lie end to end. The tensors may be files mapped into memory (`token_cache`), of whose
-    content `digest` then is; `made_of` says of what (`data.identity`).
+    content `digest` then is; `made_of` says of what (`data.identity`), and `places`, int64 [samples], where in the
+    files of `path` the conversation of each sample is (`account.Place`).
     """
 
     ids: Tensor
@@ -37,6 +38,8 @@ class Samples:
     starts: Tensor = None  # type: ignore[assignment]
     digest: str = ""
     made_of: dict[str, Any] = field(default_factory=dict)
+    places: Tensor | None = None
+    path: str = ""
 
     def __post_init__(self) -> None:
         if self.starts is None:
@@ -55,12 +58,12 @@ class Samples:
         return (self.ends - self.starts).numpy() - 1
 
     @classmethod
-    def open(cls, folder: Path) -> "Samples":
-        """Those of a folder that `cache.prepare` gave, mapped into memory."""
+    def open(cls, folder: Path, path: str = "") -> "Samples":
+        """Those of a folder that `cache.prepare` gave for the conversations in `path`, mapped into memory."""
         columns = open_columns(folder)
-        ids, mask, ends = (torch.from_numpy(columns[name]) for name in ("ids", "mask", "ends"))
+        ids, mask, ends, places = (torch.from_numpy(columns[name]) for name in ("ids", "mask", "ends", "places"))
         made_of = json.loads((folder / MADE_OF).read_text(encoding="utf-8"))
-        return cls(ids, mask, ends, digest=content_digest(folder), made_of=made_of)
+        return cls(ids, mask, ends, digest=content_digest(folder), made_of=made_of, places=places, path=path)
 
     @classmethod
     def of(cls, encoded: Sequence[Encoded]) -> "Samples":
@@ -72,7 +75,8 @@ class Samples:
     def take(self, indices: np.ndarray) -> "Samples":
         """The samples of these numbers, without copying a token."""
         chosen = torch.from_numpy(indices)
-        return Samples(self.ids, self.mask, self.ends[chosen], self.starts[chosen], self.digest, self.made_of)
+        places = None if self.places is None else self.places[chosen]
+        return replace(self, ends=self.ends[chosen], starts=self.starts[chosen], places=places)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class Encoded:
         mask: bool [T], mask[t] says that token t is a target. The first token never is: nothing predicts it.
         preamble: number of tokens before the first user message (system prompt and tools).
         turns: the assistant's turns, between which `split_turns` cuts.
+        parts: int32 [T], what a target is part of: 2 * the number of the assistant's turn, counted from 0 over all of
+            them, + 1 in a tool call; empty where nobody said.
         notes: how often what of the conversation the rendering does not hold, in words.
     """
 
@@ -44,6 +46,7 @@ class Encoded:
     preamble: int = 0
     turns: tuple[Turn, ...] = ()
     notes: Counter[str] = field(default_factory=Counter)
+    parts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,7 +94,8 @@ def _cut(encoded: Encoded, ranges: list[Range], context: int = 0) -> Encoded:
     """The tokens of the given ranges, one behind the other; of the first `context` ranges none is a target."""
     mask = np.concatenate([encoded.mask[a:b] & (i >= context) for i, (a, b) in enumerate(ranges)])
     mask[:1] = False
-    return Encoded(np.concatenate([encoded.ids[a:b] for a, b in ranges]), mask)
+    ids, parts = (np.concatenate([column[a:b] for a, b in ranges]) for column in (encoded.ids, encoded.parts))
+    return Encoded(ids, mask, parts=parts)
 
 
 def _split(encoded: Encoded, sequence_length: int) -> list[Encoded]:

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megasft.data.records import visible
 
+OnError = Literal["stop", "skip"]
 PLACES = 3  # of a note that are named
 KINDS = 100  # of notes that are told apart
 

@@ -5,6 +5,7 @@ assistant's span. The one case in which that matters is a text that begins with 
 one: where the tokenizer joins the two, the joined token begins in the header and is not supervised.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from megasft.data.records import visible
 from megasft.data.rendering_proof import RefusedError, Span, map_strings, strings
 from megasft.data.tokenizer import STAND_IN, ChatTokenizer
 
+# What the templates of Qwen3 and Qwen3-Coder write around a call, of which a turn may lack the end.
+CALL = re.compile("<tool_call>.*?(?:</tool_call>|$)", re.DOTALL)
 TrainOn = Literal["all", "last"]
 LostReasoning = Literal["refuse", "accept"]
 BATCH = 256
@@ -82,7 +85,7 @@ class _Rendered:
 
     text: str
     guarded: bool
-    spans: list[Span]  # supervised
+    spans: dict[int, Span]  # supervised, by the number of the assistant's turn
     preamble: int  # before the first user message
     turns: list[Turn]
     notes: Counter[str]
@@ -122,7 +125,9 @@ def _render(
         notes[MARKS_INCOMPLETE] += found.marks_incomplete
         notes += _unseen(messages, text)
         notes.update(UNREAD_VARIABLE.format(name) for name in variables if not tokenizer.reads(name))
-        supervised = [span for span, on in zip(spans, wanted, strict=True) if on and span[0] < span[1]]
+        supervised = {
+            turn: span for turn, (span, on) in enumerate(zip(spans, wanted, strict=True)) if on and span[0] < span[1]
+        }
         if not supervised:
             raise RefusedError("nothing to learn from: no assistant turn is supervised")
         preamble = max(text.find(tokenizer.frame.user_header), 0) if tokenizer.frame else 0
@@ -219,10 +224,14 @@ def _turns(
 def _place(rendered: _Rendered, encoding: tokenizers.Encoding, conversation: Conversation) -> Encoded | Problem:
     """From characters to tokens."""
     begins = np.array([begin for begin, _ in encoding.offsets], dtype=np.int64)
-    mask = np.zeros(len(begins), dtype=np.bool_)
-    for start, end in rendered.spans:
+    mask, parts = np.zeros(len(begins), dtype=np.bool_), np.zeros(len(begins), dtype=np.int32)
+    for turn, (start, end) in rendered.spans.items():
         first, last = np.searchsorted(begins, (start, end))
         mask[first:last] = True
+        parts[first:last] = 2 * turn
+        for call in CALL.finditer(rendered.text, start, end):
+            first, last = np.searchsorted(begins, call.span())
+            parts[first:last] = 2 * turn + 1
     mask[:1] = False
     if not mask.any():
         return Problem(conversation.file, conversation.line, "nothing to learn from: the assistant's text has no token")
@@ -231,4 +240,4 @@ def _place(rendered: _Rendered, encoding: tokenizers.Encoding, conversation: Con
     )
     preamble, *rest = places.tolist()
     turns = tuple(Turn(*rest[i : i + 4]) for i in range(0, len(rest), 4))
-    return Encoded(np.array(encoding.ids, dtype=np.int32), mask, preamble, turns, rendered.notes)
+    return Encoded(np.array(encoding.ids, dtype=np.int32), mask, preamble, turns, rendered.notes, parts)

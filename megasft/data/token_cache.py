@@ -3,6 +3,7 @@
     CACHE/<key>/ids.bin        int32, the tokens of all samples end to end
                 mask.bin       bool, the targets among them
                 ends.bin       int64, where each sample ends
+                places.bin     int64, file and line of the conversation that each sample is of
                 problems.txt   every conversation that could not be used, and why
                 made_of.json   digests of the files, tokenizer and settings (`data.identity`)
                 manifest.json  counts, and what the other files must be like
@@ -16,16 +17,16 @@ import hashlib
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from megasft.data import (
+    account,
     assistant_spans,
     conversations,
     formats,
@@ -42,8 +43,9 @@ from megasft.data import (
     tool_schemas,
     values,
 )
+from megasft.data.account import Account, Tally
 from megasft.data.identity import MADE_OF, describe
-from megasft.data.problems import Note, Notes, Problem, Problems
+from megasft.data.problems import OnError
 from megasft.data.records import SUFFIXES, conversation_files
 from megasft.data.tokenize import Recipe, Tokens, tokenize_files
 from megasft.data.tokenizer import ChatTokenizer
@@ -51,40 +53,30 @@ from megasft.messages import UserError, say_once
 from megasft.storage.digests import cached_sha256
 from megasft.storage.disk_cache import default_cache_dir, make_once
 
-OnError = Literal["stop", "skip"]
 # All that decides what samples a conversation becomes.
 CODE = (
     json_text, *formats.MODULES, records,
     conversations, message, record_keys, tool_schemas, values, problems, assistant_spans, rendering_proof,
-    template, overlong, tokenizer, tokenize,
+    template, overlong, tokenizer, tokenize, account,
 )  # fmt: skip
-COLUMNS = {"ids": np.dtype(np.int32), "mask": np.dtype(np.bool_), "ends": np.dtype(np.int64)}
+COLUMNS = {
+    "ids": np.dtype(np.int32),
+    "mask": np.dtype(np.bool_),
+    "ends": np.dtype(np.int64),
+    "places": np.dtype(np.int64),  # `account.Place`s
+}
 REPORT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Account):
     """What there is to say of a cached dataset.
 
     Attributes:
-        samples, tokens, supervised: what came out.
-        counts: what `overlong.fit` did, by conversation.
-        longest: tokens of the longest conversation.
-        problems: how many conversations could not be used.
-        first_problems: [number of the file, line, reason, excerpt] of the first of them.
-        notes: [what is left out, how often, of how many conversations, [number of the file, line] of the first].
         ends_digest: SHA-256 of ends.bin.
-        content_digest: of all columns.
+        content_digest: of ids, mask and ends.
     """
 
-    samples: int
-    tokens: int
-    supervised: int
-    counts: dict[str, int]
-    longest: int
-    problems: int
-    first_problems: list[tuple[int, int, str, str]]
-    notes: list[tuple[str, int, int, list[tuple[int, int]]]]
     ends_digest: str
     content_digest: str
 
@@ -120,7 +112,7 @@ def prepare(
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"[data] cache_dir: {root} cannot be written ({reason}); name another folder") from None
-    _report(path, files, recipe, manifest, on_error, folder)
+    manifest.report(path, files, recipe, on_error, f"all of them listed in {folder / 'problems.txt'}")
     return folder
 
 
@@ -167,38 +159,29 @@ def _unchanged(tokens: Iterator[Tokens], files: Sequence[Path], digests: list[st
 
 def _make(part: Path, files: Sequence[Path], blocks: Iterator[Tokens]) -> None:
     """Fill a folder of the cache."""
-    numbers = {str(file): number for number, file in enumerate(files)}
-    found, counts, notes, longest = Problems(), Counter[str](), Notes(), 0
+    tally = Tally(files)
     digest, content = hashlib.sha256(), hashlib.sha256()
-    samples = tokens = supervised = 0
     started = last = time.monotonic()
     with contextlib.ExitStack() as stack:
-        ids_file, mask_file, ends_file = (stack.enter_context((part / f"{name}.bin").open("wb")) for name in COLUMNS)
+        streams = {name: stack.enter_context((part / f"{name}.bin").open("wb")) for name in COLUMNS}
         problems_file = stack.enter_context((part / "problems.txt").open("w", encoding="utf-8"))
         for block in blocks:
-            ends = tokens + block.lengths.cumsum()
-            for stream, column in ((ids_file, block.ids), (mask_file, block.mask), (ends_file, ends)):
-                stream.write(column.tobytes())
+            ends = tally.tokens + block.lengths.cumsum()
+            columns = {"ids": block.ids, "mask": block.mask, "ends": ends}
+            for column in columns.values():
                 content.update(column.tobytes())
+            for name, column in (columns | {"places": tally.places(block)}).items():
+                streams[name].write(column.tobytes())
             digest.update(ends.tobytes())
-            samples, tokens = samples + len(ends), tokens + len(block.ids)
-            supervised += int(block.mask.sum())
-            counts += block.counts
-            notes.merge(block.notes)
-            longest = max(longest, block.longest)
+            tally.add(block)
             for problem in block.problems:
-                found.add(problem)
                 problems_file.write(f"{problem}\n")
             if time.monotonic() - last > REPORT_SECONDS:
-                last = time.monotonic()
-                say_once(f"{files[0]}: {samples:,} samples tokenized ({samples / (last - started):,.0f} a second)")
-        first = [(numbers[one.file], one.line, one.reason, one.excerpt) for one in found.first]
-        left_out = [
-            (name, note.count, note.conversations, [(numbers[file], line) for file, line in note.places])
-            for name, note in notes.items()
-        ]
-        digests = digest.hexdigest(), content.hexdigest()
-        manifest = Manifest(samples, tokens, supervised, dict(counts), longest, found.total, first, left_out, *digests)
+                last, rate = time.monotonic(), tally.samples / (time.monotonic() - started)
+                say_once(f"{files[0]}: {tally.samples:,} samples tokenized ({rate:,.0f} a second)")
+        manifest = Manifest(
+            **asdict(tally.account()), ends_digest=digest.hexdigest(), content_digest=content.hexdigest()
+        )
         manifest_file = stack.enter_context((part / "manifest.json").open("w", encoding="utf-8"))
         json.dump(asdict(manifest), manifest_file, indent=2)
 
@@ -207,43 +190,12 @@ def _read_manifest(folder: Path) -> Manifest | None:
     """What is in a folder of the cache; None if it is not there, or not what was written."""
     try:
         manifest = Manifest(**json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
-        lengths = {"ids": manifest.tokens, "mask": manifest.tokens, "ends": manifest.samples}
         for name, dtype in COLUMNS.items():
-            if (folder / f"{name}.bin").stat().st_size != lengths[name] * dtype.itemsize:
+            length = manifest.tokens if name in ("ids", "mask") else manifest.samples
+            if (folder / f"{name}.bin").stat().st_size != length * dtype.itemsize:
                 return None
         with (folder / "ends.bin").open("rb") as stream:
             whole = hashlib.file_digest(stream, "sha256").hexdigest() == manifest.ends_digest
         return manifest if whole else None
     except (OSError, ValueError, TypeError):
         return None
-
-
-# --- what is said ----------------------------------------------------------------------------------------------------
-
-
-def _report(
-    path: str | Path, files: Sequence[Path], recipe: Recipe, manifest: Manifest, on_error: OnError, folder: Path
-) -> None:
-    first = [Problem(str(files[number]), line, *why) for number, line, *why in manifest.first_problems]
-    total = manifest.problems
-    if total and on_error == "stop":
-        others = "1 more problem" if total == 2 else f"{total - 1} more problems"
-        more = f" (and {others}; `megasft validate` lists them)" if total > 1 else ""
-        raise UserError(f"{first[0]}{more}")
-    if not manifest.samples:
-        raise UserError(f"{path}: {recipe.nothing_left(manifest.counts.get('dropped', 0), manifest.longest)}")
-    counts = manifest.counts
-    cut = [f"{counts[what]:,} {what}" for what in ("truncated", "split", "dropped") if counts.get(what)]
-    lost = f", {counts['targets cut']:,} supervised tokens lost" if counts.get("targets cut") else ""
-    long = f"; over-length: {', '.join(cut)} ({recipe.overlong}){lost}" if cut else ""
-    conversations = sum(counts.get(what, 0) for what in ("kept", "truncated", "split", "dropped"))
-    say_once(
-        f"{path}: {conversations:,} conversations, {manifest.samples:,} samples, {manifest.tokens:,} tokens, "
-        f"{manifest.supervised / manifest.tokens:.1%} supervised{long}"
-    )
-    for name, count, of, places in manifest.notes:
-        say_once(f"  {name}: {Note(count, of, [(str(files[number]), line) for number, line in places])}")
-    if total:
-        say_once(f"{path}: skipped {total:,}, all of them listed in {folder / 'problems.txt'}")
-        for problem in first:
-            say_once(f"  {problem}")

@@ -82,6 +82,8 @@ class Tokens:
     """The samples of a block end to end: ids int32 [T], mask bool [T], lengths int64 [samples].
 
     Attributes:
+        parts: int32 [T], `Encoded.parts`.
+        file, lines: of the conversation that each sample is of, int64 [samples].
         counts: what `fit` did with the conversations.
         notes: what the samples do not hold of their conversations.
         longest: tokens of the longest conversation.
@@ -94,13 +96,17 @@ class Tokens:
     counts: Counter[str]
     notes: Notes = field(default_factory=Notes)
     longest: int = 0
+    parts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    file: str = ""
+    lines: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @classmethod
     def of(cls, samples: Sequence[Encoded]) -> "Tokens":
         """Lay samples end to end."""
         ids = np.concatenate([np.zeros(0, np.int32), *(one.ids for one in samples)])
         mask = np.concatenate([np.zeros(0, np.bool_), *(one.mask for one in samples)])
-        return cls(ids, mask, np.array([len(one) for one in samples], np.int64), [], Counter())
+        parts = np.concatenate([np.zeros(0, np.int32), *(one.parts for one in samples)])
+        return cls(ids, mask, np.array([len(one) for one in samples], np.int64), [], Counter(), parts=parts)
 
 
 def tokenize_files(
@@ -134,6 +140,7 @@ def tokenize_block(work: Work, tokenizer: ChatTokenizer, recipe: Recipe) -> Toke
     )
     counts: Counter[str] = Counter()
     samples: list[Encoded] = []
+    lines: list[int] = []
     notes, longest = Notes(), 0
     problems = [record for record in records if isinstance(record, Problem)]
     for conversation, one in zip(conversations, encoded, strict=True):
@@ -141,11 +148,13 @@ def tokenize_block(work: Work, tokenizer: ChatTokenizer, recipe: Recipe) -> Toke
             problems.append(one)
         else:
             samples += fit(one, recipe.sequence_length, recipe.overlong, counts)
+            lines += [conversation.line] * (len(samples) - len(lines))
             notes.add(conversation.notes + one.notes, file, conversation.line)
             longest = max(longest, len(one))
     tokens = Tokens.of(samples)
     tokens.problems, tokens.counts = sorted(problems, key=lambda problem: problem.line), counts
     tokens.notes, tokens.longest = notes, longest
+    tokens.file, tokens.lines = file, np.array(lines, np.int64)
     return tokens
 
 

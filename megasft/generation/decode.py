@@ -1,7 +1,6 @@
 """Decode token by token on all ranks in step: one rank chooses each token and sends it to the others."""
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +12,7 @@ from megasft.distributed.topology import Topology
 from megasft.generation.sampling import Sampler
 from megasft.messages import UserError
 from megasft.model.batch import MicroBatch
-from megasft.model.kv_cache import KVCache
+from megasft.model.kv_cache import Chunk, KVCache
 from megasft.model.qwen3_moe import Qwen3Moe
 
 PREFILL = 2048  # tokens of a prompt in one forward pass, which bounds activations and masks
@@ -79,27 +78,31 @@ def check_length(prompt: list[int], context: int) -> None:
 
 def _logits_after(model: Qwen3Moe, new: list[int], cache: KVCache) -> Tensor | None:
     """Run new tokens through the model and into the cache; the logits after the last token, on the last stage."""
-    outcomes: list[Tensor] = []
+    logits = None
     for first in range(0, len(new), PREFILL):
-        part = new[first : first + PREFILL]
-        tokens, segments = cache.segments(part, model.topology.sizes.tensor, host.device())
-        outcomes = get_forward_backward_func()(
-            forward_step_func=_forward,
-            data_iterator=iter([MicroBatch(tokens, tokens, segments)]),
-            model=[model],
-            num_microbatches=1,
-            seq_length=len(tokens),
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-        cache.tokens += part
+        logits = forward(model, cache, [Chunk(0, new[first : first + PREFILL])], model.next_logits)
+    return None if logits is None else logits[-1]
+
+
+def forward(
+    model: Qwen3Moe, cache: KVCache, chunks: list[Chunk], head: Callable[[MicroBatch], Tensor]
+) -> Tensor | None:
+    """Run new tokens through the model and into the cache; what `head` makes of the last position of each chunk, on the
+    last stage. Every rank calls it, of all replicas that share experts, those without chunks too.
+    """
+    tokens, segments = cache.append(chunks, model.topology.sizes.tensor, host.device())
+    ends = torch.tensor([len(chunk.tokens) for chunk in chunks], dtype=torch.int64).cumsum(0) - 1
+    outcomes = get_forward_backward_func()(
+        forward_step_func=lambda batches, _: (head(next(batches)), lambda output, non_loss_data: output),
+        data_iterator=iter([MicroBatch(tokens, tokens, segments, supervised=ends.to(host.device()))]),
+        model=[model],
+        num_microbatches=1,
+        seq_length=len(tokens),
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
     return outcomes[0] if outcomes else None
-
-
-def _forward(batches: Any, model: Qwen3Moe) -> tuple[Tensor, Any]:
-    """megatron-core's forward step; its result is the model's output."""
-    return model.next_logits(next(batches)), lambda output, non_loss_data: output
 
 
 def _chooses(topology: Topology) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,28 @@ def _chat(request: Request) -> Prompts:
 
 
 def _from_file(request: Request, path: Path) -> Prompts:
+    for prompt in file_prompts(request, path):
+        prompt.write((yield prompt.messages, prompt.tools, prompt.template))
+
+
+@dataclass(frozen=True)
+class FilePrompt:
+    """A conversation of a file up to the turn to answer; `own_tools` are those of its record."""
+
+    messages: Messages
+    tools: Tools
+    template: dict[str, Any]
+    own_tools: Tools
+
+    def write(self, answer: Answer) -> None:
+        """Print the conversation with its answer as a JSON line."""
+        written: dict[str, Any] = {"messages": [*self.messages, {"role": "assistant", "content": answer.text}]}
+        written |= {"tools": self.own_tools} if self.own_tools else {}
+        written |= {"finish": answer.finish, "new_tokens": answer.tokens}
+        write(json.dumps(written, ensure_ascii=False) + "\n")
+
+
+def file_prompts(request: Request, path: Path) -> Iterator[FilePrompt]:
     """Conversations as for training; a last assistant message is the reference, which the model does not see."""
     tools, system = read_tools(request.tools), _system(request)
     for file in conversation_files(path):
@@ -116,11 +138,7 @@ def _from_file(request: Request, path: Path) -> Prompts:
             asked = found.messages[:-1]
             if system and asked[0]["role"] != "system":
                 asked = system + asked
-            answer = yield asked, found.tools or tools, found.template_args
-            written: dict[str, Any] = {"messages": [*asked, {"role": "assistant", "content": answer.text}]}
-            written |= {"tools": found.tools} if found.tools else {}
-            written |= {"finish": answer.finish, "new_tokens": answer.tokens}
-            write(json.dumps(written, ensure_ascii=False) + "\n")
+            yield FilePrompt(asked, found.tools or tools, found.template_args, found.tools)
 
 
 def _system(request: Request) -> Messages:

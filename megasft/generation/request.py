@@ -5,12 +5,15 @@ import math
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megasft.config.parallelism import TopologySettings, TopologySizes, derive, resolve_topology
 from megasft.config.schema import QuantSettings
 from megasft.data.records import conversation_files
 from megasft.messages import UserError
+
+if TYPE_CHECKING:  # transformers takes seconds
+    from transformers import Qwen3MoeConfig
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be (vLLM 0.32, MaxLoRARanks)
 
@@ -62,6 +65,10 @@ class Request:
         cut = asked.tensor_parallel if (asked.expert_parallel or 1) == 1 else 1
         update = {"data_parallel": None, "expert_tensor_parallel": asked.expert_tensor_parallel or cut}
         return asked.model_copy(update=update)
+
+    def precision(self, config: "Qwen3MoeConfig") -> str:
+        """The precision that was asked for, or that of the model's config.json."""
+        return self.dtype or ("fp32" if str(config.dtype) == "torch.float32" else "bf16")
 
     def check(self, sizes: TopologySizes) -> None:
         """Raise UserError for input that is missing or does not fit; reads no weights."""

@@ -13,6 +13,8 @@ from transformers import Qwen3MoeConfig
 from megasft.adapters.adapter_file import AdapterFile
 from megasft.data.tokenizer import ChatTokenizer, load_tokenizer
 from megasft.distributed.topology import join_world
+from megasft.generation.answer_file import AnswerFile, say_cut_off
+from megasft.generation.batch import generate_many
 from megasft.generation.decode import check_length, generate
 from megasft.generation.prompts import Answer, Prompts, encode, is_chat, prompts, write
 from megasft.generation.request import Request
@@ -40,26 +42,34 @@ def run(request: Request) -> None:
         folder = find_model(request.model)
         config = read_config(folder)
         lora = None if request.adapter is None else AdapterFile(request.adapter).settings()
-        dtype = request.dtype or ("fp32" if str(config.dtype) == "torch.float32" else "bf16")
-        conversation = _Conversation(request, load_tokenizer(folder), config) if topology.is_first else None
-    ask = conversation.ask if conversation else None
+        dtype = request.precision(config)
+        # Greedy answers to a file need not wait for each other; a sampler draws in the order of the prompts.
+        many = request.jsonl is not None and not request.sampling.get("temperature")
+        kind = AnswerFile if many else _Conversation
+        asking = kind(request, load_tokenizer(folder), config) if topology.is_first else None
+    ask = asking.ask if asking else None
     chat = topology.from_first(lambda: is_chat(request))
     # Read a prompt that is given before the weights: a mistake in it is refused within seconds.
     asked = None if chat else topology.from_first(ask)
     model = load_model(request.model, topology, DTYPES[dtype], lora, request.adapter, quant=request.quant)
-    stop = topology.from_first(lambda: conversation and stop_tokens(folder, config, conversation.tokenizer))
+    stop = topology.from_first(lambda: asking and stop_tokens(folder, config, asking.tokenizer))
     sampler, cache = Sampler(**request.sampling), KVCache()
     while (asked := asked or topology.from_first(ask)) is not None:
-        with _ctrl_c_stops(chat and topology.is_first) as interrupted:
-            tokens = generate(model, asked, request.max_new_tokens, sampler, stop, cache, interrupted)
-            for token in tokens:
-                if conversation:
-                    conversation.hear(token, token in stop)
-            if conversation:
-                conversation.end(interrupted())
+        if many:
+            answers = generate_many(model, asked, request.max_new_tokens, stop)
+            if isinstance(asking, AnswerFile):
+                asking.hear(answers, stop)
+        else:
+            with _ctrl_c_stops(chat and topology.is_first) as interrupted:
+                tokens = generate(model, asked, request.max_new_tokens, sampler, stop, cache, interrupted)
+                for token in tokens:
+                    if isinstance(asking, _Conversation):
+                        asking.hear(token, token in stop)
+                if isinstance(asking, _Conversation):
+                    asking.end(interrupted())
         asked = None
     if topology.is_first:
-        say_once("For looking at results, not for serving: one conversation at a time. vLLM serves this:")
+        say_once("For looking at results, not for serving. vLLM serves this:")
         say_once(request.vllm_command())
 
 
@@ -103,7 +113,7 @@ class _Conversation:
         finish = "interrupted" if interrupted and self._finish != "stop" else self._finish
         self._answer = Answer(self._text, self._tokens, finish)
         if finish == "length":
-            say_once(f"[cut off after {self._tokens} tokens, the limit of --max-new-tokens or of the model's context]")
+            say_cut_off(self._tokens)
 
     def _give(self, text: str) -> None:
         self._text += text

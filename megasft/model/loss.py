@@ -43,6 +43,36 @@ def supervised_loss(
     return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.index_select(0, at), at, first_row, group)
 
 
+@torch.no_grad()
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    at: Tensor,
+    first_row: int,
+    group: dist.ProcessGroup,
+    sequence_parallel: bool,
+) -> Tensor:
+    """Of each supervised position the cross entropy, and 1 where no logit exceeds the target's: fp32 [2, n].
+
+    Args as `supervised_loss`'s.
+    """
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, group=group)
+    found = [hidden.new_zeros(2, 0, dtype=torch.float32)]
+    chunk = chunk_length(weight)
+    for where in at.split(chunk):
+        logits = (hidden.flatten(0, -2).index_select(0, where) @ weight.t()).float()
+        loss, correct, _ = _cross_entropy(logits, labels.index_select(0, where) - first_row, group, False)
+        found.append(torch.stack([loss, correct.float()]))
+    return torch.cat(found, 1)
+
+
+def chunk_length(weight: Tensor) -> int:
+    """Positions whose logits are computed together: weight [V, H]."""
+    return min(MAX_CHUNK, max(MIN_CHUNK, CHUNK_BYTES // (4 * weight.shape[0])))
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -51,14 +81,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs_grad = hidden.requires_grad
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        chunk = min(MAX_CHUNK, max(MIN_CHUNK, CHUNK_BYTES // (4 * weight.shape[0])))
+        chunk = chunk_length(weight)
         grads = []
         for where, target in zip(at.split(chunk), targets.split(chunk), strict=True):
             x = hidden.index_select(0, where)
             logits = (x @ weight.t()).float()
             part_loss, part_correct, g_logits = _cross_entropy(logits, target - first_row, group, needs_grad)
-            loss += part_loss
-            correct += part_correct
+            loss += part_loss.sum()
+            correct += part_correct.sum()
             if needs_grad:
                 grads.append(g_logits.to(weight.dtype) @ weight)
         ctx.shape, ctx.needs_grad = hidden.shape, needs_grad
@@ -78,8 +108,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _cross_entropy(
     logits: Tensor, target: Tensor, group: dist.ProcessGroup, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, the number of targets with the highest logit, and the loss's gradient, written in place of the
-    logits, fp32 [n, V]. Targets are relative to this rank's first row.
+    """Of each target the loss, fp32 [n], and whether it has the highest logit, bool [n]; and the gradient of the summed
+    loss, written in place of the logits, fp32 [n, V]. Targets are relative to this rank's first row.
     """
     split = group.size() > 1
     top = logits.amax(dim=-1)
@@ -95,8 +125,8 @@ def _cross_entropy(
     torch.sum(logits, dim=-1, out=sums[1])
     if split:
         dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-    loss = (sums[1].log() - sums[0]).sum()
-    correct = (sums[0] == 0).sum()  # the highest logit of the vocabulary is subtracted from all
+    loss = sums[1].log() - sums[0]
+    correct = sums[0] == 0  # the highest logit of the vocabulary is subtracted from all
     if needs_grad:
         logits /= sums[1][:, None]
         logits.scatter_(1, column, logits.gather(1, column) - here[:, None].float())

@@ -6,8 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -24,7 +28,7 @@ from megasft.lora.recompute import UnreadSum, recomputing
 from megasft.lora.sharded import ShardedLinear
 from megasft.model.attention import SelfAttention
 from megasft.model.batch import MicroBatch, Segments
-from megasft.model.loss import supervised_loss
+from megasft.model.loss import supervised_loss, token_losses
 from megasft.model.mlp import DenseMLP, Router, SparseMLP
 from megasft.model.norm import RMSNorm
 from megasft.model.rotary import RotaryEmbedding
@@ -153,6 +157,13 @@ class Qwen3Moe(GPTModel):
         assert batch.supervised is not None
         return self._run(batch, partial(self._loss, supervised=batch.supervised))
 
+    def token_losses(self, batch: MicroBatch) -> Tensor:
+        """Of each supervised position the loss, and 1 where it is predicted right, fp32 [2, n]; hidden states on stages
+        before the last.
+        """
+        assert batch.supervised is not None
+        return self._run(batch, partial(self._loss, supervised=batch.supervised, head=token_losses))
+
     def route(self, batch: MicroBatch) -> Tensor:
         """Run the layers for the routers' counts only: returns 0, or hidden states on stages before the last."""
         return self._run(batch, lambda hidden_states, **_: hidden_states.new_zeros(()))
@@ -162,8 +173,16 @@ class Qwen3Moe(GPTModel):
         return self._run(batch, self._logits)
 
     def next_logits(self, batch: MicroBatch) -> Tensor:
-        """Logits of the last position, fp32 [vocabulary]; hidden states on stages before the last."""
-        return self._run(batch, self._next_logits)
+        """Logits of the n positions `batch.supervised`, fp32 [n, vocabulary]; hidden states on earlier stages."""
+        assert batch.supervised is not None
+        return self._run(batch, partial(self._next_logits, at=batch.supervised))
+
+    def next_tokens(self, batch: MicroBatch) -> Tensor:
+        """The most likely token after each of the positions `batch.supervised`, int64 [n], the first of equal ones;
+        hidden states on stages before the last.
+        """
+        assert batch.supervised is not None
+        return self._run(batch, partial(self._next_tokens, at=batch.supervised))
 
     def _run(self, batch: MicroBatch, head: Any) -> Any:
         segments = batch.segments
@@ -206,9 +225,11 @@ class Qwen3Moe(GPTModel):
         first = self.topology.groups.tp.rank() * weight.shape[0]
         return weight[: max(0, self.true_vocab_size - first)], first
 
-    def _loss(self, hidden_states: Tensor, labels: Tensor, supervised: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, hidden_states: Tensor, labels: Tensor, supervised: Tensor, head: Any = supervised_loss, **_: Any
+    ) -> Any:
         weight, first = self._head_weight()
-        return supervised_loss(
+        return head(
             hidden_states, weight, labels, supervised, first, self.topology.groups.tp, self.config.sequence_parallel
         )
 
@@ -217,9 +238,31 @@ class Qwen3Moe(GPTModel):
         logits = gather_from_tensor_model_parallel_region(logits, group=self.topology.groups.tp)
         return logits[:, 0, : self.true_vocab_size]
 
-    def _next_logits(self, hidden_states: Tensor, **given: Any) -> Tensor:
-        # The last position is the last of the last sequence shard. The head gathers one position from each shard.
-        return self._logits(hidden_states[-1:], **given)[-1].float()
+    def _at(self, hidden_states: Tensor, at: Tensor) -> Tensor:
+        """Hidden states of the positions `at` of all sequence shards: [S, 1, H] -> [n, H]."""
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.topology.groups.tp)
+        return hidden_states.flatten(0, -2).index_select(0, at)
+
+    def _next_logits(self, hidden_states: Tensor, at: Tensor, **_: Any) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits = self._at(hidden_states, at) @ (self.output_layer.weight if weight is None else weight).t()
+        logits = gather_from_tensor_model_parallel_region(logits, group=self.topology.groups.tp)
+        return logits[:, : self.true_vocab_size].float()
+
+    def _next_tokens(self, hidden_states: Tensor, at: Tensor, **_: Any) -> Tensor:
+        weight, first = self._head_weight()
+        logits = (self._at(hidden_states, at) @ weight.t()).float()
+        if not len(weight):  # padding rows only
+            logits = logits.new_full((len(at), 1), -torch.inf)
+        tp = self.topology.groups.tp
+        # Numbers of tokens are exact in fp64.
+        best = torch.stack([part.double() for part in logits.max(-1)])
+        best[1] += first
+        everyone = best.new_empty(tp.size() * 2, len(at))
+        dist.all_gather_into_tensor(everyone, best, group=tp)
+        winner = everyone[::2].argmax(0, keepdim=True)
+        return everyone[1::2].gather(0, winner)[0].long()
 
     def base_shards(self) -> Iterator[Shard]:
         """The base-model tensors that this rank holds a slice of."""

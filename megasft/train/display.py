@@ -16,6 +16,7 @@ from megasft.messages import size
 LINE_SECONDS = 5.0  # at least, from one training line to the next
 SPARKS, LEVELS = 32, "▁▂▃▄▅▆▇█"  # losses in the sparkline, each a mean over an equal share of the last LOSSES
 LOSSES, EVENTS = 1024, 2
+SHOWN_SCORES = ("exact_match", "call_match")  # of answers
 
 
 class Display(Protocol):
@@ -45,7 +46,8 @@ def describe(kind: str, values: dict[str, Any]) -> str:
     if kind == "validation":
         loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
         accuracy = f", {values['token_accuracy']:.1%} predicted right" if "token_accuracy" in values else ""
-        return f"validation loss {loss} over {values['tokens']:,} tokens{accuracy}"
+        scores = [f", {name.replace('_', ' ')} {values[name]:.1%}" for name in SHOWN_SCORES if name in values]
+        return f"validation loss {loss} over {values['tokens']:,} tokens{accuracy}{''.join(scores)}"
     if kind == "checkpoint":
         return f"checkpoint written to {values['path']}"
     if kind == "event":

@@ -97,17 +97,17 @@ class Observer:
         self.fed = 0
         return self.clock
 
-    def validated(self, step: int, totals: Totals) -> None:
-        """Record a validation."""
-        values: dict[str, Any] = {"loss": None}
-        if math.isfinite(totals.loss):
-            values = {"loss": totals.loss, "perplexity": math.exp(min(totals.loss, 700.0))}
-        self._record("validation", step, values | {"token_accuracy": totals.accuracy, "tokens": totals.tokens})
+    def validated(self, step: int, measured: dict[str, Any]) -> None:
+        """Record a validation: what `validated` made of it, and the scores of answers."""
+        self._record("validation", step, measured)
 
     def ended_early(self, state: RunState) -> None:
-        """Record that the run ends because its validations have found no lower loss for long."""
-        best = "was finite" if state.best is None else f"was below {state.best:.4f} of step {state.best_step}"
-        reason = f"no validation loss of the last {state.stale} {best}"
+        """Record that the run ends because no validation has been the best for long."""
+        settings = self._config.training.validation
+        name = settings.metric_for_best_model.removeprefix("val.").replace("_", " ")
+        than = "above" if settings.greater_is_better else "below"
+        best = "was finite" if state.best is None else f"was {than} {state.best:.4f} of step {state.best_step}"
+        reason = f"no validation {name} of the last {state.stale} {best}"
         self.log.record("event", state.step, event="early_stop", reason=reason)
 
     def epoch_ended(self, state: RunState) -> None:
@@ -195,6 +195,14 @@ class Observer:
         if not host.ranks_share_cores():  # where they do, they are slow in turn
             for event in self._signs.compare_ranks(busy.numpy()):
                 self.log.record("event", step, **event)
+
+
+def validated(totals: Totals) -> dict[str, Any]:
+    """What a validation measured, by name; its `loss` is None, and there is no perplexity, where it is not finite."""
+    values: dict[str, Any] = {"loss": None}
+    if math.isfinite(totals.loss):
+        values = {"loss": totals.loss, "perplexity": math.exp(min(totals.loss, 700.0))}
+    return values | {"token_accuracy": totals.accuracy, "tokens": totals.tokens}
 
 
 def _model_flops(config: RunConfig, model: Qwen3Moe) -> list[float]:

@@ -19,7 +19,8 @@ class Summary:
         steps: optimizer steps of the whole run.
         trained: of these, the steps that this launch took; 0 where the run was finished already.
         train_loss: mean over the last 10 steps of this launch; None if it took none.
-        validation_loss, best_validation_loss: the last and the lowest; None where not measured.
+        validation_loss: the last; None where not measured.
+        best: the best value of `[training.validation] metric_for_best_model`; None where not measured.
         seconds: from the start of `fit` to its end.
         tokens: that this launch trained on.
         peak_memory_bytes: of rank 0.
@@ -29,7 +30,7 @@ class Summary:
     trained: int
     train_loss: float | None
     validation_loss: float | None
-    best_validation_loss: float | None
+    best: float | None
     seconds: float
     tokens: int
     peak_memory_bytes: int
@@ -44,7 +45,7 @@ def print_summary(summary: Summary, config: RunConfig) -> None:
         ("steps", f"{summary.steps:,}" + (" (all of them in an earlier launch)" if finished_before else "")),
         ("training loss, mean of the last 10 steps", _loss(summary.train_loss)),
         ("validation loss", "not measured" if summary.validation_loss is None else _loss(summary.validation_loss)),
-        ("best validation loss", _loss(summary.best_validation_loss)),
+        (f"best validation {_metric(config)}", _loss(summary.best)),
         ("tokens", "" if finished_before else f"{summary.tokens:,} ({_rate(summary):,.0f} per second overall)"),
         ("time", "" if finished_before else f"{summary.seconds:,.1f} s"),
         ("peak memory of rank 0", f"{summary.peak_memory_bytes / 2**30:.2f} GiB"),
@@ -69,6 +70,10 @@ def print_summary(summary: Summary, config: RunConfig) -> None:
     for name, place in places:
         if place:
             console.print(f"{name + ':':<14}{place}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _metric(config: RunConfig) -> str:
+    return config.training.validation.metric_for_best_model.removeprefix("val.").replace("_", " ")
 
 
 def _loss(value: float | None) -> str:

@@ -19,8 +19,6 @@ from megasft.data.micro_batches import MicroBatches, Row, evaluation_rows
 from megasft.distributed.topology import Topology, derived_seed
 from megasft.messages import UserError
 from megasft.model.batch import MicroBatch
-from megasft.model.hf_checkpoint import fingerprint
-from megasft.model.hub import find_model
 from megasft.model.qwen3_moe import Qwen3Moe
 from megasft.train.checkpoint import resume, run_lock
 from megasft.train.checkpoint.async_writer import CheckpointWriter
@@ -31,11 +29,12 @@ from megasft.train.checkpoint.restore import Restored, restore
 from megasft.train.early_signs import add_seen
 from megasft.train.expert_load import ExpertLoad
 from megasft.train.forward_backward import ForwardBackward, Totals
-from megasft.train.observer import Observer, Outcome
+from megasft.train.observer import Observer, Outcome, validated
 from megasft.train.optimizer import step, wrap
 from megasft.train.progress import Progress
 from megasft.train.schedule import Schedule
 from megasft.train.summary import Summary
+from megasft.train.validation_answers import ValidationAnswers
 
 
 class Trainer:
@@ -56,10 +55,14 @@ class Trainer:
         train: Samples | Mix,
         validation: Samples | Mix | None = None,
         base_model: str | None = None,
+        answers: ValidationAnswers | None = None,
     ) -> None:
         self.config, self.topology, self.model = config, topology, model
         self.train, self.validation = Mix.of(train), None if validation is None else Mix.of(validation)
         self.base_model = base_model or config.job.model
+        if answers is None and self.validation is not None:
+            answers = ValidationAnswers.prepare(config, topology, self.validation)
+        self.answers = answers
         hyper = config.hyperparameters
         self.output_dir = Path(config.job.output_dir)
         self.device = host.device()  # asked here: the loader's thread has a current device of its own
@@ -72,8 +75,9 @@ class Trainer:
         self.log = self.observer.log
         self.writer = CheckpointWriter(config, model, self.optimizer, self.base_model, self.output_dir / "checkpoints")
         self.progress = Progress(lambda: self.writer.parts_written)
-        identity = resume.identity(config, _fingerprint(config), topology.sizes.data)
-        self.state = RunState(loader=self.loader.state_dict(), identity=identity)
+        identity = resume.identity(config, resume.base_fingerprint(config), topology.sizes.data)
+        measure = config.training.validation.measure
+        self.state = RunState(loader=self.loader.state_dict(), identity=identity, measure=measure)
         self.gate = Gate(self._described)
         self.validation_loss: float | None = None  # of the last validation
         self._saved_at = time.monotonic()
@@ -116,7 +120,7 @@ class Trainer:
             trained=self.step - first_step,
             train_loss=sum(finite) / len(finite) if finite else None,
             validation_loss=self.validation_loss,
-            best_validation_loss=self.state.best,
+            best=self.state.best,
             seconds=time.monotonic() - started,
             tokens=self.state.tokens - first_token,
             peak_memory_bytes=host.device_memory(),
@@ -164,23 +168,28 @@ class Trainer:
         return record
 
     def validate(self) -> float:
-        """Measure the validation loss, record it, and keep the adapter in `best/` if it is the lowest so far."""
+        """Measure the validation loss, and answers if asked; record them; keep the best adapter in `best/`."""
         assert self.validation is not None
+        settings = self.config.training.validation
         totals = self.evaluate(self.validation)
-        loss = totals.loss
-        lower = best = math.isfinite(loss) and (self.state.best is None or loss < self.state.best)
-        if best and self.config.training.validation.save_best_model_at_end:
+        measured = validated(totals)
+        if self.answers:
+            self.progress.begin(f"the answers of the validation after step {self.step}")
+            measured |= self.answers.measure(self.model, self.progress.count_micro_batch)
+        value = measured.get(settings.metric_for_best_model.removeprefix("val."))
+        better = best = math.isfinite(totals.loss) and settings.is_better(value, self.state.best)
+        if best and settings.save_best_model_at_end:
             with self.observer.clock.saving():
                 best = self._save_best(self.validation)
         with self.gate.change(self.step):
-            self.state = replace(self.state, validated=self.step, stale=0 if lower else self.state.stale + 1)
+            self.state = replace(self.state, validated=self.step, stale=0 if better else self.state.stale + 1)
             if best:
-                self.state = replace(self.state, best=loss, best_step=self.step)
-            self.observer.validated(self.step, totals)
+                self.state = replace(self.state, best=value, best_step=self.step)
+            self.observer.validated(self.step, measured)
             if self._ended_early():
                 self.observer.ended_early(self.state)
-        self.validation_loss = loss
-        return loss
+        self.validation_loss = totals.loss
+        return totals.loss
 
     def checkpoint(self) -> None:
         """Start to write a checkpoint in the background, once the one before is on disk."""
@@ -278,7 +287,7 @@ class Trainer:
         self.schedule = Schedule(hyper.lr_schedule, hyper.learning_rate, self.total_steps, hyper.warmup_ratio)
 
     def _ended_early(self) -> bool:
-        """Whether validations have found no lower loss for so long that the run ends, which it then does here."""
+        """Whether no validation has been the best for so long that the run ends, which it then does here."""
         patience = self.config.training.validation.early_stopping_patience
         over = self.validation is not None and patience is not None and self.state.stale >= patience
         if over:
@@ -389,11 +398,3 @@ def global_batches(config: RunConfig, topology: Topology, samples: Mix) -> Batch
     hyper = config.hyperparameters
     size = hyper.per_device_batch * hyper.gradient_accumulation_steps * topology.sizes.data
     return Batches.over(samples, size, config.job.seed, hyper.sequence_length if config.data.packing else None)
-
-
-def _fingerprint(config: RunConfig) -> str | None:
-    """Of the base model, None where it is not read from files."""
-    try:
-        return fingerprint(find_model(config.job.model))
-    except UserError:
-        return None

@@ -165,6 +165,7 @@ def walk_all(path: str, names: list[str]) -> None:
                 if case.world == 1:
                     job.evaluate()
                     job.generate(list(range(1, 20)), 3)
+                    job.generate_many([list(range(1, 50)), list(range(1, 60)), [5, 6, 7]], 3)
             except Exception:
                 found[case.name] = Walked({}, {}, 0, [], error=traceback.format_exc())
                 continue

@@ -173,7 +173,7 @@ def across(place: Place) -> None:
 
 
 def adapter(place: Place) -> None:
-    """transformers + peft load what a job leaves and find its validation loss; generate, export and merge take it."""
+    """transformers + peft load what a job leaves and find its validation loss; generate, evaluate, export and merge take it."""
     job = Job(place, "job")
     place.equal("exit code", job.train()[0], 0)
     run = str(job.folder / "run")
@@ -188,6 +188,7 @@ def adapter(place: Place) -> None:
     for what, words in (
         ("transformers + peft find the validation loss", check),
         ("generate", ["-m", "megasft", "generate", run, "--prompt", "what comes after 3?", "--max-new-tokens", "8"]),
+        ("evaluate", ["-m", "megasft", "evaluate", run, "--generate", "2", "--max-new-tokens", "8"]),
         ("export", ["-m", "megasft", "export", run, str(job.folder / "fused"), "--layout", "fused"]),
         ("merge", ["-m", "megasft", "merge", run, str(job.folder / "merged")]),
         ("generate from the merged model", ["-m", "megasft", "generate", str(job.folder / "merged"), "--prompt", "3", "--max-new-tokens", "8"]),

@@ -113,7 +113,7 @@ def test_lines_curves_and_summary_of_a_run_are_those_of_its_steps(ranks, setting
     assert (summary.steps, summary.trained) == (STEPS, STEPS)
     assert summary.tokens == sum(record["tokens"] for record in records)
     assert summary.train_loss == pytest.approx(sum(losses[-10:]) / 10, rel=1e-12)
-    assert (summary.validation_loss, summary.best_validation_loss) == (validated[-1], min(validated))
+    assert (summary.validation_loss, summary.best) == (validated[-1], min(validated))
     assert len(set(validated)) == len(VALIDATED)
     assert sum(record["seconds"] for record in records) <= summary.seconds <= seconds
     assert summary.peak_memory_bytes > 2**26
@@ -134,7 +134,7 @@ def test_a_run_without_validation_that_is_finished_trains_nothing_when_it_is_sta
     samples = on_ranks.random_samples(203, LENGTHS)
     first, second = (ranks(1, fitted, without, samples, None)[0] for _ in range(2))
     assert (first[0].steps, first[0].trained, len(first[1])) == (2, 2, 2)
-    assert (first[0].validation_loss, first[0].best_validation_loss) == (None, None)
+    assert (first[0].validation_loss, first[0].best) == (None, None)
     assert (second[0].steps, second[0].trained, second[0].tokens, second[0].train_loss) == (2, 0, 0, None)
     assert second[1] == []
 

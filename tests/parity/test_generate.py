@@ -93,6 +93,39 @@ def test_greedy_tokens_equal_those_of_transformers_and_peft_on_every_rank(ranks,
         assert got == want
 
 
+# the same, where two and four replicas share the prompts, and where experts lie on ranks of both
+SHARED_OUT = [*TOPOLOGIES[:1], *TOPOLOGIES[3:5], *TOPOLOGIES[6:], (1, 2, 1, 1, 2), (1, 4, 1, 1, 4)]
+
+
+@pytest.mark.parametrize("topology", SHARED_OUT)
+def test_many_prompts_at_once_give_the_tokens_of_each_alone(ranks, world, prompts, want, topology):
+    _, settings = over(world[1], *topology)
+    tensor, _, _, pipeline, replicas = topology
+    for got in ranks(tensor * pipeline * replicas, on_ranks.answers_together, settings, prompts, NEW):
+        assert got == want
+
+
+def test_the_tokens_do_not_depend_on_how_prompts_are_batched(ranks, world, prompts, want):
+    # rows, positions and tokens of a forward pass that cut prompts and batches elsewhere; beginnings that are shared
+    sizes = [{"ROWS": 2}, {"POSITIONS": 70}, {"PREFILL": 5}, {"PREFILL": 1}, {"SHARED": 3, "ROOM": 1}]
+    again = [2, 3, 2, 0, 1, 2]  # the whole of a prompt once more, and parts of it
+    many = [prompts[i] for i in again]
+    [got] = ranks(1, on_ranks.answers_in_batches, over(world[1])[1], many, NEW, sizes)
+    assert got == [[want[i] for i in again]] * len(sizes)
+
+
+def test_a_row_ends_with_its_stop_token_or_the_context_while_others_continue(ranks, world, prompts, want):
+    stop = want[2][7]
+    long = [list(range(200)) + list(range(50))]
+    expected = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in want]
+    assert len({len(answer) for answer in expected}) > 1
+    [got] = ranks(1, on_ranks.answers_together, over(world[1])[1], prompts + long, NEW, (stop,))
+    assert got[:-1] == expected
+    assert len(got[-1]) == 256 - 250
+    with pytest.raises(AssertionError, match="the prompt is empty"):
+        ranks(1, on_ranks.answers_together, over(world[1])[1], [[1], []], 1)
+
+
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (4, 1), (1, 3)])
 def test_logits_with_a_kv_cache_equal_those_without(ranks, world, tensor, pipeline):
     folder, settings = world

@@ -1,5 +1,6 @@
 """What the tests run on the ranks of the pool."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasft import host
+from megasft import host, job
 from megasft.config.parallelism import resolve_topology
-from megasft.config.schema import RunConfig
+from megasft.config.schema import RunConfig, load_config
 from megasft.data.dataset import Samples
 from megasft.distributed.topology import Topology, regroup
-from megasft.generation import decode
+from megasft.evaluation.evaluate import evaluate
+from megasft.evaluation.report import as_json
+from megasft.generation import batch, decode
+from megasft.generation.batch import generate_many
 from megasft.generation.decode import generate
 from megasft.generation.sampling import Sampler
-from megasft.job import build_model
+from megasft.job import build_model, load_data
+from megasft.lora.sharded import without_adapters
 from megasft.model.batch import IGNORED, MicroBatch, Segments
 from megasft.model.kv_cache import KVCache
 from megasft.model.qwen3_moe import Qwen3Moe
 from megasft.quant.weight import Slot
 from megasft.train.trainer import Trainer
+from megasft.train.validation_answers import ValidationAnswers
 
 Sample = tuple[Tensor, Tensor]
 
@@ -156,6 +162,78 @@ def answers(
     _, _, model = start(settings)
     sampler, cache = Sampler(**sampling), KVCache()
     return [list(generate(model, prompt, count, sampler, stop, cache)) for prompt in prompts]
+
+
+def answers_together(
+    settings: dict[str, Any], prompts: list[list[int]], count: int, stop: tuple[int, ...] = ()
+) -> list[list[int]]:
+    """The tokens that this rank sees generated for all prompts at once."""
+    return answers_in_batches(settings, prompts, count, [{}], stop)[0]
+
+
+def answers_in_batches(
+    settings: dict[str, Any],
+    prompts: list[list[int]],
+    count: int,
+    sizes: list[dict[str, int]],
+    stop: tuple[int, ...] = (),
+) -> list[list[list[int]]]:
+    """The same, once for each of `sizes`, which replace constants of the module."""
+    _, _, model = start(settings)
+    found, before = [], {name: getattr(batch, name) for one in sizes for name in one}
+    for one in sizes:
+        vars(batch).update(before | one)
+        model.train()
+        steps: list[None] = []
+        found.append(generate_many(model, prompts, count, stop, lambda steps=steps: steps.append(None)))  # type: ignore[misc]
+        assert model.training
+        assert steps
+    return found
+
+
+def evaluation(run_file: Path, overrides: list[str], generate: int | str, new: int) -> dict[str, Any]:
+    """An evaluation on the run's validation data, and what the trainer measures of base and adapter on the same data."""
+    config = load_config(run_file, overrides)
+    topology = regroup(resolve_topology(config.data.topology, dist.get_world_size()), config.job.seed)
+    model = build_model(config, topology)
+    model.train()
+    found = evaluate(config, model, generate=generate, max_new_tokens=new)
+    assert model.training
+    _, validation = load_data(config, topology)
+    trainer = Trainer(config, topology, model, validation, validation)
+    trained = {"adapter": trainer.evaluate(validation)}
+    with without_adapters(model):
+        trained["base"] = trainer.evaluate(validation)
+    return {
+        "values": {name: {side: one.value(side) for side in one.sums} for name, one in found.metrics.items()},
+        "counts": {name: one.count for name, one in found.metrics.items()},
+        "losses": {side: one.losses for side, one in found.sides.items()},
+        "prompts": [question.prompt for question in found.task.questions.asked],
+        "turns": [(question.conversation, question.turn) for question in found.task.questions.asked],
+        "texts": {side: [answer.text for answer in one.answers] for side, one in found.sides.items()},
+        "json": as_json(found) if topology.is_first else None,
+        "trained": trained,
+    }
+
+
+def train_with_answers(run_file: Path, overrides: list[str], scripted: list[float] | None = None) -> dict[str, Any]:
+    """A run whose validations have answers; with `scripted`, these are the exact matches of its validations."""
+    config = load_config(run_file, overrides)
+    if scripted:
+        values = iter(scripted)
+        ValidationAnswers.measure = lambda *_: {"exact_match": next(values)}  # type: ignore[method-assign]
+    seen: list[Trainer] = []
+    summary = job.run(config, seen.append)
+    [trainer] = seen
+    lines = [json.loads(line) for line in (Path(config.job.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert trainer.answers
+    questions = trainer.answers.questions.asked
+    found = {"lines": lines, "state": trainer.state, "summary": summary, "questions": questions}
+    held_out = [trainer.validation[i][0].tolist() for i in range(len(trainer.validation))] if trainer.validation else []
+    if config.data.validation_path and not scripted:
+        after = evaluate(config, trainer.model, generate=config.training.validation.generate, max_new_tokens=8)
+        found["evaluated"] = {name: one.value("adapter") for name, one in after.metrics.items()}
+    return found | {"held_out": held_out}
 
 
 def answers_to_prompts_in_parts(

@@ -310,7 +310,13 @@ def test_the_demo_runs_in_fp32():
         ("training.validation", "evaluation_strategy", '"never"', "must be 'steps', 'epoch' or 'no'"),
         ("training.validation", "eval_steps", "0", "must be greater than or equal to 1"),
         ("training.validation", "save_best_model_at_end", "0", "must be true or false"),
-        ("training.validation", "metric_for_best_model", '"accuracy"', "measures the validation loss only: 'val.loss'"),
+        (
+            "training.validation",
+            "metric_for_best_model",
+            '"accuracy"',
+            "megasft measures val.loss, val.perplexity, val.token_accuracy, and with `generate` val.exact_match, ",
+        ),
+        ("training.validation", "generate", "-1", "must be"),
         ("training.validation", "greater_is_better", "true", "a loss is better when it is smaller"),
         ("lora", "r", "0", "must be greater than or equal to 1"),
         ("lora", "r", "16.0", "must be a valid integer"),
@@ -377,6 +383,40 @@ def test_a_bad_value_is_refused_with_file_line_section_key_and_reason(write, sec
     assert reason in message
 
 
+def validating(metric: str, more: str = "generate = 8") -> str:
+    return f'[data]\nvalidation_path = "v.jsonl"\n[training.validation]\nmetric_for_best_model = "{metric}"\n{more}\n'
+
+
+def test_a_score_decides_only_where_answers_are_asked_for(write):
+    message = load_refusal(write, validating("val.call_match", ""))
+    assert message.startswith(
+        'job.toml:4: [training.validation] metric_for_best_model = "val.call_match": needs answers'
+    )
+    assert message.endswith("generate = 32, or name one of val.loss, val.perplexity, val.token_accuracy")
+    message = load_refusal(write, "[training.validation]\nenabled = false\ngenerate = 8\n")
+    assert message.startswith("job.toml:3: [training.validation] generate = 8: there is no validation")
+
+
+@pytest.mark.parametrize(
+    ("metric", "more", "greater"),
+    [("val.loss", "", False), ("val.perplexity", "", False), ("val.token_accuracy", "", True), ("val.call_match", "", True),
+     ("val.unasked_call", "", False), ("val.cut_off", "", False), ("val.cut_off", "greater_is_better = true", True),
+     ("val.exact_match", "greater_is_better = false", False)],
+)  # fmt: skip
+def test_greater_is_better_is_what_it_says_or_what_the_metric_means(write, metric, more, greater):
+    validation = load_config(write(validating(metric, f"generate = 8\n{more}"))).training.validation
+    assert validation.greater_is_better is greater
+    assert (validation.is_better(0.5, 0.25), validation.is_better(0.25, 0.5)) == (greater, not greater)
+    assert validation.is_better(0.5, None)
+    assert not validation.is_better(None, None)
+
+
+@pytest.mark.parametrize("metric", ["val.loss", "val.perplexity"])
+def test_a_loss_is_never_better_when_it_is_greater(write, metric):
+    message = load_refusal(write, validating(metric, "greater_is_better = true"))
+    assert message.startswith("job.toml:5: [training.validation] greater_is_better = true: a ")
+
+
 def test_the_value_is_shown_as_it_was_written(write):
     message = load_refusal(write, '[algorithm]\nmethod = "dpo"')
     assert message == "job.toml:2: [algorithm] method = \"dpo\": is not supported; set it to 'sft'"
@@ -388,6 +428,7 @@ def test_the_value_is_shown_as_it_was_written(write):
         ("training.validation", "metric_for_best_model", '"eval_loss"', "val.loss"),
         ("training.validation", "metric_for_best_model", '"val_loss"', "val.loss"),
         ("training.validation", "metric_for_best_model", '"loss"', "val.loss"),
+        ("training.validation", "metric_for_best_model", '"eval_token_accuracy"', "val.token_accuracy"),
         ("training.validation", "evaluation_strategy", '"epoch"', "epoch"),
         ("lora", "alpha", "8", 8.0),
         ("lora", "target_modules", '"q_proj"', ("q_proj",)),

@@ -197,8 +197,10 @@ def test_a_converted_file_trains_the_same_tokens_as_the_file_itself(run, tmp_pat
         prepare(tmp_path / name, with_template("chatml"), Recipe(100), cache_dir=tmp_path)
         for name in ("in.jsonl", "out.jsonl")
     ]
-    (ids, mask, ends), *other = [[column.tolist() for column in open_columns(folder).values()] for folder in folders]
-    assert other == [[ids, mask, ends]]
+    (ids, mask, ends, places), *other = [
+        [column.tolist() for column in open_columns(folder).values()] for folder in folders
+    ]
+    assert other == [[ids, mask, ends, places]]
     assert folders[0] != folders[1]
     assert len(ends) == 400
     assert 0 < sum(mask) < len(mask)

@@ -13,7 +13,7 @@ from megasft.config.schema import RunConfig
 from megasft.train.summary import Summary, print_summary
 
 DONE = Summary(
-    steps=1200, trained=1000, train_loss=1.23456789, validation_loss=2.5, best_validation_loss=2.25, seconds=50.04,
+    steps=1200, trained=1000, train_loss=1.23456789, validation_loss=2.5, best=2.25, seconds=50.04,
     tokens=123456, peak_memory_bytes=3 * 2**29,
 )  # fmt: skip
 
@@ -51,7 +51,7 @@ def test_the_table_has_the_numbers_of_the_run(printed):
 
 
 def test_what_was_not_measured_is_left_out_or_said(printed):
-    rows, _, _ = printed(replace(DONE, validation_loss=None, best_validation_loss=None))
+    rows, _, _ = printed(replace(DONE, validation_loss=None, best=None))
     assert rows["validation loss"] == "not measured"
     assert "best validation loss" not in rows
 

@@ -31,7 +31,7 @@ FORMAT = 1
 MANIFEST, STATE, RUN_FILE, LATEST = "manifest.json", "state.json", "config.toml", "latest"
 _NAME = re.compile(r"step-\d{6,19}", re.ASCII)  # any other name is the user's
 _FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # in the checkpoint's own folder, whatever the manifest says
-_SINCE = {"stale": 0, "experts_seen": ""}  # what the states of earlier versions lack
+_SINCE = {"stale": 0, "experts_seen": "", "measure": "val.loss"}  # what the states of earlier versions lack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,9 @@ class RunState:
         tokens: trained on so far.
         validated: the step of the last validation, -1 before the first.
         saved: the step of the last checkpoint that was due, 0 before the first.
-        best, best_step: the lowest validation loss and its step; None and 0 before the first.
-        stale: how many of the last validations in a row found no lower loss.
+        measure: what validations are compared by (`ValidationSettings.measure`).
+        best, best_step: the best value of it and its step; None and 0 before the first.
+        stale: how many of the last validations in a row were no better.
         experts_seen: the experts that have got a token in this epoch (`early_signs.add_seen`).
         loader: `Loader.state_dict`, which determines the next batch.
         metrics_bytes: length of metrics.jsonl.
@@ -59,6 +60,7 @@ class RunState:
     tokens: int = 0
     validated: int = -1
     saved: int = 0
+    measure: str = "val.loss"
     best: float | None = None
     best_step: int = 0
     stale: int = 0
@@ -131,7 +133,7 @@ class Checkpoints:
             say(f"{self.folder / LATEST}: cannot be linked to {folder.name} ({error.strerror})")
 
     def prune(self, keep: int, best_step: int) -> None:
-        """Remove all but the newest `keep` and the one of the best validation loss."""
+        """Remove all but the newest `keep` and the one of the best validation."""
         for folder in self.all()[keep:]:
             if _step(folder) != best_step:
                 with contextlib.suppress(OSError):

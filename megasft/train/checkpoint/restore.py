@@ -59,6 +59,9 @@ def restore(
     if found is None:
         return None
     folder, state = found
+    measure = config.training.validation.measure
+    if state.measure != measure:
+        state = replace(state, measure=measure, best=None, best_step=0, stale=0)
     if validation is not None and config.training.validation.save_best_model_at_end:
         # A best of other validation data, or one that is gone, is no measure for later validations.
         stands = [topology.is_first and best_stands(Path(config.job.output_dir), state, validation)]

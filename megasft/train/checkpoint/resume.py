@@ -183,6 +183,17 @@ def identity(config: RunConfig, base: str | None, data_parallel: int) -> dict[st
     }
 
 
+def base_fingerprint(config: RunConfig) -> str | None:
+    """Of the base model, None where it is not read from files."""
+    from megasft.model.hf_checkpoint import fingerprint
+    from megasft.model.hub import find_model
+
+    try:
+        return fingerprint(find_model(config.job.model))
+    except UserError:
+        return None
+
+
 def refuse_changes(then: dict[str, Any], now: dict[str, Any], config: RunConfig, folder: Path) -> None:
     """Raise UserError naming the setting that differs between a checkpoint and the run that is to resume from it."""
     for name, value in now.items():

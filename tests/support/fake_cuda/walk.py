@@ -132,6 +132,13 @@ class Job:
         with self.phase("generate"):
             return list(generate(self.model, prompt, tokens))
 
+    def generate_many(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        """Greedy answers to many prompts at once: phase "generate many"."""
+        from megasft.generation.batch import generate_many
+
+        with self.phase("generate many"):
+            return generate_many(self.model, prompts, tokens)
+
     def made(self) -> list[tuple[int, int]]:
         """(tokens, supervised tokens) of each micro batch of the last step."""
         return [(len(batch.tokens), len(batch.supervised)) for batch in self.micro_batches]

@@ -1,0 +1,1 @@
+"""Losses and answers on held-out conversations, and what they say of an adapter."""
