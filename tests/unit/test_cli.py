@@ -15,7 +15,19 @@ from megasft.config.starter import run_file, write_run_file
 from megasft.messages import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-COMMANDS = ("init", "train", "plan", "validate", "convert", "generate", "merge", "export", "dashboard", "report")
+COMMANDS = (
+    "init",
+    "train",
+    "plan",
+    "validate",
+    "convert",
+    "generate",
+    "evaluate",
+    "merge",
+    "export",
+    "dashboard",
+    "report",
+)
 HEAVY = ("torch", "transformers", "megatron", "peft", "numpy", "pyarrow")
 
 
