@@ -4,8 +4,8 @@
 
 The last assistant message of each conversation is the reference; the model answers the prompt before it. Rewards: how
 much of the reference's text an answer has (0 to 1), and, where a conversation has tools, whether the answer is a
-well-formed call of one of them (0 or 1). The result is a PEFT adapter, which `[job] init_adapter` takes. It runs without
-megasft, in an environment of its own (requirements.txt).
+well-formed call of one of them (0 or 1). The result is a PEFT adapter, which `[job] init_adapter` takes. It runs
+without megasft, in an environment of its own (requirements.txt).
 """
 
 import json
@@ -27,7 +27,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
@@ -46,7 +46,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="constant, without warm-up")] = 1e-3,
     beta: Annotated[float, typer.Option(min=0, help="weight of the KL divergence from the adapter given")] = 0.0,
     seed: Annotated[int, typer.Option(help="of the prompts' order and of the answers")] = 0,
-    separate: Annotated[bool, typer.Option(help="keep the adapters of gate and up apart: --no-separate lets r double")] = True,
+    separate: Annotated[bool, typer.Option(help="keep gate and up apart; without, their r doubles")] = True,
 ) -> None:  # fmt: skip
     """Train a few steps of GRPO and print the rewards."""
     check_adapter(adapter_dir)
@@ -69,7 +69,8 @@ def main(
             output_dir=str(out), save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1, seed=seed,
             max_steps=steps, per_device_train_batch_size=prompts * group, num_generations=group,
             max_completion_length=max_new_tokens, temperature=1.0, learning_rate=learning_rate, beta=beta,
-            lr_scheduler_type="constant", use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False,
+            lr_scheduler_type="constant", gradient_checkpointing=False, bf16=False,
+            use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
@@ -90,7 +91,8 @@ def agreement(completions: list[str], reference: list[str], **_: Any) -> list[fl
 
 def well_formed_call(completions: list[str], tools: list[list[str]], **_: Any) -> list[float | None]:
     """1 for an answer that calls a tool by its name with an object of arguments; None where there are no tools."""
-    return [float(calls_one_of(answer, names)) if names else None for answer, names in zip(completions, tools, strict=True)]  # fmt: skip
+    pairs = zip(completions, tools, strict=True)
+    return [float(calls_one_of(answer, names)) if names else None for answer, names in pairs]
 
 
 def calls_one_of(answer: str, names: list[str]) -> bool:
@@ -190,8 +192,9 @@ def factors(model: PeftModel) -> dict[str, torch.Tensor]:
 def report(history: list[dict[str, Any]], before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
     """Print the steps, and how many tensors of the adapter they changed. Stop if that is none."""
     columns = {
-        "step": "step", "reward": "reward", "agreement": "rewards/agreement/mean", "well-formed": "rewards/well_formed_call/mean",
-        "spread in a group": "reward_std", "gradient norm": "grad_norm", "KL": "kl", "tokens of an answer": "completions/mean_length",
+        "step": "step", "reward": "reward", "agreement": "rewards/agreement/mean",
+        "well-formed": "rewards/well_formed_call/mean", "spread": "reward_std", "gradient norm": "grad_norm",
+        "KL": "kl", "tokens": "completions/mean_length",
     }  # fmt: skip
     table = Table()
     steps = [record for record in history if "reward" in record]
@@ -205,14 +208,15 @@ def report(history: list[dict[str, Any]], before: dict[str, torch.Tensor], after
     moved = sum(not torch.equal(before[name], value) for name, value in after.items())
     print(f"{moved} of {len(after)} tensors of the adapter moved")
     if not moved:
-        stop("all answers of every group got the same reward, so nothing was learned; more --group or --max-new-tokens may help")  # fmt: skip
+        stop("all answers of each group got the same reward, so nothing was learned; raise --group or --max-new-tokens")
 
 
 def settings(policy: PeftModel, out: Path) -> str:
     """The options with which `megasft train` continues the adapter."""
     config = policy.peft_config["default"]
     factor = 1 if all(map(is_block_diagonal, joined_factors(policy))) else 2
-    return f"--set job.init_adapter={out} --set lora.r={factor * config.r} --set lora.alpha={factor * config.lora_alpha:g}"  # fmt: skip
+    r, alpha = factor * config.r, factor * config.lora_alpha
+    return f"--set job.init_adapter={out} --set lora.r={r} --set lora.alpha={alpha:g}"
 
 
 def stop(line: str) -> Any:

@@ -2,10 +2,10 @@
 
     .venv/bin/python examples/serving/check_served.py runs/demo demo/data/validation.jsonl
 
-The servers are vLLM and llama.cpp on CPUs, in an environment of their own (`make .venv-serving/installed`): the base, the
-base with the adapter, and the merged model, all greedy and in fp32. A conversation of plain texts is asked by its messages
-(/v1/chat/completions), so that the server's template and tokenizer take part; one with tools, or where the server lacks
-the tokenizer, by its token ids (/v1/completions). Exit code 1 if any token differs.
+The servers are vLLM and llama.cpp on CPUs, in an environment of their own (`make .venv-serving/installed`): the base,
+the base with the adapter, and the merged model, all greedy and in fp32. A conversation of plain texts is asked by its
+messages (/v1/chat/completions), so that the server's template and tokenizer take part; one with tools, or where the
+server lacks the tokenizer, by its token ids (/v1/completions). Exit code 1 if any token differs.
 """
 
 import os
@@ -70,8 +70,8 @@ class Row:
         if reply.prompt_tokens != len(prompt.ids):
             problem = f"its prompt has {reply.prompt_tokens} tokens, not {len(prompt.ids)}"
         elif found != wanted:
-            at = next((i for i, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), min(len(found), len(wanted)))  # fmt: skip
-            problem = f"token {at + 1} differs"
+            equal = [mine == theirs for mine, theirs in zip(wanted, found, strict=False)]
+            problem = f"token {[*equal, False].index(False) + 1} differs"
         elif (reply.finish == "stop") != ends:
             problem = f"it ended by {reply.finish}"
         self.answers, self.tokens = self.answers + 1, self.tokens + len(expected)
@@ -191,9 +191,8 @@ def show(rows: list[Row]) -> None:
     """Print the table."""
     table = Table("server", "model", "asked by", "answers", "tokens", "equal", "first difference")
     for row in rows:
-        table.add_row(
-            row.server, row.model, row.asked_by, str(row.answers), str(row.tokens), f"{row.equal} of {row.answers}", row.first
-        )  # fmt: skip
+        equal = f"{row.equal} of {row.answers}"
+        table.add_row(row.server, row.model, row.asked_by, str(row.answers), str(row.tokens), equal, row.first)
     Console().print(table)
     print(NOT_RUN)
 

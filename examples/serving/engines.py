@@ -72,7 +72,8 @@ class Served:
 
 def vllm(python: Path, model: str, adapter: str, merged: str, rank: int, context: int) -> list[Served]:
     """Base and adapter by one server, the merged model by another; no `adapter` leaves the first to the base."""
-    common = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(context), "--max-num-seqs", "4", "--host", "127.0.0.1"]  # fmt: skip
+    common = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4"]
+    common += ["--max-model-len", str(context), "--host", "127.0.0.1"]
     start, tokens = [str(python), str(HERE / "vllm_server.py")], {"return_token_ids": True}
     models = {"base": {"model": "base", **tokens}}
     lora = []
@@ -91,10 +92,12 @@ def vllm(python: Path, model: str, adapter: str, merged: str, rank: int, context
 def llama_cpp(python: Path, model: str, adapter: str, merged: str, folder: Path, context: int) -> list[Served]:
     """Base and adapter by one server, the merged model by another."""
     start, size = [str(python), str(HERE / "llama_cpp_server.py")], ["--context", str(context)]
-    without = {"lora": [{"id": 0, "scale": 0.0}]}  # of this request
+    # Without its cache of prompts, in which it finds keys and values that another scale made.
+    plain: dict[str, Any] = {"cache_prompt": False}
+    without = plain | {"lora": [{"id": 0, "scale": 0.0}]}
     together = [*start, model, "--adapter", adapter, "--folder", str(folder / "gguf"), *size]
     alone = [*start, merged, "--folder", str(folder / "gguf-merged"), *size]
     return [
-        Served("llama.cpp", "llama.cpp with the adapter", together, {"base": without, "base + adapter": {}}),
-        Served("llama.cpp", "llama.cpp with the merged model", alone, {"merged": {}}),
+        Served("llama.cpp", "llama.cpp with the adapter", together, {"base": without, "base + adapter": plain}),
+        Served("llama.cpp", "llama.cpp with the merged model", alone, {"merged": plain}),
     ]

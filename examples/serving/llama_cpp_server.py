@@ -1,4 +1,4 @@
-"""llama.cpp's OpenAI-compatible server on CPUs: its converters make GGUF files of a model and an adapter, it serves them.
+"""llama.cpp's OpenAI-compatible server on CPUs, of GGUF files that its converters make of a model and an adapter.
 
     .venv-serving/bin/python examples/serving/llama_cpp_server.py MODEL --adapter ADAPTER --folder gguf --port 8080
 

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server on CPUs, with experts that take LoRA. Its arguments are those of `vllm serve`, with --model.
+"""vLLM's OpenAI-compatible server on CPUs, with experts that take LoRA. Its arguments are those of `vllm serve`.
 
 Runs in .venv-serving. vLLM starts processes that import this file again, so that all of them have the stand-in.
 """

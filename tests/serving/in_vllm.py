@@ -1,6 +1,6 @@
 """Answers of vLLM on CPUs. Runs in .venv-serving: reads a job from standard input, writes its answers to a file.
 
-`examples/serving/experts_on_cpu.py` stands in for vLLM's kernel of experts with LoRA, which needs a GPU, and for nothing else.
+`examples/serving/experts_on_cpu.py` stands in for vLLM's kernel of experts with LoRA, which needs a GPU, and for no more.
 """
 
 import json
