@@ -9,6 +9,7 @@ without megasft, in an environment of its own (requirements.txt).
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -215,7 +216,8 @@ def settings(policy: PeftModel, out: Path) -> str:
     """The options with which `megasft train` continues the adapter."""
     config = policy.peft_config["default"]
     factor = 1 if all(map(is_block_diagonal, joined_factors(policy))) else 2
-    r, alpha = factor * config.r, factor * config.lora_alpha
+    root = math.sqrt(config.r) if config.use_rslora else 1  # megasft's scaling is alpha / r
+    r, alpha = factor * config.r, factor * root * config.lora_alpha
     return f"--set job.init_adapter={out} --set lora.r={r} --set lora.alpha={alpha:g}"
 
 
