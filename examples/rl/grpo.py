@@ -2,10 +2,10 @@
 
     .venv-rl/bin/python examples/rl/grpo.py demo/model runs/demo/adapter demo/data/train.jsonl --out runs/demo-grpo
 
-The last assistant message of each conversation is the reference; the model answers the prompt before it. Rewards: how
-much of the reference's text an answer has (0 to 1), and, where a conversation has tools, whether the answer is a
-well-formed call of one of them (0 or 1). The result is a PEFT adapter, which `[job] init_adapter` takes. It runs
-without megasft, in an environment of its own (requirements.txt).
+The last assistant message of each conversation whose prompt is short enough is the reference; the model answers that
+prompt. Rewards: how much of the reference's text an answer has (0 to 1), and, where a conversation has tools, whether
+the answer is a well-formed call of one of them (0 or 1). The result is a PEFT adapter, which `[job] init_adapter`
+takes. It runs without megasft, in an environment of its own (requirements.txt).
 """
 
 import json
@@ -24,6 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import typer
 from datasets import Dataset, disable_progress_bars
+from jinja2 import TemplateError
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +44,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="updates of the adapter")] = 3,
     prompts: Annotated[int, typer.Option(min=1, help="prompts of a step")] = 2,
     group: Annotated[int, typer.Option(min=2, help="answers to each prompt")] = 6,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="of a prompt; longer ones are not asked")] = 512,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 32,
     learning_rate: Annotated[float, typer.Option(help="constant, without warm-up")] = 1e-3,
     beta: Annotated[float, typer.Option(min=0, help="weight of the KL divergence from the adapter given")] = 0.0,
@@ -56,7 +58,7 @@ def main(
     if out.exists() and any(out.iterdir()):
         stop(f"{out}: holds files already; name another folder")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    examples = read_examples(tokenizer, data)
+    examples = read_examples(tokenizer, data, max_prompt_tokens)
     random.Random(seed).shuffle(examples)
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     policy = PeftModel.from_pretrained(base, str(adapter_dir), is_trainable=True)
@@ -110,7 +112,7 @@ def calls_one_of(answer: str, names: list[str]) -> bool:
     )
 
 
-def read_examples(tokenizer: PreTrainedTokenizerBase, data: Path) -> list[dict[str, Any]]:
+def read_examples(tokenizer: PreTrainedTokenizerBase, data: Path, longest: int) -> list[dict[str, Any]]:
     """Prompts as text, as the model was trained on them, each with the text of its reference and the tools' names."""
     try:
         lines = data.read_text(encoding="utf-8").splitlines()
@@ -122,23 +124,32 @@ def read_examples(tokenizer: PreTrainedTokenizerBase, data: Path) -> list[dict[s
             continue
         try:
             record = json.loads(line)
-            messages, tools = record["messages"], record.get("tools")
-            if messages[-1]["role"] != "assistant":
-                stop(f"{data}:{number}: the last message is no answer of the assistant, which is the reference")
-            prompt, complete = (
-                tokenizer.apply_chat_template(part, tools=tools, tokenize=False, add_generation_prompt=open_ended)
-                for part, open_ended in ((messages[:-1], True), (messages, False))
-            )
-            names = [tool.get("function", tool)["name"] for tool in tools or []]
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            example = last_short_prompt(tokenizer, record["messages"], record.get("tools"), longest)
+        except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
             stop(f'{data}:{number}: not a conversation as {{"messages": [...]}} ({type(error).__name__}: {error})')
-        if not complete.startswith(prompt):
-            stop(f"{data}:{number}: the chat template renders the prompt in another way once an answer follows")
-        reference = complete[len(prompt) :].split(tokenizer.eos_token)[0]
-        examples.append({"prompt": prompt, "reference": reference, "tools": names})
+        if example is not None:
+            examples.append(example)
     if not examples:
-        stop(f"{data}: holds no conversation")
+        stop(f"{data}: no answer of the assistant has a prompt of at most {longest} tokens; raise --max-prompt-tokens")
     return examples
+
+
+def last_short_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None, longest: int
+) -> dict[str, Any] | None:
+    """The last prompt of a conversation that has at most `longest` tokens and an answer; None if there is none."""
+    for end in reversed(range(len(messages))):
+        if messages[end]["role"] != "assistant":
+            continue
+        prompt, complete = (
+            str(tokenizer.apply_chat_template(part, tools=tools, tokenize=False, add_generation_prompt=open_ended))
+            for part, open_ended in ((messages[:end], True), (messages[: end + 1], False))
+        )
+        if len(tokenizer(prompt)["input_ids"]) <= longest and complete.startswith(prompt):
+            reference = complete[len(prompt) :].split(tokenizer.eos_token)[0]
+            names = [tool.get("function", tool)["name"] for tool in tools or []]
+            return {"prompt": prompt, "reference": reference, "tools": names}
+    return None
 
 
 def check_adapter(folder: Path) -> None:

@@ -152,7 +152,9 @@ for arguments in job["refused"]:
     refusals.append([done.exit_code, done.stderr])
 called = [grpo.calls_one_of(answer, ["look", "go"]) for answer in job["answers"]]
 agreement = grpo.agreement(["abc", "", "abc"], ["abc", "abc", "xyz"])
-print(json.dumps({"refusals": refusals, "called": called, "agreement": agreement}))
+tokenizer = grpo.AutoTokenizer.from_pretrained(job["model"])
+turns = [grpo.last_short_prompt(tokenizer, job["turns"], job["tools"], longest) for longest in (20, 60, 600)]
+print(json.dumps({"refusals": refusals, "called": called, "agreement": agreement, "turns": turns}))
 """
 CALLS = {
     '<tool_call>\n{"name": "go", "arguments": {"to": "x"}}\n</tool_call>': True,
@@ -181,11 +183,15 @@ def test_mistakes_are_refused_in_one_line_and_rewards_are_what_they_say(world, t
         "holds no config.json": (world, good, data, out),
         "holds files already": (model, good, data, full),
         "cannot be read (No such file": (model, good, tmp_path / "none", out),
-        "asked.jsonl:1: the last message is no answer": (model, good, asked, out),
+        "asked.jsonl: no answer of the assistant has a prompt of at most 512 tokens": (model, good, asked, out),
         "broken.jsonl:1: not a conversation": (model, good, broken, out),
     }
     arguments = [[*map(str, paths[:3]), "--out", str(paths[3])] for paths in refused.values()]
-    job = json.dumps({"refused": arguments, "answers": list(CALLS)})
+    turns = [{"role": role, "content": role * 2} for role in ("user", "assistant", "user", "assistant", "user")]
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    job = json.dumps(
+        {"refused": arguments, "answers": list(CALLS), "model": str(model), "turns": turns, "tools": tools}
+    )
     done = subprocess.run([PYTHON, "-c", IN_TRL], input=job, cwd=EXAMPLE, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
@@ -196,6 +202,10 @@ def test_mistakes_are_refused_in_one_line_and_rewards_are_what_they_say(world, t
         assert line.count("\n") == 1
     assert said["called"] == list(CALLS.values())
     assert said["agreement"] == [1.0, 0.0, 0.0]
+    first = "<|im_start|>user\nuseruser<|im_end|>\n<|im_start|>assistant\n"
+    second = f"{first}assistantassistant<|im_end|>\n{first}"
+    assert [turn and turn["prompt"] for turn in said["turns"]] == [None, first, second]
+    assert {(turn["reference"], *turn["tools"]) for turn in said["turns"][1:]} == {("assistantassistant", "look")}
 
     # The remedy that is printed gives peft the policy that was trained.
     megasft("export", rslora, tmp_path / "plain", folder=tmp_path)
