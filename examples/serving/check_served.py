@@ -116,7 +116,7 @@ def check(
 ) -> list[Row]:
     """The answers of every server against those of megasft. `folder` takes what is made for the servers."""
     if target.adapter is None:
-        raise UserError(f"{target.model}: a model without an adapter; name a run directory or an adapter")
+        raise UserError(f"{target.model}: neither a run directory nor an adapter; name one of them")
     model = find_model(target.model)
     stop = stop_tokens(model, read_config(model), load_tokenizer(model))
     asked = read_prompts(model, data, count, target.config.data.template_args if target.config else {})
@@ -174,6 +174,8 @@ def read_prompts(model: Path, data: Path, count: int, run_template: dict[str, An
         ids = encode(tokenizer, messages, tools, template)
         text = tokenizer.render(messages, tools, generation_prompt=True, **template)
         prompts.append(Prompt(messages, tools, template, ids, text))
+    if not prompts:
+        raise UserError(f"{data}: holds no conversation")
     return prompts
 
 

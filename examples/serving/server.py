@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Server:
         except urllib.error.HTTPError as error:
             said = " ".join(error.read().decode(errors="replace").split())[:300]
             raise ServerFailed(f"{self.name} refuses {path} with status {error.code}: {said}", self.log) from None
-        except OSError as error:  # URLError and timeouts among them
+        except (OSError, HTTPException, ValueError) as error:  # timeouts, a broken connection, no JSON
             raise ServerFailed(
                 f"{self.name} does not answer {path} ({error}); its log is {self.log}", self.log
             ) from None
