@@ -251,10 +251,15 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def of_this_repository(page: str) -> str:
+    """The page without links to other places."""
+    return re.sub(r"https://[^\s)]+", "", TEXTS[page])
+
+
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_path_that_a_page_names_exists(page):
-    folders = "megasft|tests|tools|benchmarks|configs|docs"
-    for path in re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*\w)", TEXTS[page]):
+    folders = "megasft|tests|tools|benchmarks|configs|docs|examples"
+    for path in re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*\w)", of_this_repository(page)):
         assert (ROOT / path).exists(), path
 
 
@@ -262,7 +267,7 @@ def test_every_path_that_a_page_names_exists(page):
 def test_every_module_that_a_page_names_exists(page):
     """With its folder, as in "`data/records.py`", or without, as in "`megasft/config/schema.py`, `toml.py`"."""
     modules = [f"/{path.relative_to(ROOT)}" for path in ROOT.glob("[a-z]*/**/*.py")]
-    for named in re.findall(r"[\w/]*\w\.py\b", TEXTS[page].replace("../", "")):
+    for named in re.findall(r"[\w/]*\w\.py\b", of_this_repository(page).replace("../", "")):
         assert any(module.endswith(f"/{named}") for module in modules), named
 
 

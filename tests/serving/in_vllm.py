@@ -1,12 +1,12 @@
 """Answers of vLLM on CPUs. Runs in .venv-serving: reads a job from standard input, writes its answers to a file.
 
-vLLM's CPU build has no kernel for experts with LoRA, and its Triton kernel for them needs a GPU. `experts` stands in for
-that kernel alone: loading, LoRA layers, routing, attention, sampling and everything else are vLLM's.
+`examples/serving/experts_on_cpu.py` stands in for vLLM's kernel of experts with LoRA, which needs a GPU, and for no more.
 """
 
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 os.environ |= {
@@ -21,31 +21,9 @@ os.environ |= {
 import torch
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
-from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
-
-def experts(self, output, hidden_states, w1, w2, topk_weights, topk_ids, *_: Any, **__: Any) -> None:
-    """What `TritonExperts.apply` computes in `output` [T, H], from w1 [E, 2 F, H] and w2 [E, H, F], in plain torch."""
-    lora = self._lora_context
-    slots = (
-        lora.punica_wrapper.token_lora_indices[: len(hidden_states)] if lora else torch.full_like(topk_ids[:, 0], -1)
-    )
-    total = torch.zeros_like(output)
-    for slot in slots.unique().tolist():
-        for e in topk_ids.unique().tolist():
-            tokens, place = torch.nonzero((topk_ids == e) & (slots == slot)[:, None], as_tuple=True)
-            x = hidden_states[tokens]
-            gate_up = x @ w1[e].T
-            if slot >= 0:
-                pairs = zip(lora.w13_lora_a_stacked, lora.w13_lora_b_stacked, strict=True)
-                gate_up = gate_up + torch.cat([x @ A[slot, e].T @ B[slot, e].T for A, B in pairs], dim=-1)
-            gate, up = gate_up.chunk(2, dim=-1)
-            inner = torch.nn.functional.silu(gate) * up
-            y = inner @ w2[e].T
-            if slot >= 0:
-                y = y + inner @ lora.w2_lora_a_stacked[0][slot, e].T @ lora.w2_lora_b_stacked[0][slot, e].T
-            total.index_add_(0, tokens, y * topk_weights[tokens, place, None])
-    output.copy_(total)
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "serving"))
+import experts_on_cpu
 
 
 def route_with_lora(model: torch.nn.Module) -> int:
@@ -61,7 +39,7 @@ def main() -> None:
     job = json.load(sys.stdin)
     lora = {"enable_lora": True, "max_lora_rank": 16, "max_loras": len(job["adapters"])} if job["lora"] else {}
     if job["lora"]:
-        TritonExperts.apply = experts
+        experts_on_cpu.install()
     llm = LLM(
         job["model"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=8,
         max_logprobs=job["top"], seed=0, **lora,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -41,14 +42,19 @@ keep = 1
 """
 
 
-def make_world(folder: Path, tensor: int = 1, data: int = 1, steps: int = 4, conversations: int = 12) -> Path:
-    """Fill `folder` and return the path of its run file. Bytes are the vocabulary: 256 and four control tokens."""
+def make_world(
+    folder: Path, tensor: int = 1, data: int = 1, steps: int = 4, conversations: int = 12, **changes: Any
+) -> Path:
+    """Fill `folder` and return the path of its run file. Bytes are the vocabulary: 256 and four control tokens.
+
+    `changes` are of the model's configuration.
+    """
     backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))  # fmt: skip
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     model = folder / "model"
-    random_model(tiny_config(vocab_size=264, mlp_only_layers=[])).save_pretrained(model)
+    random_model(tiny_config(vocab_size=264, mlp_only_layers=[], **changes)).save_pretrained(model)
     hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     hf.chat_template = CHATML
     hf.save_pretrained(model)
