@@ -1,0 +1,154 @@
+"""Games as conversations: a system prompt, the tool, what the player sees, calls and replies.
+
+    python -m examples.crafter.traces --policy expert --seeds 0 300 --out traces.jsonl
+
+The agent's context holds `CALLS` calls. Then a new conversation begins with what the player sees, so that one game is
+several conversations, and none grows beyond the window of a small model. `metadata` names the seed of the game and the
+conversation's number in it.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import typer
+
+from . import expert
+from .expert import Decision
+from .game import ACTIONS, Game
+from .view import View
+
+CALLS = 6  # of one conversation
+SYSTEM = "You play Crafter. Stay alive and unlock achievements."
+INTERACT = {
+    "type": "function",
+    "function": {
+        "name": "interact",
+        "description": "Take up to 5 actions, then see.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "actions": {
+                    "type": "array",
+                    "items": {"type": "string", "enum": list(ACTIONS)},
+                    "minItems": 1,
+                    "maxItems": expert.MOST,
+                }
+            },
+            "required": ["actions"],
+        },
+    },
+}
+TOOLS: list[Any] = [INTERACT]
+
+Message = dict[str, Any]
+Policy = Callable[[str], Decision]
+
+
+def main(
+    policy: Annotated[str, typer.Option(help="expert or random")] = "expert",
+    seeds: Annotated[tuple[int, int], typer.Option(help="first seed, and the one after the last")] = (0, 300),
+    out: Annotated[Path, typer.Option(help="the JSONL file to write")] = Path("traces.jsonl"),
+    processes: Annotated[int, typer.Option(help="games are played side by side")] = 2,
+) -> None:
+    """Play a game for each seed and write its conversations, a line each."""
+    played = write(out, policy, range(*seeds), processes)
+    typer.echo(f"{out}: {played.conversations:,} conversations, mean return {played.mean_return:.2f}")
+
+
+@dataclass(frozen=True)
+class Played:
+    """What was written."""
+
+    conversations: int
+    calls: int
+    mean_return: float
+    mean_achievements: float
+
+
+def write(out: Path, policy: str, seeds: Sequence[int], processes: int = 2) -> Played:
+    """Play a game for each seed, side by side, and write the conversations of all, in the order of the seeds."""
+    conversations, calls, returns, unlocked = 0, 0, [], []
+    # Spawned, as forked children of a process with threads may hang.
+    with (
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        out.open("w", encoding="utf-8") as file,
+    ):
+        for records, total, achievements in pool.map(record, seeds, len(seeds) * [policy], chunksize=4):
+            file.writelines(json.dumps(one) + "\n" for one in records)
+            conversations += len(records)
+            calls += sum(message["role"] == "assistant" for one in records for message in one["messages"])
+            returns.append(total)
+            unlocked.append(achievements)
+    return Played(conversations, calls, mean(returns), mean(unlocked))
+
+
+def record(seed: int, policy: str) -> tuple[list[dict[str, Any]], float, int]:
+    """The conversations of the game of a seed, its return, and the number of its achievements."""
+    game = _game()
+    records = [
+        {"messages": messages, "tools": TOOLS, "metadata": {"seed": seed, "part": part, "policy": policy}}
+        for part, messages in enumerate(play(game, seed, make_policy(policy, seed)))
+    ]
+    return records, game.total, len(game.achievements)
+
+
+@cache
+def _game() -> Game:
+    """One of this process: its textures take longer to load than a game to play."""
+    return Game()
+
+
+def play(game: Game, seed: int, policy: Policy) -> Iterator[list[Message]]:
+    """Play the game of a seed; yield its conversations."""
+    seen = game.start(seed)
+    while not game.over:
+        messages = opening(seen)
+        for number in range(CALLS):
+            decision = policy(seen)
+            messages.append(call(decision))
+            seen = game.interact(decision.actions)
+            if game.over or number == CALLS - 1:
+                break
+            messages.append({"role": "tool", "content": seen})
+        yield messages
+
+
+def make_policy(name: str, seed: int) -> Policy:
+    """The expert, or one that names a thing it sees and takes one to five actions, all at random from the seed."""
+    if name == "expert":
+        return expert.decide
+    if name != "random":
+        raise ValueError(f"{name}: no such policy; there are expert and random")
+    drawn = random.Random(seed)
+
+    def decide(seen: str) -> Decision:
+        view = View.read(seen)
+        facts = [*(f"{kind}-{leg.text()}" for kind, leg in view.ways.items()), f"open-{view.open.text()}"]
+        words = drawn.choice(facts)
+        return Decision(words, [drawn.choice(ACTIONS) for _ in range(drawn.randint(1, expert.MOST))])
+
+    return decide
+
+
+def opening(seen: str) -> list[Message]:
+    """The messages that begin a conversation."""
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": seen}]
+
+
+def call(decision: Decision) -> Message:
+    """The assistant's message that says something and calls the tool."""
+    function = {"name": "interact", "arguments": {"actions": decision.actions}}
+    calls = [{"type": "function", "function": function}]
+    return {"role": "assistant", "content": decision.words, "tool_calls": calls}
+
+
+if __name__ == "__main__":
+    typer.run(main)

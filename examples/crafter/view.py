@@ -1,0 +1,183 @@
+"""What the player sees, as a few lines of text.
+
+    health-9 food-8 drink-8 energy-9
+    have wood-3 stone-1 wood_pickaxe wood_sword
+    done collect_stone collect_wood place_table
+    facing-tree near-table
+    open-up-3
+    tree-here
+    water-left-3+
+    cow-right-2
+
+`done` are the achievements of this game; those of making a tool are not in it, as `have` shows the tool. `open` is
+where to walk on: straight ahead, at an obstacle to the side with more room, and for how many cells.
+
+The player sees 9 x 7 cells, as in the game's own picture. Of each kind of thing in it that can be walked to, the text
+names the nearest, and the first leg of the shortest way to it: `cow-right-2` is two steps to the right, the last of
+them into the cow, where a step only turns the player to face it. After `water-left-3+` the way bends. `here` is what
+the player faces. A fact is one word, so that a tokenizer that learned from such text makes one token of it.
+"""
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+Cell = tuple[int, int]
+
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+WALKABLE = ("grass", "sand", "path")
+VITALS = ("health", "food", "drink", "energy")
+TOOLS = ("_pickaxe", "_sword")
+NAMED = ("zombie", "skeleton", "cow", "water", "tree", "stone", "coal", "iron", "diamond", "table", "furnace")
+WORKPLACES = ("table", "furnace")
+AROUND = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)]  # where the game looks for a table
+
+
+class Leg(NamedTuple):
+    """Steps in one direction; `bends` says that the way goes on in another. No steps: the player faces it."""
+
+    direction: str
+    steps: int
+    bends: bool = False
+
+    def text(self) -> str:
+        """`left-3`, `left-3+` or `here`."""
+        return f"{self.direction}-{self.steps}{'+' if self.bends else ''}" if self.steps else "here"
+
+    @classmethod
+    def read(cls, text: str) -> "Leg":
+        """The leg that `text` wrote."""
+        if text == "here":
+            return cls("", 0)
+        direction, steps = text.rstrip("+").split("-")
+        return cls(direction, int(steps), text.endswith("+"))
+
+
+HERE = Leg("", 0)
+
+
+@dataclass(frozen=True)
+class View:
+    """A view in parts. `text` writes it, and `View.read` reads it back.
+
+    Attributes:
+        vitals: health, food, drink and energy, 0 to 9.
+        have: what the player carries, and how many.
+        tools: pickaxes and swords.
+        done: other achievements unlocked in this game.
+        faced: the name of what the player faces.
+        near: those of table and furnace that are near enough to work at.
+        open: where to walk on; no steps where the player is shut in.
+        ways: the beginning of the way to the nearest of each kind.
+    """
+
+    vitals: Mapping[str, int]
+    have: Mapping[str, int]
+    tools: Sequence[str]
+    done: Sequence[str]
+    faced: str
+    near: Sequence[str] = ()
+    open: Leg = HERE
+    ways: Mapping[str, Leg] = field(default_factory=dict)
+    asleep: bool = False
+
+    def text(self) -> str:
+        """The lines that an agent reads."""
+        vitals = [f"{name}-{count}" for name, count in self.vitals.items()]
+        have = [f"{name}-{count}" for name, count in self.have.items()] + list(self.tools)
+        place = [f"facing-{self.faced}", *(f"near-{kind}" for kind in self.near)]
+        ways = [f"open-{self.open.text()}", *(f"{kind}-{leg.text()}" for kind, leg in self.ways.items())]
+        lines = [" ".join([*vitals, *(["asleep"] if self.asleep else [])])]
+        lines += [" ".join(["have", *have])] if have else []
+        lines += [" ".join(["done", *self.done])] if self.done else []
+        return "\n".join([*lines, " ".join(place), *ways])
+
+    @classmethod
+    def read(cls, text: str) -> "View":
+        """The view that `text` wrote."""
+        first, *rest = (line.split() for line in text.split("\n"))
+        lists = {words[0]: words[1:] for words in rest if words[0] in ("have", "done")}
+        facts = [word for words in rest if words[0] not in lists for word in words]
+        named = {word.partition("-")[0]: word.partition("-")[2] for word in facts if not word.startswith("near-")}
+        carried = [word for word in lists.get("have", []) if not word.endswith(TOOLS)]
+        return cls(
+            vitals=_counts(word for word in first if word != "asleep"),
+            have=_counts(carried),
+            tools=[word for word in lists.get("have", []) if word.endswith(TOOLS)],
+            done=lists.get("done", []),
+            faced=named["facing"],
+            near=[word.removeprefix("near-") for word in facts if word.startswith("near-")],
+            open=Leg.read(named["open"]),
+            ways={kind: Leg.read(named[kind]) for kind in NAMED if kind in named},
+            asleep="asleep" in first,
+        )
+
+
+def look(
+    cells: Mapping[Cell, str], inventory: Mapping[str, int], done: Sequence[str], facing: str, asleep: bool
+) -> View:
+    """The view of a player at (0, 0), from the names of the cells around."""
+    carried = {name: count for name, count in inventory.items() if count and name not in VITALS}
+    return View(
+        vitals={name: inventory[name] for name in VITALS},
+        have={name: count for name, count in carried.items() if not name.endswith(TOOLS)},
+        tools=[name for name in carried if name.endswith(TOOLS)],
+        done=[name for name in done if not name.endswith(TOOLS)],
+        faced=cells.get(DIRECTIONS[facing], "edge"),
+        near=[kind for kind in WORKPLACES if any(cells.get(cell) == kind for cell in AROUND)],
+        open=_open(cells, facing),
+        ways=_ways(cells, facing),
+        asleep=asleep,
+    )
+
+
+def _open(cells: Mapping[Cell, str], facing: str) -> Leg:
+    """Straight ahead; at an obstacle to the side that has more room, or back."""
+    free = {name: _free(cells, step) for name, step in DIRECTIONS.items()}
+    if free[facing]:
+        return Leg(facing, free[facing])
+    sides = ("up", "down") if facing in ("left", "right") else ("left", "right")
+    way = max(sides, key=lambda side: free[side])
+    way = way if free[way] else max(free, key=lambda side: free[side])
+    return Leg(way, free[way])
+
+
+def _free(cells: Mapping[Cell, str], step: Cell) -> int:
+    count = 0
+    while cells.get(((count + 1) * step[0], (count + 1) * step[1])) in WALKABLE:
+        count += 1
+    return count
+
+
+def _ways(cells: Mapping[Cell, str], facing: str) -> dict[str, Leg]:
+    """The beginning of the way to the nearest of each kind: the fewest steps, then the fewest bends."""
+    order = [facing, *(name for name in DIRECTIONS if name != facing)]
+    found: dict[str, tuple[int, int, Leg]] = {}
+    reached: set[tuple[Cell, str]] = set()
+    # (steps, bends, number, cell, direction of the last step, first leg); of equal ones what was reached earlier
+    queue: list[tuple[int, int, int, Cell, str, Leg]] = [(0, 0, 0, (0, 0), "", Leg("", 0))]
+    number = 0
+    while queue:
+        steps, bends, _, (x, y), last, leg = heapq.heappop(queue)
+        for name in order:
+            cell = x + DIRECTIONS[name][0], y + DIRECTIONS[name][1]
+            kind = cells.get(cell)
+            if kind is None or (cell, name) in reached or cell == (0, 0):
+                continue
+            straight = name == last
+            first = leg._replace(bends=True)
+            if not last or (straight and not leg.bends):
+                first = Leg(name, steps + 1)
+            cost = steps + 1, bends + (bool(last) and not straight)
+            if kind in WALKABLE:
+                reached.add((cell, name))
+                number += 1
+                heapq.heappush(queue, (*cost, number, cell, name, first))
+            elif kind in NAMED and (kind not in found or cost < found[kind][:2]):
+                found[kind] = (*cost, Leg("", 0) if cost[0] == 1 and name == facing else first)
+    return {kind: found[kind][2] for kind in NAMED if kind in found}
+
+
+def _counts(words: Iterable[str]) -> dict[str, int]:
+    return {name: int(count) for name, _, count in (word.partition("-") for word in words)}

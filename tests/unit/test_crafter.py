@@ -1,0 +1,244 @@
+"""The game of examples/crafter: worlds, the text that the agent reads, the script that plays, traces, players."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import crafter
+import numpy as np
+import opensimplex
+import pytest
+
+from examples.crafter import expert, play, traces
+from examples.crafter.game import ACTIONS, LENGTH, Game
+from examples.crafter.noise import noise3
+from examples.crafter.view import View, look
+from megasft.data.conversations import Conversation, check_record
+
+ROOT = Path(__file__).parents[2]
+
+
+def cells(picture):
+    """Cells around the player `@` of a picture; a letter is a kind."""
+    kinds = {
+        ".": "grass",
+        "T": "tree",
+        "W": "water",
+        "C": "cow",
+        "S": "stone",
+        "B": "table",
+        "L": "lava",
+        "@": "player",
+    }
+    rows = [line.split() for line in picture.strip().splitlines()]
+    x0, y0 = next((x, y) for y, row in enumerate(rows) for x, kind in enumerate(row) if kind == "@")
+    return {(x - x0, y - y0): kinds[kind] for y, row in enumerate(rows) for x, kind in enumerate(row)}
+
+
+def seen(picture, facing="down", done=(), asleep=False, **inventory):
+    vitals = {"health": 9, "food": 9, "drink": 9, "energy": 9}
+    return look(cells(picture), vitals | inventory, list(done), facing, asleep)
+
+
+def test_noise_is_that_of_opensimplex():
+    points = np.random.default_rng(0).uniform(-40, 40, (3, 600))
+    points[:, 300:] = np.round(points[:, 300:] * 5) / 5  # points of equal distance to several lattice points
+    package = opensimplex.OpenSimplex(7)
+    assert np.abs(noise3(points, 7) - [package.noise3(*point) for point in points.T]).max() < 1e-12
+
+
+def test_worlds_are_those_of_the_package():
+    game, package = Game(), crafter.Env(seed=11)
+    game.start(11)
+    package.reset()
+    assert (game._world._mat_map == package._world._mat_map).all()
+    assert (game._world._obj_map == package._world._obj_map).all()
+
+
+def test_a_game_is_the_same_in_every_process_whatever_the_hashes():
+    code = "from examples.crafter.traces import record; import json; print(json.dumps([record(5, p) for p in ('expert', 'random')]))"
+    played = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed, "PYTHONMALLOC": allocator, "PATH": ""},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed, allocator in (("1", "malloc"), ("2", "pymalloc"))
+    }
+    assert len(played) == 1
+    assert json.loads(played.pop())[0] == json.loads(json.dumps(traces.record(5, "expert")))
+
+
+def test_the_text_names_the_nearest_of_each_kind_and_the_way_to_it():
+    view = seen(
+        """
+        T . . . .
+        . . W @ .
+        . C W . T
+        """,
+        "left",
+        ["collect_wood", "make_wood_pickaxe"],
+        wood=2,
+        wood_pickaxe=1,
+    )
+    assert view.text().splitlines() == [
+        "health-9 food-9 drink-9 energy-9",
+        "have wood-2 wood_pickaxe",
+        "done collect_wood",
+        "facing-water",
+        "open-up-1",
+        "cow-up-1+",
+        "water-here",
+        "tree-right-1+",
+    ]
+
+
+def test_a_way_avoids_what_cannot_be_walked_on():
+    assert "cow" not in seen("@ L C").ways, "there is no way"
+    around = seen(
+        """
+        @ L C
+        . L .
+        . . .
+        """
+    )
+    assert around.ways["cow"].text() == "down-2+"
+
+
+def test_open_is_ahead_or_the_roomier_side():
+    picture = """
+        . . .
+        . @ T
+        . . T
+        . . .
+        """
+    assert seen(picture, "up").open.text() == "up-1"
+    assert seen(picture, "right").open.text() == "down-2"
+    assert seen("T T T\nT @ .\nT T T", "left").open.text() == "right-1"
+    assert seen("@ T").open.text() == "here"
+
+
+def test_what_is_not_there_or_behind_the_edge_is_not_named():
+    view = seen("@ .", "left")
+    assert view.text().splitlines()[1:] == ["facing-edge", "open-right-1"]
+
+
+def test_text_reads_back():
+    game = Game()
+    drawn = random.Random(0)
+    text = game.start(3)
+    for _ in range(40):
+        assert View.read(text).text() == text
+        text = game.interact([drawn.choice(ACTIONS), *expert.decide(text).actions])
+    asleep = seen("@ T", asleep=True, sapling=1)
+    assert View.read(asleep.text()).text() == asleep.text()
+
+
+ALL_BUT_TABLE = ["collect_drink", "collect_sapling", "place_plant", "eat_cow", "wake_up", "collect_wood"]
+
+
+@pytest.mark.parametrize(
+    ("picture", "facing", "done", "inventory", "actions"),
+    [
+        ("@ . T", "right", ALL_BUT_TABLE, {}, ["move_right", "move_right", "do"]),
+        ("@ T", "right", ALL_BUT_TABLE, {}, ["do"]),
+        (". . W @ .", "right", ["place_plant"], {"drink": 3}, ["move_left", "do", "do", "do", "do"]),
+        ("@ C", "right", ["place_plant"], {"food": 4}, ["do", "do", "do"]),
+        ("@ C", "right", ["place_plant"], {"food": 4, "wood_sword": 1}, ["do", "do"]),
+        ("@ .", "right", [], {}, ["do", "do", "do"]),
+        ("@ .", "right", ["collect_sapling"], {"sapling": 1}, ["place_plant"]),
+        ("@ .", "right", ["place_plant"], {"energy": 8}, ["sleep"] * 5),
+        ("@ .", "right", ALL_BUT_TABLE, {"wood": 4}, ["place_table", "make_wood_pickaxe", "make_wood_sword"]),
+        ("@ B", "right", ALL_BUT_TABLE, {"wood": 2}, ["make_wood_pickaxe", "make_wood_sword"]),
+        ("@ . S", "right", ALL_BUT_TABLE, {"wood": 4, "wood_pickaxe": 1}, ["move_right", "move_right", "do"]),
+        ("@ S", "right", ALL_BUT_TABLE, {"wood": 4, "wood_pickaxe": 1, "stone_pickaxe": 1}, ["do"]),
+    ],
+)
+def test_the_script_decides(picture, facing, done, inventory, actions):
+    assert expert.decide(seen(picture, facing, done, **inventory).text()).actions == actions
+
+
+def test_the_script_plays_far_better_than_random_actions():
+    found = {policy: [traces.record(seed, policy) for seed in range(4)] for policy in ("expert", "random")}
+    script, chance = (mean(total for _, total, _ in games) for games in found.values())
+    assert script > 10
+    assert script > 3 * chance
+    for records, _, _ in found["expert"]:
+        steps = sum(len(actions(m)) for one in records for m in one["messages"] if m["role"] == "assistant")
+        assert steps >= min(LENGTH, 20)
+
+
+def actions(message):
+    (call,) = message["tool_calls"]
+    return call["function"]["arguments"]["actions"]
+
+
+def test_traces_are_conversations_that_megasft_reads(tmp_path):
+    out = tmp_path / "traces.jsonl"
+    written = traces.write(out, "expert", [1, 2], processes=1)
+    lines = out.read_text().splitlines()
+    assert len(lines) == written.conversations
+    calls = 0
+    for number, line in enumerate(lines, 1):
+        record = json.loads(line)
+        found = check_record(record, str(out), number)
+        assert isinstance(found, Conversation)
+        assert found.tools == traces.TOOLS
+        roles = [message["role"] for message in record["messages"]]
+        assert roles[:2] == ["system", "user"]
+        assert roles[2:] == (["assistant", "tool"] * traces.CALLS)[: len(roles) - 2]
+        assert roles[-1] == "assistant"
+        for message in record["messages"]:
+            if message["role"] == "assistant":
+                assert 1 <= len(actions(message)) <= expert.MOST
+                calls += 1
+    assert calls == written.calls
+    assert {json.loads(line)["metadata"]["seed"] for line in lines} == {1, 2}
+
+
+def test_interact_stops_where_the_player_is_hurt():
+    game = Game()
+    game.start(0)
+    player = game._player
+    game.interact(["noop"])
+    player._hunger, player.inventory["food"], player._recover = 0, 0, -15
+    before = game.steps
+    game.interact(["noop"] * 5)
+    assert game.steps == before + 1
+
+
+def test_only_a_wellformed_call_is_one():
+    def answer(arguments, name="interact"):
+        return f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
+
+    assert play.read_decision(answer({"actions": ["do", "move_up"]})) == ("", ["do", "move_up"])
+    assert play.read_decision("tree-here\n" + answer({"actions": ["do"]})) == ("tree-here", ["do"])
+    for wrong in (
+        answer({"actions": []}),
+        answer({"actions": ["fly"]}),
+        answer({"actions": ["do"] * 6}),
+        answer({"actions": "do"}),
+        answer({"actions": ["do"], "more": 1}),
+        answer({"actions": ["do"]}, "act"),
+        answer({"actions": ["do"]}) * 2,
+        answer({"actions": ["do"]}).replace("]", ""),
+        "do",
+        "",
+    ):
+        assert play.read_decision(wrong) is None
+
+
+def test_players_meet_the_same_worlds_and_a_call_that_is_none_is_a_noop():
+    seats = play.play(lambda playing: [("hm", None) for _ in playing], [400_000, 400_001])
+    for seat in seats:
+        result = seat.result()
+        assert (result.wellformed, result.achievements) == (0, [])
+        assert result.calls == result.steps == LENGTH
+    script = play.play(play.scripted("expert", [400_000]), [400_000])[0].result()
+    assert script.total == traces.record(400_000, "expert")[1]
+    assert script.wellformed == script.calls
