@@ -13,7 +13,7 @@ from megasft.plan.state import owned
 from megasft.plan.traffic import StepTraffic
 
 # Per layer: of a forward, of one that is run again for the backward, and of a backward; bf16, and 4-bit (docs/gpu.md).
-KERNELS = {False: (33, 27, 50), True: (58, 46, 75)}
+KERNELS = {False: (33, 27, 50), True: (41, 33, 58)}
 # FLOPs of attention for each multiplication of one of its products: forward 2 products, backward 5 in flash attention,
 # which computes one of forward's again.
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10

@@ -5,6 +5,7 @@ exists in full precision at a time, and its result is valid until the next call.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -104,16 +105,11 @@ class QuantizedWeight(nn.Module):
 
     def _scales(self, first: int, last: int) -> Tensor:
         """Dequantized scales, fp32 [last - first, N_local, blocks]."""
-        codes = self.scales[first:last]
-        found = torch.index_select(_dynamic(codes.device), 0, codes.flatten().int())
-        at = self._group_of_each
-        if at is None:
-            found = found.view(-1, GROUP).mul_(self.groups[first:last].view(-1, 1)).view(codes.shape)
-        else:
-            found = found.view(codes.shape).mul_(self.groups[first:last].index_select(1, at).view(codes.shape))
-        for place in self.parts.values():
-            found[:, place.to_rows].add_(self.means[first:last, place.number, None, None])
-        return found
+        codes, groups, means = (buffer[first:last] for buffer in (self.scales, self.groups, self.means))
+        starts = [place.to_rows.start for place in self.parts.values()]
+        return torch.ops.megasft.dequantize_scales(
+            codes, _dynamic(codes.device), groups, self._group_of_each, means, starts
+        )
 
     @functools.cached_property
     def _group_of_each(self) -> Tensor | None:
@@ -193,3 +189,40 @@ def workspace(dtype: torch.dtype, numel: int) -> Tensor:
 def workspace_bytes() -> int:
     """Bytes that the workspace occupies now."""
     return sum(held.nbytes for held in _workspaces.values())
+
+
+# --- scales that are quantized themselves -----------------------------------------------------------------------------
+
+
+def _dequantize_scales(
+    codes: Tensor, table: Tensor, groups: Tensor, group_of_each: Tensor | None, means: Tensor, starts: list[int]
+) -> Tensor:
+    """table[codes] x the scale of each one's group + the mean of its part: codes uint8 [E, N, blocks] -> fp32.
+
+    table: fp32 [256]. groups: fp32 [E, groups]; `group_of_each`: int32 [N * blocks], or None where every GROUP scales
+    share the next one. means: fp32 [E, parts]; parts start at the rows `starts`.
+    """
+    found = torch.index_select(table, 0, codes.flatten().int())
+    if group_of_each is None:
+        found = found.view(-1, GROUP).mul_(groups.reshape(-1, 1)).view(codes.shape)
+    else:
+        found = found.view(codes.shape).mul_(groups.index_select(1, group_of_each).view(codes.shape))
+    for number, (start, end) in enumerate(itertools.pairwise([*starts, codes.shape[1]])):
+        found[:, start:end].add_(means[:, number, None, None])
+    return found
+
+
+def _on_cuda(*args: object) -> Tensor:
+    from megasft.kernels import scales  # imports Triton, which comes with torch's CUDA builds
+
+    return scales.dequantize_scales(*args)  # type: ignore[arg-type]
+
+
+_library = torch.library.Library("megasft", "FRAGMENT")
+_library.define(
+    "dequantize_scales(Tensor codes, Tensor table, Tensor groups, Tensor? group_of_each, Tensor means, int[] starts)"
+    " -> Tensor"
+)
+_library.impl("dequantize_scales", _dequantize_scales, "CPU")
+_library.impl("dequantize_scales", _on_cuda, "CUDA")
+_library.impl("dequantize_scales", lambda codes, table, *_: table.new_empty(codes.shape), "Meta")

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import megasft.quant.weight  # noqa: F401 (registers an operator on CPUs)
 from megasft.lora import factors
 from megasft.lora.dropout import Dropout, key, share
-from megasft.model import copies, routing  # noqa: F401 (they register the operators on CPUs)
+from megasft.model import copies, routing  # noqa: F401 (they register theirs)
 from megasft.model.norm import RMSNorm
 from megasft.model.qkv import split_qkv
 from megasft.model.swiglu import swiglu
@@ -257,3 +258,29 @@ def test_routing_compiles_for_hopper_without_spilling(monkeypatch, module, name,
     constants |= {"ROWS": loaded.ROWS * (4 if (module, name) == ("routing", "_count") else 1)}
     any_number = ("tokens", "t", "first", "tiles", "programs", "n", "stride", "step", "k", "rows", "columns")
     compiled_for_hopper(getattr(loaded, name), types, constants, any_number)
+
+
+# --- scales of a 4-bit base ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 12], [0, 6, 7]], ids=str)
+@pytest.mark.parametrize("consecutive", [True, False])
+def test_scales_are_dequantized_to_the_same_bits(monkeypatch, starts, consecutive):
+    module = load(monkeypatch, "scales", interpreted=True)
+    e, n, blocks = 3, 32, 16  # two groups of 256 a matrix
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(256, (e, n, blocks), dtype=torch.uint8, generator=draw)
+    at = None if consecutive else torch.randint(2, (n * blocks,), dtype=torch.int32, generator=draw)
+    given = (codes, random(256, seed=1), random(e, 2, seed=2), at, random(e, len(starts), seed=3), starts)
+    assert torch.equal(module.dequantize_scales(*given), torch.ops.megasft.dequantize_scales(*given))
+
+
+def test_scales_compile_for_hopper_without_spilling(monkeypatch):
+    module = load(monkeypatch, "scales", interpreted=False)
+    types = (
+        "codes:*u8 table:*fp32 groups:*fp32 at:*i32 means:*fp32 out:*fp32 total each blocks width parts first second"
+    )
+    constants = {"CONSECUTIVE": False, "GROUP": 256, "BLOCK": module.BLOCK}
+    compiled_for_hopper(
+        module._scales, types, constants, ("total", "each", "blocks", "width", "parts", "first", "second")
+    )

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-MODULES = [f"megasft.kernels.{name}" for name in ("copies", "dropout", "factors", "qkv", "routing", "swiglu")]
+MODULES = [f"megasft.kernels.{name}" for name in ("copies", "dropout", "factors", "qkv", "routing", "scales", "swiglu")]
 
 
 def load(monkeypatch: pytest.MonkeyPatch, name: str, interpreted: bool) -> ModuleType:
