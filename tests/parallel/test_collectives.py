@@ -1,6 +1,6 @@
 """LoRA adds no collectives: a layer with adapters issues those of the frozen layer.
 
-With dropout the routing weights take the tokens' places along, 8 bytes for each token and expert instead of 4.
+Each of a token's choices is an expert and a weight, 4 bytes each; with dropout the token's place goes along, 8 bytes.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from tests.parity.reference import random_model, tiny_config
 from tests.support import on_ranks
 
 SEGMENTS = [9, 15]
-T, H, E, FP32 = sum(SEGMENTS), 64, 8, 4
+T, H, K, FP32 = sum(SEGMENTS), 64, 3, 4
 
 
 class Collectives(TorchDispatchMode):
@@ -83,22 +83,24 @@ def test_an_adapted_layer_issues_the_collectives_of_the_frozen_layer(ranks, base
 
     adapter = str(random_peft_adapter(tmp_path / "adapter"))
     for dropout, adapted in ((0.0, False), (0.0, True), (0.1, True)):
-        expected = collectives_of_layer(sparse=layer == 0, weights=T * E * (8 if dropout else 4))
+        expected = collectives_of_layer(sparse=layer == 0, dropout=bool(dropout))
         found = ranks(tensor, count_in_layer, settings(dropout), layer, adapted)
         assert len(found) == tensor
         for of_rank in found:
             assert of_rank == expected, f"dropout {dropout}, adapted: {adapted}"
 
 
-def collectives_of_layer(sparse: bool, weights: int):
-    """(forward, backward) of any rank; `weights` is the bytes of all tokens' routing weights."""
+def collectives_of_layer(sparse: bool, dropout: bool):
+    """(forward, backward) of any rank."""
     tokens = T * H * FP32
     # gather and reduce-scatter around attention and around the MLP or the experts, and the reverse in backward
     around = Counter({("_allgather_base_", tokens): 2, ("_reduce_scatter_base_", tokens): 2})
     if not sparse:
         return around, around
-    routing = Counter({("_allgather_base_", weights): 1, ("_allgather_base_", T * E): 1})  # weights and routing map
-    return around + routing, around + Counter({("_reduce_scatter_base_", weights): 1})
+    choices, weights = T * (2 * K * FP32 + 8 * dropout), T * K * FP32
+    return around + Counter({("_allgather_base_", choices): 1}), around + Counter(
+        {("_reduce_scatter_base_", weights): 1}
+    )
 
 
 def random_peft_adapter(folder):

@@ -22,7 +22,7 @@ def uses(settings, samples):
         multiply = getattr(module, product)
 
         def spied(*args, multiply=multiply):
-            x, scaling, drop = args[0], args[5], args[-1]
+            x, scaling, drop = args[0], args[5], args[-2]
             found.append((modes[-1], None if drop is None else drop(torch.ones_like(x)).bool(), scaling))
             return multiply(*args)
 
