@@ -17,7 +17,7 @@ class Game(crafter.Env):  # type: ignore[misc]
     """The game with its own rules and worlds, for agents that read.
 
     It differs from `crafter.Env` in two things. It draws no pictures; the noise in those of the night is drawn from the
-    world's random numbers, so that a night goes on otherwise. And creatures are removed in the order in which they
+    world's random numbers, so that a night continues differently. And creatures are removed in the order in which they
     appeared: the package takes one of a set, whose order depends on addresses in memory.
 
     Attributes:

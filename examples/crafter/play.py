@@ -191,7 +191,7 @@ def language_model(model_folder: Path, adapter: Path | None, temperature: float 
                     said[row].append(token)
             if all(tokens[-1] in stop for tokens in said):
                 break
-            # A row that has ended goes on unheard; what it adds to the cache is dropped in the next turn.
+            # A row that has ended is decoded on, and not read; what it adds to the cache is dropped in the next turn.
             chunks = [Chunk(row, [token]) for row, token in enumerate(chosen.tolist())]
         texts = {seed: tokenizer.decode([t for t in said[row] if t not in stop]) for row, seed in enumerate(rows)}
         return [(texts[seat.seed], read_decision(texts[seat.seed])) for seat in seats]

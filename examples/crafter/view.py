@@ -35,7 +35,7 @@ AROUND = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)]  # where the game look
 
 
 class Leg(NamedTuple):
-    """Steps in one direction; `bends` says that the way goes on in another. No steps: the player faces it."""
+    """Steps in one direction; `bends` says that the way continues in another. No steps: the player faces it."""
 
     direction: str
     steps: int

@@ -85,10 +85,10 @@ def key(seed: int, name: str) -> int:
 
 
 class JoinPlaces(torch.autograd.Function):
-    """Routing weights fp32 [S, E] and places int64 [S] modulo 2^29 as one fp64 [S, E]: the place in the upper 32 bits.
+    """Routing weights fp32 [S, k] and places int64 [S] modulo 2^29 as one fp64 [S, k]: the place in the upper 32 bits.
 
-    megatron-core's dispatchers move routing weights, without computing with them, to the ranks of the experts; so the
-    places arrive with them, without a collective of their own. Gradients pass through as plain numbers.
+    megatron-core's all-to-all dispatcher moves routing weights, without computing with them, to the ranks of the
+    experts; so the places arrive with them, without a collective of their own. Gradients pass through as plain numbers.
     """
 
     @staticmethod

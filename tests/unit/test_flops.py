@@ -25,3 +25,23 @@ def test_frozen_layers_attention_and_head_are_what_torch_counts(changes):
     assert found.attention == scores / 2
     assert found.frozen + found.head == sum(counts.values()) - counts["aten.bmm"]
     assert found.lora == 0
+
+
+@pytest.mark.parametrize("dense", [[], [1]], ids=["experts", "a dense layer"])
+def test_recomputation_is_a_forward_without_the_product_of_down(dense):
+    config, r, tokens = tiny_config(num_hidden_layers=3, mlp_only_layers=dense, intermediate_size=80), 4, 24
+
+    def of(targets):
+        return step_flops(config, frozenset(targets), r, tokens, 0, tokens**2, recompute=True)
+
+    k, sparse = config.num_experts_per_tok, 3 - len(dense)
+    widths = sparse * k * config.moe_intermediate_size + len(dense) * config.intermediate_size
+    frozen, adapted = of([]), of(["q_proj", "down_proj"])
+    of_weights = 2 * tokens * config.hidden_size * widths
+    assert frozen.recomputed == frozen.frozen / 2 + frozen.attention / 3 - of_weights
+    of_B = 2 * tokens * config.hidden_size * r * (sparse * k + len(dense))
+    assert adapted.recomputed - frozen.recomputed == adapted.lora / 3 - of_B
+
+
+def test_without_recomputation_none_is_counted():
+    assert step_flops(tiny_config(), frozenset(), 16, 24, 24, 24**2, recompute=False).recomputed == 0
