@@ -48,6 +48,7 @@ class Setting:
     recompute: bool = True
     quant: bool = False
     dispatcher: str = "auto"
+    experts: int = 128
 
     @property
     def length(self) -> int:
@@ -72,7 +73,8 @@ def count(walk: Walk, setting: Setting, layers: int) -> Counts:
     )  # fmt: skip
     run_file["hyperparameters"]["per_device_batch"] = setting.packed
     rows = setting.world // setting.tp * setting.packed
-    with walk.job(qwen3_30b(layers), run_file, [setting.length] * rows, setting.world) as job:
+    model = qwen3_30b(layers, num_experts=setting.experts)
+    with walk.job(model, run_file, [setting.length] * rows, setting.world) as job:
         job.train_step()
         counts = job.phases["compute"]
         counts.peak -= job.before
