@@ -40,6 +40,16 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def bf16_advice(dtype: str) -> str | None:
+    """What to do where bf16 is asked for and the processor has no instructions for it."""
+    if host.CUDA or dtype != "bf16" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return None
+    return (
+        "this processor has no bf16 instructions (AVX512-BF16, AMX) and emulates them at a fraction of fp32's rate: "
+        "compare with --dtype fp32, and train in fp32 on it ([hyperparameters.parallelism] bf16 = false)"
+    )
+
+
 @dataclass
 class Peak:
     """Peak bytes in use beyond those in use before; None if the system does not report them."""

@@ -20,6 +20,10 @@ from megasft.train import trainer as training
 from megasft.train.optimizer import optimizer_state_bytes
 from megasft.train.trainer import Trainer
 
+# transformers' implementations of experts; sonicmoe and deepgemm are kernels for GPUs that it downloads.
+EXPERTS = ("grouped_mm", "eager", "batched_mm")
+GATHERED_LIMIT = 4 * 2**30  # bytes of weights that batched_mm may copy
+
 
 class Ours:
     """megasft's Trainer, with separate times of its optimizer step."""
@@ -58,19 +62,20 @@ class Ours:
 class Peer:
     """Trains the adapter of a peft model on the same samples.
 
-    The experts use grouped GEMMs (`experts_implementation="grouped_mm"`). In bf16, the base is bf16 and the adapter
-    fp32 under autocast, as in transformers' Trainer.
+    `experts` is transformers' `experts_implementation`; "best" takes the fastest of EXPERTS that runs here. peft folds
+    an expert's factors into its weight, for all experts of a layer, before each forward. In bf16, the base is bf16 and
+    the adapter fp32 under autocast, as in transformers' Trainer.
     """
 
-    name = "transformers + peft"
-
-    def __init__(self, model: Path, adapter: Path, trainer: Trainer) -> None:
+    def __init__(self, model: Path, adapter: Path, trainer: Trainer, experts: str) -> None:
         self.samples, hyper = trainer.train, trainer.config.hyperparameters
         dtype = trainer.model.config.params_dtype
         base = Qwen3MoeForCausalLM.from_pretrained(
-            model, dtype=dtype, experts_implementation="grouped_mm", local_files_only=True
-        )
+            model, dtype=dtype, experts_implementation=EXPERTS[0] if experts == "best" else experts,
+            local_files_only=True,
+        )  # fmt: skip
         base.config.use_cache = False
+        self.base = base
         if hyper.parallelism.activation_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with warnings.catch_warnings():
@@ -96,6 +101,50 @@ class Peer:
         ]
         assert self.fused, "this version of peft wraps the experts differently"
         assert not any(block.any() for B, experts in self.fused for block in between_blocks(B, experts))
+        self.tried: dict[str, str] = {}  # what `best` found: seconds, or why it does not run
+        if experts == "best":
+            experts = self._fastest()
+            base.set_experts_implementation(experts)
+        self.name = f"transformers + peft, {experts}"
+
+    def _fastest(self) -> str:
+        """The fastest of EXPERTS by the CPU time of a forward and backward, the second of two."""
+        found: dict[str, float] = {}
+        ids, targets = self._batch([0])
+        for experts in EXPERTS:
+            try:
+                if experts == "batched_mm":
+                    self._refuse_gathered_weights(ids.numel())
+                self.base.set_experts_implementation(experts)
+                for _ in range(2):
+                    started = time.process_time()
+                    self._loss(ids, targets).backward()
+                    host.synchronize()
+                    found[experts] = time.process_time() - started
+                self.tried[experts] = f"{found[experts] * 1e3:,.0f} ms"
+            except (ImportError, RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
+                found.pop(experts, None)
+                self.tried[experts] = str(error).partition("\n")[0]
+            self.optimizer.zero_grad()
+        return min(found, key=found.__getitem__)
+
+    def _refuse_gathered_weights(self, tokens: int) -> None:
+        """batched_mm copies the weights of each token's experts."""
+        config = self.base.config
+        weights = 3 * config.hidden_size * config.moe_intermediate_size
+        size = tokens * config.num_experts_per_tok * weights * self.base.dtype.itemsize
+        if size > GATHERED_LIMIT:
+            raise ValueError(f"would copy {size / 2**30:.0f} GiB of weights a layer")
+
+    def _batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Input ids and targets [conversations, length]."""
+        ids = torch.stack([self.samples[n][0] for n in numbers]).long().to(host.device())
+        mask = torch.stack([self.samples[n][1] for n in numbers]).to(host.device())
+        return ids[:, :-1], torch.where(mask[:, 1:], ids[:, 1:], -100)
+
+    def _loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(ids.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
+            return self.model(input_ids=ids, labels=targets, shift_labels=targets).loss
 
     def step(self, numbers: Sequence[int]) -> Step:
         """Run one optimizer step on the samples `numbers`, which must have the same length.
@@ -103,14 +152,11 @@ class Peer:
         It zeroes the gradients between the blocks of fused adapters, because otherwise this side would train another
         model than megasft does. The times exclude that.
         """
-        ids = torch.stack([self.samples[n][0] for n in numbers]).long().to(host.device())
-        mask = torch.stack([self.samples[n][1] for n in numbers]).to(host.device())
-        targets = torch.where(mask[:, 1:], ids[:, 1:], -100)
+        ids, targets = self._batch(numbers)
         host.synchronize()
         started, cpu = time.perf_counter(), time.process_time()
         self.optimizer.zero_grad()
-        with torch.autocast(ids.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            loss = self.model(input_ids=ids[:, :-1], labels=targets, shift_labels=targets).loss
+        loss = self._loss(ids, targets)
         loss.backward()
         host.synchronize()
         paused, cpu_paused = time.perf_counter(), time.process_time()

@@ -19,20 +19,24 @@ class Step:
     cpu_seconds: float  # of all threads; other processes disturb it less than the wall time
 
 
-def side_figures(steps: Sequence[Step], warmup: int, tokens: int, flops: float, limit: float) -> dict[str, Any]:
+def side_figures(
+    steps: Sequence[Step], warmup: int, tokens: int, flops: float, limit: float, cpu_limit: float
+) -> dict[str, Any]:
     """Figures of the steps after `warmup`. A step has `tokens` tokens and `flops` FLOPs, and takes at least `limit`
-    seconds.
+    seconds, `cpu_limit` of all cores.
     """
     timed = steps[warmup:]
     median = statistics.median(step.seconds for step in timed)
+    cpu = statistics.median(step.cpu_seconds for step in timed)
     return {
         "tokens_per_second": tokens / median,
         "step_seconds": spread([step.seconds for step in timed]),
         "forward_backward_seconds": statistics.median(step.seconds - step.optimizer_seconds for step in timed),
         "optimizer_seconds": statistics.median(step.optimizer_seconds for step in timed),
-        "cpu_seconds": statistics.median(step.cpu_seconds for step in timed),
+        "cpu_seconds": cpu,
         "flops_per_second": flops / median,
         "share_of_limit": limit / median,
+        "cpu_share_of_limit": cpu_limit / cpu,
         "losses": [step.loss for step in steps],
         "grad_norms": [step.grad_norm for step in steps],
         "seconds": [step.seconds for step in steps],

@@ -1,6 +1,7 @@
 """Tokens per second of megasft's training step, alone or beside transformers + peft.
 
     python benchmarks/throughput.py --preset small --dtype bf16 --against hf
+    python benchmarks/throughput.py --preset slice --dtype fp32 --vocabulary 2048 --steps 3 --against hf-best
     torchrun --nproc-per-node 4 benchmarks/throughput.py --preset small --tp 2
 
 A step is `Trainer.train_step()`: forward, backward, gradient reduction, clipping and AdamW, on new tokens. With
@@ -12,9 +13,10 @@ import json
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +28,7 @@ if not sys.warnoptions:  # `python -W default` shows the warnings of other libra
 import torch
 import torch.distributed as dist
 import typer
-from machine import PROBE_SECONDS, PROBES, describe, peak_of_body
+from machine import PROBE_SECONDS, PROBES, bf16_advice, describe, peak_of_body
 from rich.console import Console
 from rich.table import Table
 from sides import Ours, Peer
@@ -45,6 +47,8 @@ from megasft.model.qwen3_moe import Qwen3Moe
 from megasft.train.peak import GemmProbe
 from megasft.train.trainer import Trainer
 
+CLOCKS = (time.perf_counter, time.process_time)
+
 
 class Dtype(StrEnum):
     bf16 = "bf16"
@@ -53,12 +57,21 @@ class Dtype(StrEnum):
 
 class Against(StrEnum):
     hf = "hf"
+    hf_eager = "hf-eager"
+    hf_best = "hf-best"
+
+
+EXPERTS = {Against.hf: "grouped_mm", Against.hf_eager: "eager", Against.hf_best: "best"}
 
 
 def main(
     preset: Annotated[str, typer.Option(help=f"the model: {', '.join(PRESETS)}")] = "small",
     dtype: Annotated[Dtype, typer.Option(help="of weights and activations")] = Dtype.bf16,
-    against: Annotated[Against | None, typer.Option(help="hf: transformers + peft, alternating steps")] = None,
+    vocabulary: Annotated[int | None, typer.Option(min=2, help="instead of the preset's")] = None,
+    against: Annotated[
+        Against | None,
+        typer.Option(help="transformers + peft, alternating steps: grouped or eager experts, or what is fastest here"),
+    ] = None,
     tp: Annotated[int, typer.Option(help="tensor parallel")] = 1,
     ep: Annotated[int, typer.Option(help="expert parallel")] = 1,
     etp: Annotated[int | None, typer.Option(help="expert-tensor parallel; default: --tp, or 1 with --ep")] = None,
@@ -83,17 +96,20 @@ def main(
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     layout = {"tensor_parallel": tp, "expert_parallel": ep, "pipeline_parallel": pp}
     layout["expert_tensor_parallel"] = etp or (tp if ep == 1 else 1)
-    workload = Workload(PRESETS[preset], dtype.value, steps, warmup, supervised, recompute, deterministic, layout)
+    shape = replace(PRESETS[preset], vocabulary=vocabulary or PRESETS[preset].vocabulary)
+    workload = Workload(shape, dtype.value, steps, warmup, supervised, recompute, deterministic, layout)
     figures: dict[str, Any] = {"preset": preset, "machine": describe(dtype.value, world), "workload": asdict(workload)}
     try:
         topology = initialize(RunConfig.from_dict(workload.settings(model=".")))
-        figures |= measure(workload, topology, against is not None, profile)
+        figures |= measure(workload, topology, against, profile)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # all ranks have the same error
             print(f"throughput: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     if topology.is_first:
         report(figures)
+        if advice := bf16_advice(dtype.value):
+            print(advice)
         if json_file:
             json_file.write_text(json.dumps(figures, indent=2) + "\n")
     leave_world()
@@ -102,7 +118,7 @@ def main(
         raise typer.Exit(1)
 
 
-def measure(workload: Workload, topology: Topology, against: bool, profile: bool) -> dict[str, Any]:
+def measure(workload: Workload, topology: Topology, against: Against | None, profile: bool) -> dict[str, Any]:
     """All figures of a run. Every rank must call it."""
     replicas = topology.sizes.data
     with tempfile.TemporaryDirectory() as own:
@@ -120,28 +136,41 @@ def measure(workload: Workload, topology: Topology, against: bool, profile: bool
         trainer = Trainer(config, topology, model, workload.samples(total + 2, replicas))
         sides: list[Ours | Peer] = [Ours(trainer)]
         if against:
-            sides.append(Peer(folder / "model", folder / "adapter", trainer))
+            peer = Peer(folder / "model", folder / "adapter", trainer, EXPERTS[against])
+            sides.append(peer)
         dist.barrier()
 
-    probe = GemmProbe(DTYPES[workload.dtype], PROBES, PROBE_SECONDS)
+    # By wall time, and by CPU time, which other processes disturb less.
+    shapes = (*PROBES, workload.expert_product)
+    probes = [GemmProbe(DTYPES[workload.dtype], shapes, PROBE_SECONDS, clock) for clock in CLOCKS]
     taken: list[list[Step]] = [[] for _ in sides]
     for i in range(total):
-        probe.sample()
+        for probe in probes:
+            probe.sample()
         for at in sorted(range(len(sides)), reverse=i % 2 == 1):  # alternate which side goes first
             taken[at].append(sides[at].step(trainer.batches[i].tolist()))
 
     tokens, flops = workload.tokens(replicas), workload.flops(replicas)
-    rates = torch.tensor(probe.rates(), dtype=torch.float64, device=host.device())
+    rates, cpu_rates = torch.tensor([probe.rates() for probe in probes], dtype=torch.float64, device=host.device())
     dist.all_reduce(rates)
-    limit = (flops.model + flops.recomputed) / float(rates.max())
+    dist.all_reduce(cpu_rates)
+    work = flops.model + flops.recomputed
+    limit, cpu_limit = work / float(rates.max()), work / float(cpu_rates.max()) * dist.get_world_size()
+    expert = workload.expert_flops(replicas)
+    of_experts = (work - expert) / float(rates.max()) + expert / float(rates[-1])
+    cpu = torch.tensor([step.cpu_seconds for step in taken[0]], dtype=torch.float64, device=host.device())
+    dist.all_reduce(cpu)
+    taken[0] = [replace(step, cpu_seconds=seconds) for step, seconds in zip(taken[0], cpu.tolist(), strict=True)]
     figures: dict[str, Any] = {
         "topology": asdict(topology.sizes),
         "tokens_per_step": tokens,
         "flops_per_step": asdict(flops) | {"model": flops.model},
-        "gemm_flops_per_second": {"x".join(map(str, p)): rate for p, rate in zip(PROBES, rates.tolist(), strict=True)},
+        "gemm_flops_per_second": {"x".join(map(str, p)): rate for p, rate in zip(shapes, rates.tolist(), strict=True)},
         "limit_seconds": limit,
+        "limit_with_expert_products_seconds": of_experts,
+        "cpu_limit_seconds": cpu_limit,
         "sides": {
-            side.name: side_figures(steps, workload.warmup, tokens, flops.model, limit)
+            side.name: side_figures(steps, workload.warmup, tokens, flops.model, limit, cpu_limit)
             for side, steps in zip(sides, taken, strict=True)
         },
     }
@@ -151,6 +180,7 @@ def measure(workload: Workload, topology: Topology, against: bool, profile: bool
         figures["sides"][side.name] |= {"kept_bytes": side.kept_bytes(), "step_bytes": peak.bytes}
     figures["process_peak_bytes"] = host.device_memory()
     if against:
+        figures["tried"] = peer.tried
         figures |= compare(taken[0], taken[1], workload.warmup, workload.dtype)
     if profile:
         with torch.profiler.profile() as profiler:
@@ -191,12 +221,13 @@ def report(figures: dict[str, Any]) -> None:
         "  min - max": lambda side: _range(side["step_seconds"], "min", "max", _ms),
         "  forward and backward": lambda side: _ms(side["forward_backward_seconds"]),
         "  clipping, optimizer": lambda side: _ms(side["optimizer_seconds"]),
-        "CPU time of rank 0": lambda side: _ms(side["cpu_seconds"]),
+        "CPU time of all ranks": lambda side: _ms(side["cpu_seconds"]),
         "peak memory of rank 0": lambda side: _mib(side["kept_bytes"] + (side["step_bytes"] or 0)),
         "  kept between steps": lambda side: _mib(side["kept_bytes"]),
         "  within a step": lambda side: "?" if side["step_bytes"] is None else _mib(side["step_bytes"]),
         "model FLOP/s": lambda side: f"{side['flops_per_second'] / 1e9:,.1f} G",
         "share of the limit": lambda side: f"{side['share_of_limit']:.1%}",
+        "  by CPU time": lambda side: f"{side['cpu_share_of_limit']:.1%}",
         "loss, first - last": lambda side: f"{side['losses'][0]:.6f} - {side['losses'][-1]:.6f}",
     }
     for name, cell in rows.items():
@@ -207,6 +238,11 @@ def report(figures: dict[str, Any]) -> None:
     console.print(f"model FLOPs per step: {flops['model'] / 1e9:,.2f} G ({parts})")
     console.print(f"GEMM FLOP/s here: {rates}")
     console.print(f"limit, with all FLOPs at the higher of these rates: {_ms(figures['limit_seconds'])}")
+    console.print(
+        f"  with the experts' products at that of the last: {_ms(figures['limit_with_expert_products_seconds'])}"
+    )
+    for experts, found in figures.get("tried", {}).items():
+        console.print(f"transformers + peft with {experts}, forward and backward: {found}")
     if "speed_ratio" in figures:
         speed, cpu = figures["speed_ratio"], figures["cpu_ratio"]
         quartiles, ends = ("lower_quartile", "upper_quartile"), ("min", "max")

@@ -125,6 +125,19 @@ class Workload:
         """Input tokens per step."""
         return replicas * self.shape.conversations * self.shape.length
 
+    @property
+    def expert_product(self) -> tuple[int, int, int]:
+        """Rows, inputs and outputs of an expert's first product, where all experts are equally busy."""
+        shape = self.shape
+        rows = max(1, self.tokens(1) * shape.experts_per_token // shape.experts)
+        return rows, shape.hidden, 2 * shape.expert_intermediate
+
+    def expert_flops(self, replicas: int) -> float:
+        """Those FLOPs of a step, over all ranks, that multiply experts' frozen weights."""
+        rows, inputs, outputs = self.expert_product
+        products = self.shape.layers * self.shape.experts * 1.5  # `down` has half the weights
+        return replicas * products * 2 * rows * inputs * outputs * (2 + (2 / 3 if self.recompute else 0))
+
     def flops(self, replicas: int) -> Flops:
         """FLOPs per step over all ranks."""
         shape, conversations = self.shape, replicas * self.shape.conversations

@@ -44,7 +44,7 @@ def test_trains_alike_beside_transformers_and_writes_the_figures(tmp_path: Path)
     assert figures["gemm_flops_per_second"]
     assert figures["limit_seconds"] > 0
     assert figures["speed_ratio"]["min"] <= figures["speed_ratio"]["median"] <= figures["speed_ratio"]["max"]
-    ours, theirs = figures["sides"]["megasft"], figures["sides"]["transformers + peft"]
+    ours, theirs = figures["sides"]["megasft"], figures["sides"]["transformers + peft, grouped_mm"]
     for side in (ours, theirs):
         assert len(side["losses"]) == 3
         assert side["losses"][0] != side["losses"][-1]
