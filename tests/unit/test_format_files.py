@@ -10,7 +10,7 @@ import pytest
 from megasft.data.conversations import read_conversations
 from megasft.data.records import read_records
 from megasft.data.template import encode_many
-from tests.unit.records_by_format import RIGHT, assistant, system, turns, user
+from tests.unit.records_by_format import RIGHT, assistant, call, system, turns, user
 
 PAIRS = [{"question": f'é{i} {{["]}}\\', "answer": f"b{i}"} for i in range(700)]
 
@@ -87,6 +87,26 @@ def test_parquet_files_of_other_formats_are_read_with_all_their_columns(tmp_path
     found = [record for _, record, _ in read_records(tmp_path / "a.parquet")]
     assert found[0] == {"messages": [system("s"), user("a"), assistant("b0")], "id": 0}
     assert found[39] == {"messages": [user("a"), assistant("b39")], "id": 39}
+
+
+def test_a_row_of_parquet_has_no_key_that_only_other_rows_have(tmp_path):
+    calls = [call("f", {"a": None}), {"type": "function", "id": "1"}]
+    rows = [{"messages": [user("a"), assistant("b", name="x")]}, {"messages": [assistant("b") | {"tool_calls": calls}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    first, second = (record for _, record, _ in read_records(tmp_path / "a.parquet"))
+    assert first == rows[0]
+    calls[0]["function"]["arguments"] = {}
+    assert second == rows[1]
+
+
+def test_a_row_of_parquet_that_is_not_utf_8_is_reported(tmp_path):
+    notes = pyarrow.array([b"fine", b"\xff", b"fine"]).view(pyarrow.string())
+    table = pyarrow.table({"messages": [[user("a"), assistant("b")]] * 3, "note": notes})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = list(read_records(tmp_path / "a.parquet"))
+    assert [(line, record if isinstance(record, str) else "") for line, record, _ in found] == [
+        (1, ""), (2, "not UTF-8"), (3, "")
+    ]  # fmt: skip
 
 
 def test_what_lies_beside_the_data_of_a_folder_is_not_read(tmp_path):
