@@ -44,9 +44,10 @@ lint: install
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# Two files of tests at a time; those of one file share what they set up. Prints the ten longest.
+# Two files of tests at a time, in the order of tests/conftest.py; those of one file share what they set up. Prints the ten
+# longest.
 test: lint
-	$(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # What `make test` leaves out, 15 to 20 minutes: two nodes over a network, ranks that hang, models at their true sizes.
 test-slow: install

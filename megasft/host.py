@@ -250,9 +250,9 @@ def groups_products(dtype: torch.dtype) -> str | None:
 def import_megatron() -> None:
     """Import megatron-core; where there is no CUDA, without dynamo and inductor, which nothing here uses on CPUs.
 
-    They cost 40% of a rank's start, and are imported by megatron-core's `torch.compile` decorators, and by the first
-    call of an optimizer's methods to mark these as not to be compiled. For doors that know that megatron-core comes
-    next; whoever imports it first all the same only waits longer.
+    They cost 40% of a rank's start. megatron-core's `torch.compile` decorators import them, and so do the first call of
+    an optimizer's methods, to mark these as not to be compiled, and its `step`, to break a graph there. For doors that
+    know that megatron-core comes next; whoever imports it first all the same only waits longer.
     """
     if "megatron.core" in sys.modules:
         return
@@ -262,6 +262,7 @@ def import_megatron() -> None:
         for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
             method = getattr(torch.optim.Optimizer, name).__wrapped__
             method.__dynamo_disable = method  # where torch.compiler.disable(method) is kept by its first call
+        torch.optim.Adam.step = torch.no_grad()(torch.optim.Adam.step.__wrapped__)  # type: ignore[method-assign,attr-defined]
     try:
         import megatron.core.distributed
         import megatron.core.models.gpt

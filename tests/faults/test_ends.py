@@ -1,7 +1,7 @@
 """However a job ends, all its processes end within 30 seconds, and one line says why.
 
-Launchers are started as a user starts them where that is what is tried; elsewhere `megasft train` is forked from a
-process that has imported everything.
+A launcher is started as a user starts it for a refusal, for a crash under torchrun and for a Ctrl-C as the ranks start;
+elsewhere `megasft train` and torchrun are forked from a process that has imported everything.
 """
 
 import json
@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 
 from megasft.train.checkpoint.folder import damage
 from tests.parallel.resume import lines
-from tests.support.forked import Command
+from tests.support.forked import Command, Torchrun
 from tests.support.speech import spoken, without_progress
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 MISBEHAVE = [str(ROOT / "tests" / "support" / "misbehave.py"), "train"]
-TORCHRUN = [str(BIN / "torchrun"), "--nproc-per-node", "2"]
-BY_ITSELF = {"megasft train": [sys.executable], "torchrun": TORCHRUN}
+RANKS = ["--nproc-per-node", "2"]
+TORCHRUN = [str(BIN / "torchrun"), *RANKS]
 ENDLESS = "hyperparameters.max_steps=100000"
 
 
@@ -58,6 +58,22 @@ def fork(world) -> Callable[..., Command]:
         overrides = [argument for setting in settings for argument in ("--set", setting)]
         words = ["train", "--config", str(world / "job.toml"), *overrides, *options]
         started.append(Command(words, world / f"errors-{len(started)}", in_rank=misbehave))
+        return started[-1]
+
+    yield begin
+    for command in started:
+        command.kill()
+
+
+@pytest.fixture
+def fork_torchrun(world) -> Callable[..., Torchrun]:
+    """`fork_torchrun(script, *settings)`: the same by torchrun, of a script with its arguments."""
+    started = []
+
+    def begin(script: list[str], *settings: str) -> Torchrun:
+        overrides = [argument for setting in settings for argument in ("--set", setting)]
+        words = [*RANKS, *script, "--config", str(world / "job.toml"), *overrides]
+        started.append(Torchrun(words, world / f"torchrun-errors-{len(started)}"))
         return started[-1]
 
     yield begin
@@ -141,13 +157,13 @@ def test_the_script_without_torchrun_exits_with_its_ranks_refusal(world, start):
     assert code == 2
 
 
-def test_under_torchrun_the_error_is_printed_once_and_every_rank_exits_with_2(world, start):
+def test_under_torchrun_the_error_is_printed_once_and_every_rank_exits_with_2(world, fork_torchrun):
     (world / "train.jsonl").write_text("{}\n")
-    process = start([*TORCHRUN, str(ROOT / "tools" / "train.py")])
-    code, said = finish(process, world, 120)
+    command = fork_torchrun([str(ROOT / "tools" / "train.py")])
+    assert command.wait() == 1, "torchrun's own"
+    said = command.said()
     assert len(spoken(said)) == said.count("train.jsonl:1") == 1
     assert re.findall(r"exitcode  : (\S+)", said) == ["2", "2"]
-    assert code == 1, "torchrun's own"
 
 
 # --- crashes ---
@@ -166,35 +182,45 @@ def test_a_killed_rank_ends_all_and_is_reported_in_one_line(world, fork):
     assert without_progress(command.said()) == "megasft: lost rank 1 to signal 9 (Killed); out of memory?\n"
 
 
-@pytest.mark.parametrize(
-    ("fault", "said_by_a_rank"),
-    [("fail", "megasft: rank 1 failed, as traced above"), ("be killed", "megasft: rank 0 lost another rank, ")],
-)
-def test_under_torchrun_too(world, start, fault, said_by_a_rank):
-    process = start([*TORCHRUN, *MISBEHAVE], f"tags.fault={fault!r}", ENDLESS)
+def test_a_crash_under_torchrun_ends_all_with_one_traceback(world, fork_torchrun):
+    command = fork_torchrun(MISBEHAVE, "tags.fault=fail", ENDLESS)
+    assert command.wait() == 1
+    assert command.said().count("RuntimeError: the fault of rank 1\n") == 1
+    assert spoken(command.said()) == ["megasft: rank 1 failed, as traced above"]
+
+
+def test_a_killed_rank_under_torchrun_ends_all_and_is_reported_in_one_line(world, start):
+    process = start([*TORCHRUN, *MISBEHAVE], "tags.fault='be killed'", ENDLESS)
     wait_until(lambda: steps(world) or process.poll() is not None)
     code, said = finish(process, world, 30)
     assert code == 1
-    assert said.count("RuntimeError: the fault of rank 1\n") == (fault == "fail")
+    assert "RuntimeError: the fault" not in said
     (line,) = spoken(said)
-    assert line.startswith(said_by_a_rank)
+    assert line.startswith("megasft: rank 0 lost another rank, ")
 
 
 # --- interruptions ---
 
 
-@pytest.mark.parametrize("launcher", BY_ITSELF)
-def test_ctrl_c_ends_all_ranks_and_leaves_complete_adapters(world, start, launcher):
-    process = start([*BY_ITSELF[launcher], *MISBEHAVE], ENDLESS)
+def test_ctrl_c_ends_all_ranks_and_leaves_complete_adapters(world, fork):
+    command = fork(ENDLESS)
     wait_until(lambda: steps(world) > 3)
-    os.killpg(process.pid, signal.SIGINT)
-    code, said = finish(process, world, 30)
-    assert len(spoken(said)) == 1
-    assert_saved(world, spoken(said)[0])
+    os.killpg(command.pid, signal.SIGINT)  # as a terminal does
+    assert command.wait() == 130
+    (line,) = spoken(command.said())
+    assert without_progress(command.said()) == line + "\n"
+    assert_saved(world, line)
     assert_adapters_are_whole(world)
-    if launcher == "megasft train":
-        assert code == 130
-        assert without_progress(said) == spoken(said)[0] + "\n"
+
+
+def test_ctrl_c_under_torchrun_too(world, fork_torchrun):
+    command = fork_torchrun(MISBEHAVE, ENDLESS)
+    wait_until(lambda: steps(world) > 3)
+    os.killpg(command.pid, signal.SIGINT)  # torchrun alone: its ranks have sessions of their own
+    command.wait()
+    (line,) = spoken(command.said())
+    assert_saved(world, line)
+    assert_adapters_are_whole(world)
 
 
 def test_ctrl_c_while_the_ranks_start_is_quiet_too(world, start):

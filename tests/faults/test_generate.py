@@ -1,6 +1,8 @@
 """`megasft generate` from the command line: its output, its errors and its exit."""
 
+import fcntl
 import json
+import multiprocessing
 import os
 import pty
 import re
@@ -8,24 +10,28 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megasft import cli
 from megasft.adapters.export import export_adapter
 from megasft.config.values import ALL_LINEAR
 from megasft.data.conversations import Conversation, read_conversations
 from megasft.data.tokenizer import load_tokenizer
+from megasft.generation import run
 from megasft.launch.launcher import ASK_AGAIN_SECONDS
 from tests.parity.peft_adapters import loaded_by_peft
 from tests.parity.reference import random_adapter, tiny_config, write_adapter
+from tests.support.forked import Torchrun, exit_as
 from tests.support.speech import assert_one_line, spoken
 
-BIN = Path(sys.executable).parent
 TOOLS = '[{"type": "function", "function": {"name": "f"}}]'
 GREETING = "what comes after 3? naïve"
 
@@ -75,11 +81,12 @@ def test_only_the_answer_is_on_standard_output(megasft, world, adapter):
 
 
 def test_torchrun_launches_it_too(world, adapter):
-    command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "-m", "megasft", "generate", f"{world}/job.toml"]
-    command += ["--prompt", GREETING, "--max-new-tokens", "4"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == answer_by_peft(world, adapter, [{"role": "user", "content": GREETING}], 4)[0] + "\n"
+    words = ["--nproc-per-node", "2", "-m", "megasft", "generate", f"{world}/job.toml"]
+    words += ["--prompt", GREETING, "--max-new-tokens", "4"]
+    command = Torchrun(words, world / "errors", world / "printed")
+    assert command.wait() == 0, command.said()
+    want, _ = answer_by_peft(world, adapter, [{"role": "user", "content": GREETING}], 4)
+    assert (world / "printed").read_text() == want + "\n"
 
 
 def test_a_file_of_conversations_becomes_one_of_answers(megasft, world, adapter):
@@ -198,22 +205,23 @@ def test_a_mistake_that_only_ranks_find_is_reported_once(megasft, world, case):
 
 
 class Terminal:
-    """A command with its own terminal."""
+    """A `megasft` command with a terminal of its own, forked; its answers end only with Ctrl-C."""
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, arguments: list[str]) -> None:
         ours, theirs = pty.openpty()
         self.seen, self._terminal, self._closed = "", ours, False
-        environment = environment | {"TERM": "dumb"}  # no escape sequences of readline's
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            start_new_session=True,
-            preexec_fn=_take_terminal,
-        )
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.support.preload"])
+        opened, opens = context.Pipe(duplex=False)
+        self.process = context.Process(target=_chat, args=(arguments, os.ttyname(theirs), opens), daemon=True)
+        self.process.start()
+        opened.recv()
         os.close(theirs)
+
+    def ended(self) -> int | None:
+        """The exit code."""
+        self.process.join(30)
+        return self.process.exitcode
 
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
@@ -235,7 +243,7 @@ class Terminal:
         return self.seen
 
     def kill(self) -> None:
-        if self.process.poll() is None:
+        if self.process.is_alive():
             os.killpg(self.process.pid, signal.SIGKILL)
         os.close(self._terminal)
 
@@ -247,31 +255,28 @@ class Terminal:
                 self._closed = True
 
 
-def _take_terminal() -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+def _chat(arguments: list[str], terminal: str, opens: Connection) -> None:
+    os.setsid()
+    device = os.open(terminal, os.O_RDWR)
+    fcntl.ioctl(device, termios.TIOCSCTTY, 0)
+    opens.send("")
+    for stream in range(3):
+        os.dup2(device, stream)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.environ["TERM"] = "dumb"  # no escape sequences of readline's
+    run.stop_tokens = lambda *_: frozenset()
+    sys.argv = sys.orig_argv = ["megasft", *arguments]
+    exit_as(cli.main)
 
 
 @pytest.fixture
 def endless(world, adapter) -> list[str]:
-    """A command whose answers end only with Ctrl-C."""
-    script = world / "endless.py"
-    script.write_text(
-        "import logging, warnings\n"
-        "warnings.filterwarnings('ignore')\n"
-        "logging.disable(logging.WARNING)\n"
-        "from megasft import cli\n"
-        "from megasft.generation import run\n"
-        "run.stop_tokens = lambda *_: frozenset()\n"
-        "cli.main()\n"
-    )
-    return [sys.executable, str(script), "generate", f"{world}/job.toml", "--max-new-tokens", "100000"]
+    """Arguments of a command whose answers would take hours."""
+    return ["generate", f"{world}/job.toml", "--max-new-tokens", "100000"]
 
 
-def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(endless, adapter, environment):
-    terminal = Terminal(endless, environment)
+def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(endless, adapter):
+    terminal = Terminal(endless)
     try:
         for _ in range(2):
             terminal.wait_for("> ")
@@ -286,26 +291,37 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(endless, adapter, environment
         assert "not for serving" in said
         assert f"--lora-modules run={adapter} --max-lora-rank 8" in said
         assert "Traceback" not in said
-        assert terminal.process.wait(30) == 0
+        assert terminal.ended() == 0
     finally:
         terminal.kill()
 
 
-def test_ctrl_c_at_the_prompt_ends_the_chat(endless, environment):
-    terminal = Terminal([*endless, "--tensor-parallel", "1"], environment)
+def test_ctrl_c_at_the_prompt_ends_the_chat(endless):
+    terminal = Terminal([*endless, "--tensor-parallel", "1"])
     try:
         terminal.wait_for("> ")
         terminal.type("\x03")
         said = terminal.rest()
         assert spoken(said) == ["megasft: interrupted"], said
         assert "Traceback" not in said
-        assert terminal.process.wait(30) == 130
+        assert terminal.ended() == 130
     finally:
         terminal.kill()
 
 
-def test_a_signal_to_the_launcher_ends_an_answer_at_once(endless, environment):
-    command = [*endless, "--tensor-parallel", "1", "-p", "hi"]
+def test_a_signal_to_the_launcher_ends_an_answer_at_once(world, endless, environment):
+    """Of a command started as a user starts it."""
+    script = world / "endless.py"
+    script.write_text(
+        "import logging, warnings\n"
+        "warnings.filterwarnings('ignore')\n"
+        "logging.disable(logging.WARNING)\n"
+        "from megasft import cli\n"
+        "from megasft.generation import run\n"
+        "run.stop_tokens = lambda *_: frozenset()\n"
+        "cli.main()\n"
+    )
+    command = [sys.executable, str(script), *endless, "--tensor-parallel", "1", "-p", "hi"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert process.stdout.read(50)

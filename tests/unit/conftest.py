@@ -1,4 +1,4 @@
-"""Tokenizers for the data tests: small ones trained here, with the chat templates of tests/unit/templates."""
+"""Run files, and tokenizers for the data tests: small ones trained here, with the chat templates of tests/unit/templates."""
 
 import shutil
 from collections.abc import Callable
@@ -22,6 +22,18 @@ CORPUS = [
     'Call the function with {"name": "get_weather", "arguments": {"city": "Paris"}} and wait for the result.',
     "user assistant system tool think, hello world, naïve café, über, 1 2 3 4 5 6 7 8 9 0",
 ] * 20
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a run file to an empty working directory and return its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_file(text: str, name: str = "job.toml") -> str:
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return name
+
+    return write_file
 
 
 @pytest.fixture(scope="session")

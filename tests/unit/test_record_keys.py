@@ -217,6 +217,7 @@ def test_reasoning_is_read_under_each_of_its_names(key):
         "I think.",
         [{"type": "reasoning.text", "text": "I think."}],
         [{"type": "thinking", "thinking": "I think."}],
+        ["I think."],
     ):
         found = good(USER, {**ANSWER, key: value}).messages[1]
         assert found == {**ANSWER, "reasoning_content": "I think."}
@@ -233,6 +234,8 @@ def test_reasoning_in_parts_of_the_content_and_under_two_names():
     assert "reasoning comes before the text" in reason(USER, {"role": "assistant", "content": parts[::-1]})
     twice = {**ANSWER, "reasoning": "I think.", "reasoning_details": [{"type": "reasoning.text", "text": "I think."}]}
     assert good(USER, twice).messages[1]["reasoning_content"] == "I think."
+    beside_nothing = {**ANSWER, "reasoning": " \n", "reasoning_content": "", "thinking": "I think."}
+    assert good(USER, beside_nothing).messages[1]["reasoning_content"] == "I think."
     assert "contradict" in reason(USER, {**twice, "thinking": "I do not."})
     secret = {**ANSWER, "reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]}
     assert good(USER, secret).notes == {"ignored encrypted reasoning": 1}

@@ -341,12 +341,14 @@ def test_masks_with_tokens_that_carry_the_space_before_them(sentencepiece_file, 
 
 def test_what_cannot_be_loaded_is_a_user_error(bpe_folder, sentencepiece_file, tmp_path, with_template):
     (tmp_path / "rubbish.model").write_bytes(b"rubbish")
+    (tmp_path / "notes.txt").write_text("rubbish")
     empty = tmp_path / "empty"
     empty.mkdir()
     cases = [
         (tmp_path / "missing", "no such"),
         (empty, "no tokenizer"),
         (tmp_path / "rubbish.model", "not a SentencePiece model"),
+        (tmp_path / "notes.txt", "not a tokenizer; give a folder"),
         (bpe_folder, "no chat template"),
     ]
     for path, reason in cases:

@@ -26,6 +26,8 @@ class Walk:
     def __init__(self) -> None:
         self.watch = Watch()
         process.install(self.watch.sync)
+        gc.collect()
+        gc.freeze()  # what is imported stays: looking through it took each job's collection most of a second
 
     @contextmanager
     def job(
