@@ -92,7 +92,8 @@ def last_validation_loss(run_dir: Path) -> float:
 
 def read_sample(tokenizer: PreTrainedTokenizerBase, line: str) -> Sample:
     """Render and tokenize one conversation; tokens within an answer are supervised."""
-    text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+    record = json.loads(line)
+    text = tokenizer.apply_chat_template(record["messages"], tools=record.get("tools"), tokenize=False)
     assert isinstance(text, str)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     answers = [match.span(1) for match in ANSWER.finditer(text)]

@@ -1,37 +1,38 @@
-"""Make the demo's world without a network: instruction data, a SentencePiece tokenizer, a small pretrained Qwen3-MoE.
+"""Make the demo's world without a network: games of Crafter as conversations, a tokenizer, a small pretrained Qwen3-MoE.
 
     python tools/make_demo.py --out demo
 
-The data come from the running interpreter's standard library: the user gives a function's signature and docstring,
-the assistant answers with its body. The base model is pretrained for a minute on the source text of the training
-modules and never sees a conversation, so that LoRA has something to teach. The same interpreter, packages and seed
-make the same world.
+The traces are of a script that plays Crafter (examples/crafter). The base model is pretrained for a minute or two on the
+calls of players whose rules were drawn at random (aimless.py): it reads and writes the language and plays badly. The same packages and seed make the
+same world.
 
-    OUT/data/train.jsonl, validation.jsonl   {"messages": [{"role": ..., "content": ...}, ...]} a line, split by module
+    OUT/data/train.jsonl, validation.jsonl, held_out.jsonl   games of the script, split by seed
     OUT/model/tokenizer.model                SentencePiece BPE; transformers builds its tokenizer from it when it loads
-    OUT/model/                               tokenizer and ChatML template, config.json, model.safetensors
+    OUT/model/                               tokenizer and template with tools, config.json, model.safetensors
     OUT/stamp.json                           what all this was made from: when it still holds, there is nothing to do
 """
 
-import ast
 import hashlib
-import inspect
 import io
 import json
 import math
 import os
 import platform
-import sysconfig
+import re
+import sys
 import tempfile
 import time
-import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+# Games are played in processes of their own, which find the package `examples` by it.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 import sentencepiece
 import torch
@@ -42,29 +43,46 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging as transformers_logging
 
-Conversation = list[dict[str, str]]
+from examples.crafter import traces
+
+Record = dict[str, Any]
 
 ENDOFTEXT, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TAGS = tuple(f"<{end}{name}>" for name in ("tools", "tool_call", "tool_response") for end in ("", "/"))
+WORDS = re.compile(r"[^A-Za-z0-9+<|>/]+|(?=\+)")  # between the words of a token
+ASSISTANT = f"{IM_START}assistant\n"  # what an answer follows
+# The form of Qwen3's: tools as JSON in the system's message, calls as JSON in <tool_call>, results in the user's turn.
 CHAT_TEMPLATE = """\
+{%- if tools and messages[0].role != 'system' %}
+{{- raise_exception('tools need a system message') }}
+{%- endif %}
 {%- for message in messages %}
+{%- if message.role == 'system' %}
+{{- '<|im_start|>system\\n' + message.content }}
+{%- if tools %}
+{{- '\\n<tools>' }}
+{%- for tool in tools %}
+{{- '\\n' + (tool | tojson) }}
+{%- endfor %}
+{{- '\\n</tools>' }}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- elif message.role == 'assistant' %}
+{{- '<|im_start|>assistant\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) + '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- elif message.role == 'tool' %}
+{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+{%- else %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-
-# Folders of the standard library that hold tests, tables of data or other people's packages.
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-SYSTEM_PROMPT = "You are a careful Python programmer."
-BODY_REQUESTS = (
-    "Write the body of this function from `{module}`.\n\n{header}",
-    "Complete the code.\n\n{header}",
-    "Here are the signature and the docstring of `{name}`. What code follows?\n\n{header}",
-    "{header}\n\nImplement it.",
-)
-ANSWER = "Here is the body of the function:\n\n```python\n{body}\n```"
-PURPOSE_REQUEST, FOLLOW_UP = "What does this function in `{module}` do?\n\n{signature}", "Now write its body."
 
 
 @dataclass(frozen=True)
@@ -72,31 +90,44 @@ class Settings:
     """All that decides what is made."""
 
     seed: int = 0
-    max_chars: int = 600  # of a header and of a body: about 200 tokens
-    validation_one_in: int = 20  # modules
-    vocabulary: int = 4096
+    games: int = 200  # of the script, to train on
+    validation_games: int = 10
+    held_out_games: int = 10
+    aimless_games: int = 120  # to pretrain on
+    vocabulary: int = 1400
     hidden: int = 128
-    layers: int = 4
+    layers: int = 2
     heads: int = 8
     key_value_heads: int = 4
     head_dim: int = 32
-    experts: int = 16
-    experts_per_token: int = 4
-    expert_intermediate: int = 64
-    pretrain_steps: int = 150
-    pretrain_sequences: int = 4  # per step
-    pretrain_length: int = 256  # tokens
-    pretrain_learning_rate: float = 3e-3
+    experts: int = 8
+    experts_per_token: int = 2
+    expert_intermediate: int = 128
+    pretrain_steps: int = 200
+    pretrain_sequences: int = 15  # per step
+    pretrain_learning_rate: float = 4e-3
+
+    def seeds(self) -> dict[str, range]:
+        """Seeds of the games of each part; no two parts share one, nor one with the worlds that agents are tested in."""
+        train, validation, held_out, aimless = (range(k * 50_000, (k + 1) * 50_000) for k in range(4))
+        start = 1000 * self.seed
+        return {
+            "train": train[start : start + self.games],
+            "validation": validation[start : start + self.validation_games],
+            "held_out": held_out[start : start + self.held_out_games],
+            "aimless": aimless[start : start + self.aimless_games],
+        }
 
 
 def main(
     out: Annotated[Path, typer.Option(help="the folder to make")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="of the model's weights and of every choice")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=49, help="of worlds, weights and every choice")] = 0,
+    games: Annotated[int, typer.Option(min=1, max=1000, help="of the script, to train on")] = Settings.games,
     pretrain_steps: Annotated[int, typer.Option(help="0 leaves the base model random")] = Settings.pretrain_steps,
 ) -> None:
     """Make the demo's data set, tokenizer and base model."""
     console = Console()
-    settings = Settings(seed=seed, pretrain_steps=pretrain_steps)
+    settings = Settings(seed=seed, games=games, pretrain_steps=pretrain_steps)
     stamp = {"settings": asdict(settings), "made_from": made_from()}
     stamp_file = out / "stamp.json"
     if stamp_file.exists() and json.loads(stamp_file.read_text()) == stamp:
@@ -123,10 +154,11 @@ def main(
 
 
 def made_from() -> dict[str, str]:
-    """The versions, and this file, that the demo's world depends on."""
-    packages = {name: version(name) for name in ("torch", "transformers", "sentencepiece")}
-    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    return {"python": platform.python_version(), **packages, "make_demo.py": script}
+    """The versions, and the files, that the demo's world depends on."""
+    packages = {name: version(name) for name in ("torch", "transformers", "sentencepiece", "crafter", "numpy")}
+    sources = [Path(__file__), *sorted((ROOT / "examples/crafter").glob("*.py"))]
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
+    return {"python": platform.python_version(), **packages, **digests}
 
 
 def make_world(world: Path, settings: Settings) -> dict[str, str]:
@@ -135,190 +167,67 @@ def make_world(world: Path, settings: Settings) -> dict[str, str]:
     data.mkdir(parents=True)
     model_folder.mkdir()
 
-    train_modules, validation_modules = split_modules(standard_library(), settings)
-    train, validation = build_conversations(train_modules, validation_modules, settings)
-    for name, conversations in (("train", train), ("validation", validation)):
-        lines = (json.dumps({"messages": c}, ensure_ascii=False) + "\n" for c in conversations)
-        (data / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    played, records = {}, {}
+    for name, seeds in settings.seeds().items():
+        no_aim = name == "aimless"
+        file = (world if no_aim else data) / f"{name}.jsonl"
+        played[name] = traces.write(file, name if no_aim else "expert", seeds)
+        with file.open(encoding="utf-8") as lines:
+            records[name] = [json.loads(line) for line in lines]
+    (world / "aimless.jsonl").unlink()
 
-    tokenizer = make_tokenizer(model_folder, train, settings)
+    tokenizer = make_tokenizer(model_folder, [*records["train"], *records["aimless"]], settings)
     model = make_model(tokenizer, settings)
-    loss = pretrain(model, tokenizer, train_modules.values(), settings)
+    loss = pretrain(model, encode(tokenizer, records["aimless"]), settings)
     model.save_pretrained(model_folder)
 
-    lengths = sorted(len(tokenizer.encode(render(tokenizer, c))) for c in train)
+    lengths = sorted(len(ids) for ids, _ in encode(tokenizer, records["train"]))
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     total = sum(p.numel() for p in model.parameters())
-    median, p95, longest = (lengths[round(q * (len(lengths) - 1))] for q in (0.5, 0.95, 1.0))
+    median, longest = lengths[len(lengths) // 2], lengths[-1]
     return {
-        "conversations": f"{len(train):,} to train on, {len(validation):,} to validate",
-        "modules": f"{len(train_modules)} and {len(validation_modules)}",
-        "tokens": f"{sum(lengths):,} in train; a conversation has {median} (median), {p95} (95%), {longest} (longest)",
-        "512 tokens hold": f"{sum(n <= 512 for n in lengths) / len(lengths):.1%} of the conversations",
+        "games of the script": ", ".join(
+            f"{len(settings.seeds()[name])} ({name})" for name in played if name != "aimless"
+        ),
+        "its mean return": f"{played['train'].mean_return:.2f}, {played['train'].mean_achievements:.1f} of 22 achievements",
+        "conversations": f"{played['train'].conversations:,} to train on, with {played['train'].calls:,} calls",
+        "tokens": f"{sum(lengths):,} to train on; a conversation has {median} (median), {longest} (longest)",
         "parameters": f"{total:,}, of which {experts:,} in {settings.layers} x {settings.experts} experts",
-        "pretraining": f"{settings.pretrain_steps} steps on the modules' source, last loss {loss:.2f}",
+        "pretraining": f"{settings.pretrain_steps} steps on {played['aimless'].calls:,} calls without aim, last loss {loss:.2f}",
     }
-
-
-# --- data: from the standard library to conversations ---
-
-
-def standard_library() -> dict[str, str]:
-    """Source text by module name, sorted by name."""
-    root = Path(sysconfig.get_path("stdlib"))
-    modules = {}
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        if SKIPPED_FOLDERS.isdisjoint(parts):
-            try:
-                with tokenize.open(path) as file:  # honours the encoding that the file declares
-                    modules[".".join(parts).removesuffix(".__init__")] = file.read()
-            except (SyntaxError, UnicodeDecodeError):
-                continue
-    return dict(sorted(modules.items()))
-
-
-def split_modules(modules: dict[str, str], settings: Settings) -> tuple[dict[str, str], dict[str, str]]:
-    """Training and validation modules: a module is on one side as a whole."""
-    train: dict[str, str] = {}
-    validation: dict[str, str] = {}
-    for name, source in modules.items():
-        held_out = digest(settings.seed, "split", name) % settings.validation_one_in == 0
-        (validation if held_out else train)[name] = source
-    return train, validation
-
-
-@dataclass(frozen=True)
-class Function:
-    """A documented function, its code moved to the left margin."""
-
-    module: str
-    name: str
-    signature: str  # the `def` line or lines
-    header: str  # signature and docstring
-    docstring: str
-    body: str  # what follows the docstring, indented by four
-
-
-def functions(module: str, source: str) -> Iterator[Function]:
-    """The functions and methods in `source` that have a docstring and code after it."""
-    lines = source.split("\n")  # as `ast` counts them; `splitlines` also splits at form feeds
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return
-    pending: list[tuple[ast.AST, str]] = [(tree, "")]
-    while pending:
-        parent, prefix = pending.pop()
-        for node in ast.iter_child_nodes(parent):
-            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                pending.append((node, prefix))
-                continue
-            pending.append((node, f"{prefix}{node.name}."))
-            docstring = ast.get_docstring(node)
-            if isinstance(node, ast.ClassDef) or not docstring or len(node.body) < 2:
-                continue
-            first, end = node.body[0], node.end_lineno
-            assert first.end_lineno
-            code = [line.removeprefix(" " * node.col_offset) for line in lines[node.lineno - 1 : end]]
-            to_docstring, after_docstring = first.lineno - node.lineno, first.end_lineno - node.lineno + 1
-            function = Function(
-                module=module,
-                name=prefix + node.name,
-                signature="\n".join(code[:to_docstring]),
-                header="\n".join(code[:after_docstring]),
-                docstring=docstring,
-                body="\n".join(code[after_docstring:]).strip("\n"),
-            )
-            if function.signature and is_python(f"{function.header}\n{function.body}"):
-                yield function
-
-
-def is_python(text: str) -> bool:
-    """Whether `text` parses."""
-    try:
-        ast.parse(text)
-    except SyntaxError:
-        return False
-    return True
-
-
-def build_conversations(
-    train_modules: dict[str, str], validation_modules: dict[str, str], settings: Settings
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and validation conversations, shuffled; no body and no header is in both, or twice in one."""
-    seen: set[str] = set()
-    splits = []
-    for modules in (train_modules, validation_modules):
-        kept = []
-        for module, source in modules.items():
-            for function in functions(module, source):
-                keys = {"".join(text.split()) for text in (function.header, function.body)}
-                fits = max(len(function.header), len(function.body)) <= settings.max_chars
-                if fits and "\u2581" not in function.header + function.body and seen.isdisjoint(keys):
-                    kept.append(function)
-                seen |= keys  # what is too long to ask for is still no answer for the other side
-        kept.sort(key=lambda f: digest(settings.seed, "order", f.module, f.name, f.body))
-        splits.append([conversation(function, settings) for function in kept])
-    return splits[0], splits[1]
-
-
-def conversation(function: Function, settings: Settings) -> Conversation:
-    """Ask for the body of `function`, in one turn or after a first one about its purpose, as its hash decides."""
-    choice = digest(settings.seed, "phrase", function.module, function.name, function.body)
-    choice, with_system = divmod(choice, 4)
-    choice, two_turns = divmod(choice, 6)
-    fields = {**asdict(function), "docstring": inspect.cleandoc(function.docstring)}
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}] if with_system == 0 else []
-    if two_turns == 0:
-        messages.append({"role": "user", "content": PURPOSE_REQUEST.format(**fields)})
-        messages.append({"role": "assistant", "content": fields["docstring"]})
-        messages.append({"role": "user", "content": FOLLOW_UP})
-    else:
-        messages.append({"role": "user", "content": BODY_REQUESTS[choice % len(BODY_REQUESTS)].format(**fields)})
-    return [*messages, {"role": "assistant", "content": ANSWER.format(**fields)}]
-
-
-def digest(seed: int, *key: str) -> int:
-    """A number that depends on nothing but its arguments (`hash` of a string changes from run to run)."""
-    return int.from_bytes(hashlib.sha256("\0".join([str(seed), *key]).encode()).digest()[:8])
 
 
 # --- tokenizer ---
 
 
-def make_tokenizer(folder: Path, conversations: list[Conversation], settings: Settings) -> PreTrainedTokenizerBase:
+def make_tokenizer(folder: Path, records: Sequence[Record], settings: Settings) -> PreTrainedTokenizerBase:
     """Train SentencePiece on the conversations and return it as transformers loads it from `folder`.
 
     transformers 5 turns a `tokenizer.model` into a backend of the `tokenizers` library at load time: BPE with byte
     fallback, and every user-defined symbol a token of its own. Nothing is normalised: text comes back as it went in.
-    It learns from single lines, so a newline ends a token and never starts a longer one: the newline after
+    A word is one token where it is frequent, with its digits and quotes: a fact of what the player sees is one. It
+    learns from single lines, so a newline ends a token and never starts a longer one: the newline after
     `<|im_start|>assistant` cannot merge with the answer.
     """
-    text = (
-        line
-        for messages in conversations
-        for message in messages
-        for line in f"{message['role']}\n{message['content']}".splitlines(keepends=True)
-    )
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=text,
+        sentence_iterator=(line for record in records for line in spoken(record).splitlines(keepends=True)),
         model_writer=trained,
         model_type="bpe",
         vocab_size=settings.vocabulary,
+        hard_vocab_limit=False,
         byte_fallback=True,
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,  # one piece for an indentation
-        split_digits=True,
-        max_sentence_length=4 * settings.max_chars,  # bytes; longer ones would be left out
+        split_by_unicode_script=False,
+        split_by_number=False,
+        max_sentence_length=8192,  # bytes; longer ones would be left out
         unk_id=0,
         bos_id=-1,
         eos_id=-1,
         pad_id=-1,
-        user_defined_symbols=list(SPECIAL_TOKENS),
+        user_defined_symbols=[*SPECIAL_TOKENS, *TAGS],
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(trained.getvalue())
@@ -329,26 +238,56 @@ def make_tokenizer(folder: Path, conversations: list[Conversation], settings: Se
         "eos_token": IM_END,
         "pad_token": ENDOFTEXT,
         "extra_special_tokens": [IM_START],
+        "added_tokens_decoder": {
+            str(1 + len(SPECIAL_TOKENS) + k): {
+                "content": tag, "special": False, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False
+            }
+            for k, tag in enumerate(TAGS)
+        },
         "clean_up_tokenization_spaces": False,
         "model_max_length": 4096,
-    }
+    }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))  # AutoTokenizer asks for one
     return AutoTokenizer.from_pretrained(folder)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> str:
-    """The ChatML text of a conversation."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert isinstance(text, str)
-    return text
+def spoken(record: Record) -> str:
+    """The text of a conversation as the template writes it, without its tokens: for the tokenizer to learn from."""
+    lines = [json.dumps(tool) for tool in record.get("tools", [])]
+    for message in record["messages"]:
+        lines += [message["role"], message["content"]]
+        lines += [json.dumps(call["function"]) for call in message.get("tool_calls", [])]
+    return "\n".join(lines)
+
+
+Encoded = tuple[list[int], list[bool]]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> list[Encoded]:
+    """The tokens of each conversation, and which of them are of an answer."""
+    start, end = tokenizer.encode(ASSISTANT, add_special_tokens=False), tokenizer.convert_tokens_to_ids(IM_END)
+    result = []
+    for record in records:
+        text = tokenizer.apply_chat_template(record["messages"], tools=record.get("tools"), tokenize=False)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        answer, inside = [], False
+        for k, token in enumerate(ids):
+            inside = inside or ids[max(0, k - len(start)) : k] == start
+            answer.append(inside)
+            inside = inside and token != end
+        result.append((ids, answer))
+    return result
 
 
 # --- model ---
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Qwen3MoeForCausalLM:
-    """A Qwen3-MoE with random weights."""
+    """A Qwen3-MoE with random weights, but for its tokens: `tree-left-3` begins as the sum of its words' random vectors.
+
+    So all facts about trees have something in common from the first step, which a minute would not be enough to learn.
+    """
     torch.manual_seed(settings.seed)
     config = Qwen3MoeConfig(
         vocab_size=math.ceil(len(tokenizer) / 64) * 64,  # so that tensor parallel can split it
@@ -363,30 +302,48 @@ def make_model(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Qwen3M
         moe_intermediate_size=settings.expert_intermediate,
         norm_topk_prob=True,
         max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen3MoeForCausalLM(config)
+    model = Qwen3MoeForCausalLM(config)
+    parts: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for token, index in tokenizer.get_vocab().items():
+            words = [word for word in WORDS.split(token) if word] or [token]
+            for word in words:
+                parts.setdefault(word, torch.randn(settings.hidden, generator=word_generator(settings.seed, word)))
+            mean = torch.stack([parts[word] for word in words]).sum(0) / len(words) ** 0.5
+            model.model.embed_tokens.weight[index] = 10 * config.initializer_range * mean
+            model.lm_head.weight[index] = config.initializer_range * mean
+    return model
 
 
-def pretrain(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, sources: Iterable[str], settings: Settings
-) -> float:
-    """Train all weights on source text, with the routers kept in balance; return the last step's loss."""
-    steps, sequences, length = settings.pretrain_steps, settings.pretrain_sequences, settings.pretrain_length
+def word_generator(seed: int, word: str) -> torch.Generator:
+    """Random numbers of a word."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {word}".encode()).digest()[:8]) >> 1)
+
+
+def pretrain(model: Qwen3MoeForCausalLM, samples: list[Encoded], settings: Settings) -> float:
+    """Train all weights on the answers, with the routers kept in balance; return the last step's loss."""
+    steps, rate = settings.pretrain_steps, settings.pretrain_learning_rate
+    torch.set_num_threads(
+        os.cpu_count() or 1
+    )  # nothing else runs now; OMP_NUM_THREADS is of ranks that share the cores
     model.set_experts_implementation("grouped_mm")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.pretrain_learning_rate, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.pretrain_learning_rate, total_steps=max(steps, 1), pct_start=0.1
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
-    stream = token_stream(tokenizer, list(sources), generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 1), pct_start=0.1)
+    stream = endless(samples, settings.pretrain_sequences, torch.Generator().manual_seed(settings.seed))
     loss = torch.tensor(math.nan)
     for _ in track(range(steps), "pretraining the base model", transient=True):
-        ids = torch.tensor([next(stream) for _ in range(sequences * length)]).view(sequences, length)
-        output = model(input_ids=ids, labels=ids, use_cache=False, output_router_logits=True)
+        batch = next(stream)
+        length = max(len(ids) for ids, _ in batch)
+        ids, labels = torch.zeros(len(batch), length, dtype=torch.long), torch.full((len(batch), length), -100)
+        for row, (tokens, answer) in enumerate(batch):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            labels[row, : len(tokens)] = torch.where(torch.tensor(answer), ids[row, : len(tokens)], -100)
+        output = model(input_ids=ids, labels=labels, use_cache=False, output_router_logits=True)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -396,12 +353,14 @@ def pretrain(
     return loss.item()
 
 
-def token_stream(tokenizer: PreTrainedTokenizerBase, sources: list[str], generator: torch.Generator) -> Iterator[int]:
-    """Endless tokens of source text in random order, `<|endoftext|>` after each."""
+def endless(samples: list[Encoded], size: int, generator: torch.Generator) -> Iterator[list[Encoded]]:
+    """Batches of samples of like length, so that little is padded, in random order, again and again."""
     while True:
-        for index in torch.randperm(len(sources), generator=generator).tolist():
-            yield from tokenizer.encode(sources[index], add_special_tokens=False)
-            yield tokenizer.pad_token_id
+        order = torch.randperm(len(samples), generator=generator).tolist()
+        order.sort(key=lambda index: len(samples[index][0]))
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield [samples[one] for one in batches[index]]
 
 
 if __name__ == "__main__":

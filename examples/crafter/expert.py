@@ -22,6 +22,7 @@ RECIPES = {  # what a tool takes, in the order in which they are made
     "iron_pickaxe": ("wood", "coal", "iron"),
     "iron_sword": ("wood", "coal", "iron"),
 }
+DEEDS = ("sleep", "plant", "search", "make", "build", "turn")  # what a player says it does, when it goes to nothing
 
 
 class Decision(NamedTuple):
@@ -82,7 +83,7 @@ def _go(view: View, kind: str, then: list[str]) -> Decision:
     """Walk to the nearest of a kind, face it, and do something if the call has room for it."""
     leg = view.ways[kind]
     moves = [f"move_{leg.direction}"] * leg.steps
-    return Decision(f"{kind}-{leg.text()}", moves if leg.bends else moves + then or ["noop"])
+    return Decision(kind, moves if leg.bends else moves + then or ["noop"])
 
 
 def _attack(view: View, kind: str) -> Decision:
@@ -116,4 +117,4 @@ def _build(view: View, actions: list[str]) -> Decision:
 def _explore(view: View) -> Decision:
     """Walk on."""
     moves = [f"move_{view.open.direction}"] * view.open.steps
-    return Decision(f"open-{view.open.text()}", moves or ["do"])
+    return Decision("open", moves or ["do"])

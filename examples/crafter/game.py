@@ -1,5 +1,6 @@
 """Crafter (Hafner 2021, arXiv:2109.06780; the package `crafter`) without pictures, and the same in every process."""
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import crafter
 from crafter import constants, worldgen
 
 from .noise import WorldNoise
-from .view import DIRECTIONS, View, look
+from .view import DIRECTIONS, TOOLS, VITALS, View, look
 
 LENGTH = 150  # steps of an episode; the game's own limit is 10,000
 ACTIONS = tuple(constants.actions)
@@ -45,6 +46,19 @@ class Game(crafter.Env):  # type: ignore[misc]
         self._seed, self._episode = seed, 0
         self.reset()
         self.total, self.over = 0.0, False
+        return self.view().text()
+
+    def endow(self, drawn: random.Random) -> str:
+        """Let the player have, need and have done things at random; return what it sees."""
+        carried = self._player.inventory
+        for name in carried:
+            if name in VITALS:
+                carried[name] = drawn.randint(1, 9)
+            elif name.endswith(TOOLS):
+                carried[name] = drawn.randint(0, 1)
+            else:
+                carried[name] = drawn.randint(0, 1) * drawn.randint(1, 9)
+        self._unlocked = {name for name in self._player.achievements if drawn.randint(0, 1)}
         return self.view().text()
 
     def interact(self, actions: list[str]) -> str:

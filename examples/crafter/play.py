@@ -4,12 +4,12 @@
 
 Prints what each reaches in a game on average. All games of a player go on in step, so that a model answers many at
 once. It sees its own last calls and their replies, as in training; where it makes no well-formed call, a step passes.
-With the adapter the most likely tokens are taken. The base alone is sampled at temperature 1: it learned from random
-actions, whose most likely continuation repeats itself and never ends.
+The most likely tokens are taken.
 """
 
 import json
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -92,7 +92,7 @@ def main(
     results: dict[str, list[Result]] = {}
     players = {
         "random actions": lambda: scripted("random", seeds),
-        "base": lambda: language_model(model, None, temperature=1.0),
+        "base": lambda: language_model(model, None),
         "base + adapter": lambda: language_model(model, adapter),
         "script": lambda: scripted("expert", seeds),
     }
@@ -108,10 +108,8 @@ def main(
     console.print(table(results))
     console.print(rates(results))
     tuned, base, script = (average(results[name]) for name in ("base + adapter", "base", "script"))
-    console.print(
-        f"The agent reaches {tuned / script:.0%} of the script's return and {tuned / max(base, 0.1):.1f} x the base's.",
-        highlight=False,
-    )
+    against = f"{tuned / base:.1f} times the base's" if base > 0 else f"the base's is {base:.2f}"
+    console.print(f"The agent's return is {tuned / script:.0%} of the script's; {against}.", highlight=False)
 
 
 def play(answers: Answers, seeds: list[int]) -> list[Seat]:
@@ -131,8 +129,8 @@ def scripted(name: str, seeds: list[int]) -> Answers:
     return lambda seats: [("", policies[seat.seed](seat.messages[-1]["content"])) for seat in seats]
 
 
-def language_model(model_folder: Path, adapter: Path | None, temperature: float = 0.0) -> Answers:
-    """The answers of a model, decoded together; greedily at temperature 0.
+def language_model(model_folder: Path, adapter: Path | None) -> Answers:
+    """The answers of a model: its most likely tokens, decoded together.
 
     The KV cache holds the conversation of each game.
     """
@@ -146,7 +144,6 @@ def language_model(model_folder: Path, adapter: Path | None, temperature: float 
     from megasft.generation.prompts import encode
     from megasft.generation.text import stop_tokens
     from megasft.job import load_model
-    from megasft.model.batch import MicroBatch
     from megasft.model.hf_config import read_config
     from megasft.model.kv_cache import Chunk, KVCache, common_prefix
 
@@ -155,14 +152,7 @@ def language_model(model_folder: Path, adapter: Path | None, temperature: float 
     model = load_model(str(model_folder), topology, torch.float32, lora, str(adapter) if adapter else None).eval()
     tokenizer = load_tokenizer(model_folder)
     stop = stop_tokens(model_folder, read_config(model_folder), tokenizer)
-    drawn = torch.Generator().manual_seed(0)
     cache, rows = KVCache(0), list[int]()  # rows: the seed of the game in each row of the cache
-
-    def next_tokens(batch: MicroBatch) -> torch.Tensor:
-        if not temperature:
-            return model.next_tokens(batch)
-        chances = (model.next_logits(batch) / temperature).softmax(-1)
-        return torch.multinomial(chances, 1, generator=drawn)[:, 0]
 
     @torch.no_grad()
     def answer(seats: list[Seat]) -> list[tuple[str, Decision | None]]:
@@ -184,7 +174,7 @@ def language_model(model_folder: Path, adapter: Path | None, temperature: float 
         cache.reserve(max(len(cache.rows[c.row]) + len(c.tokens) for c in chunks) + MOST_TOKENS)
         said: list[list[int]] = [[] for _ in rows]
         for _ in range(MOST_TOKENS):
-            chosen = forward(model, cache, chunks, next_tokens)
+            chosen = forward(model, cache, chunks, model.next_tokens)
             assert chosen is not None
             for row, token in enumerate(chosen.tolist()):
                 if not (said[row] and said[row][-1] in stop):
@@ -245,4 +235,5 @@ def rates(results: dict[str, list[Result]]) -> Table:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # of other libraries
     typer.run(main)

@@ -20,12 +20,12 @@ from typing import Annotated, Any
 
 import typer
 
-from . import expert
+from . import aimless, expert
 from .expert import Decision
 from .game import ACTIONS, Game
 from .view import View
 
-CALLS = 6  # of one conversation
+CALLS = 4  # of one conversation
 SYSTEM = "You play Crafter. Stay alive and unlock achievements."
 INTERACT = {
     "type": "function",
@@ -53,7 +53,7 @@ Policy = Callable[[str], Decision]
 
 
 def main(
-    policy: Annotated[str, typer.Option(help="expert or random")] = "expert",
+    policy: Annotated[str, typer.Option(help="expert, aimless or random")] = "expert",
     seeds: Annotated[tuple[int, int], typer.Option(help="first seed, and the one after the last")] = (0, 300),
     out: Annotated[Path, typer.Option(help="the JSONL file to write")] = Path("traces.jsonl"),
     processes: Annotated[int, typer.Option(help="games are played side by side")] = 2,
@@ -92,11 +92,15 @@ def write(out: Path, policy: str, seeds: Sequence[int], processes: int = 2) -> P
 
 def record(seed: int, policy: str) -> tuple[list[dict[str, Any]], float, int]:
     """The conversations of the game of a seed, its return, and the number of its achievements."""
-    game = _game()
+    game, no_aim = _game(), policy == "aimless"
     records = [
         {"messages": messages, "tools": TOOLS, "metadata": {"seed": seed, "part": part, "policy": policy}}
-        for part, messages in enumerate(play(game, seed, make_policy(policy, seed)))
+        for part, messages in enumerate(play(game, seed, make_policy(policy, seed), endowed=no_aim))
     ]
+    if no_aim:  # whose rules these are; not a word of the tool
+        for one in records:
+            one["messages"][0]["content"] = aimless.name(seed % aimless.PLAYERS)
+            del one["tools"]
     return records, game.total, len(game.achievements)
 
 
@@ -106,10 +110,16 @@ def _game() -> Game:
     return Game()
 
 
-def play(game: Game, seed: int, policy: Policy) -> Iterator[list[Message]]:
-    """Play the game of a seed; yield its conversations."""
-    seen = game.start(seed)
+def play(game: Game, seed: int, policy: Policy, endowed: bool = False) -> Iterator[list[Message]]:
+    """Play the game of a seed; yield its conversations.
+
+    `endowed`: each of them begins with a player who has and needs things at random, so that a few games show all
+    that there is to read.
+    """
+    seen, drawn = game.start(seed), random.Random(seed)
     while not game.over:
+        if endowed:
+            seen = game.endow(drawn)
         messages = opening(seen)
         for number in range(CALLS):
             decision = policy(seen)
@@ -122,17 +132,18 @@ def play(game: Game, seed: int, policy: Policy) -> Iterator[list[Message]]:
 
 
 def make_policy(name: str, seed: int) -> Policy:
-    """The expert, or one that names a thing it sees and takes one to five actions, all at random from the seed."""
+    """The expert; one of the aimless players, by the seed; or one that does one to five things at random."""
     if name == "expert":
         return expert.decide
+    if name == "aimless":
+        return aimless.make(seed % aimless.PLAYERS)
     if name != "random":
-        raise ValueError(f"{name}: no such policy; there are expert and random")
+        raise ValueError(f"{name}: no such policy; there are expert, aimless and random")
     drawn = random.Random(seed)
 
     def decide(seen: str) -> Decision:
         view = View.read(seen)
-        facts = [*(f"{kind}-{leg.text()}" for kind, leg in view.ways.items()), f"open-{view.open.text()}"]
-        words = drawn.choice(facts)
+        words = drawn.choice(["open", *view.ways])
         return Decision(words, [drawn.choice(ACTIONS) for _ in range(drawn.randint(1, expert.MOST))])
 
     return decide

@@ -4,10 +4,7 @@
     have wood-3 stone-1 wood_pickaxe wood_sword
     done collect_stone collect_wood place_table
     facing-tree near-table
-    open-up-3
-    tree-here
-    water-left-3+
-    cow-right-2
+    open-up-3 tree-here water-left-3+ cow-right-2
 
 `done` are the achievements of this game; those of making a tool are not in it, as `have` shows the tool. `open` is
 where to walk on: straight ahead, at an obstacle to the side with more room, and for how many cells.
@@ -91,7 +88,7 @@ class View:
         lines = [" ".join([*vitals, *(["asleep"] if self.asleep else [])])]
         lines += [" ".join(["have", *have])] if have else []
         lines += [" ".join(["done", *self.done])] if self.done else []
-        return "\n".join([*lines, " ".join(place), *ways])
+        return "\n".join([*lines, " ".join(place), " ".join(ways)])
 
     @classmethod
     def read(cls, text: str) -> "View":

@@ -12,7 +12,7 @@ import numpy as np
 import opensimplex
 import pytest
 
-from examples.crafter import expert, play, traces
+from examples.crafter import aimless, expert, play, traces
 from examples.crafter.game import ACTIONS, LENGTH, Game
 from examples.crafter.noise import noise3
 from examples.crafter.view import View, look
@@ -91,10 +91,7 @@ def test_the_text_names_the_nearest_of_each_kind_and_the_way_to_it():
         "have wood-2 wood_pickaxe",
         "done collect_wood",
         "facing-water",
-        "open-up-1",
-        "cow-up-1+",
-        "water-here",
-        "tree-right-1+",
+        "open-up-1 cow-up-1+ water-here tree-right-1+",
     ]
 
 
@@ -201,6 +198,32 @@ def test_traces_are_conversations_that_megasft_reads(tmp_path):
     assert {json.loads(line)["metadata"]["seed"] for line in lines} == {1, 2}
 
 
+def test_aimless_players_differ_follow_their_rules_and_play_badly():
+    game = Game()
+    game.start(8)
+    views = [game.endow(random.Random(seed)) for seed in range(60)]
+    players = [aimless.make(number) for number in range(aimless.PLAYERS)]
+    answers = [[player(view) for view in views] for player in players]
+    for k, own in enumerate(answers):
+        assert all(own != other for other in answers[:k])
+        assert own == [aimless.make(k)(view) for view in views], "a player is a function of its number"
+        assert len({decision.words for decision in own}) >= 3
+        assert all(1 <= len(decision.actions) <= expert.MOST for decision in own)
+        assert all(action in ACTIONS for decision in own for action in decision.actions)
+    seats = play.play(
+        lambda seats: [("", aimless.make(s.seed % 4)(s.messages[-1]["content"])) for s in seats], [*range(8)]
+    )
+    assert mean(seat.result().total for seat in seats) < 2
+
+
+def test_games_of_aimless_players_begin_anew_with_other_belongings_and_name_the_player():
+    records, _, _ = traces.record(6, "aimless")
+    first = {one["messages"][1]["content"].splitlines()[1] for one in records}
+    assert len(first) > len(records) / 2
+    assert {one["messages"][0]["content"] for one in records} == {aimless.name(6 % aimless.PLAYERS)}
+    assert not any("tools" in one for one in records)
+
+
 def test_interact_stops_where_the_player_is_hurt():
     game = Game()
     game.start(0)
@@ -217,7 +240,7 @@ def test_only_a_wellformed_call_is_one():
         return f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
 
     assert play.read_decision(answer({"actions": ["do", "move_up"]})) == ("", ["do", "move_up"])
-    assert play.read_decision("tree-here\n" + answer({"actions": ["do"]})) == ("tree-here", ["do"])
+    assert play.read_decision("tree\n" + answer({"actions": ["do"]})) == ("tree", ["do"])
     for wrong in (
         answer({"actions": []}),
         answer({"actions": ["fly"]}),

@@ -1,6 +1,5 @@
-"""The demo's data and tokenizer, and the tool that checks an adapter with peft."""
+"""The demo's tokenizer, template, base model and pretraining, and the tool that checks an adapter with peft."""
 
-import ast
 import dataclasses
 import importlib.util
 import json
@@ -14,6 +13,8 @@ import torch
 import typer
 from safetensors.torch import save_file
 
+from examples.crafter import play, traces
+
 
 def load_tool(name):
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "tools" / f"{name}.py")
@@ -25,25 +26,18 @@ def load_tool(name):
 make_demo = load_tool("make_demo")
 check_adapter = load_tool("check_adapter")
 
-SETTINGS = make_demo.Settings(vocabulary=700, hidden=32, layers=2, heads=2, key_value_heads=2, head_dim=16, experts=4)
-MODULES = ("argparse", "calendar", "difflib", "fractions", "heapq", "ipaddress", "pathlib", "shutil", "statistics")
+SETTINGS = make_demo.Settings(vocabulary=900, hidden=32, layers=2, heads=2, key_value_heads=2, head_dim=16, experts=4)
 
 
 @pytest.fixture(scope="module")
-def library():
-    modules = make_demo.standard_library()
-    return {name: modules[name] for name in MODULES}
+def records():
+    return [one for policy in ("expert", "aimless") for one in traces.record(3, policy)[0]]
 
 
 @pytest.fixture(scope="module")
-def conversations(library):
-    return make_demo.build_conversations(library, {}, SETTINGS)[0]
-
-
-@pytest.fixture(scope="module")
-def model_folder(conversations, tmp_path_factory):
+def model_folder(records, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = make_demo.make_tokenizer(folder, conversations, SETTINGS)
+    tokenizer = make_demo.make_tokenizer(folder, records, SETTINGS)
     make_demo.make_model(tokenizer, SETTINGS).save_pretrained(folder)
     return folder
 
@@ -53,47 +47,16 @@ def tokenizer(model_folder):
     return make_demo.AutoTokenizer.from_pretrained(model_folder)
 
 
-def bodies(conversation):
-    return re.findall(r"\n```python\n(.*)\n```$", conversation[-1]["content"], flags=re.DOTALL)
+def test_no_two_parts_share_a_game_and_none_is_of_the_worlds_to_be_tested_in():
+    for seed in (0, 49):
+        parts = make_demo.Settings(seed=seed, games=1000).seeds()
+        assert set(parts) == {"train", "validation", "held_out", "aimless"}
+        seeds = [game for part in parts.values() for game in part]
+        assert len(seeds) == len(set(seeds)) > 1000
+        assert max(seeds) < play.HELD_OUT
 
 
-def test_the_same_modules_give_the_same_conversations(library, conversations):
-    assert make_demo.build_conversations(library, {}, SETTINGS)[0] == conversations
-    other = make_demo.build_conversations(library, {}, dataclasses.replace(SETTINGS, seed=1))[0]
-    assert len(other) == len(conversations)
-    assert other != conversations
-
-
-def test_every_kind_of_conversation_occurs_and_ends_with_an_answer(conversations):
-    shapes = {tuple(message["role"] for message in c) for c in conversations}
-    turn = ("user", "assistant")
-    assert shapes == {turn, turn * 2, ("system", *turn), ("system", *turn * 2)}
-
-
-def test_question_and_answer_make_a_function_that_parses(conversations):
-    answered = 0
-    for conversation in conversations:
-        header = re.search(r"^(async )?def .*\"\"\"", conversation[-2]["content"], flags=re.DOTALL | re.MULTILINE)
-        (body,) = bodies(conversation)
-        if header:  # a follow-up question has none, and some docstrings use other quotes
-            assert isinstance(ast.parse(f"{header[0]}\n{body}").body[0], ast.FunctionDef | ast.AsyncFunctionDef)
-            answered += 1
-    assert answered > len(conversations) / 2
-
-
-def test_a_module_is_on_one_side_and_a_copied_function_stays_with_the_training_side(library):
-    train, validation = make_demo.split_modules(make_demo.standard_library(), SETTINGS)
-    assert not train.keys() & validation.keys()
-    assert 0.02 < len(validation) / len(train) < 0.1
-
-    new = 'def fresh(x):\n    """Return x."""\n    return [x, "nowhere else"]\n'
-    copied = {"copy_of_heapq": library["heapq"] + new}
-    first, second = make_demo.build_conversations({"heapq": library["heapq"]}, copied, SETTINGS)
-    assert len(first) > 5
-    assert [bodies(c) for c in second] == [['    return [x, "nowhere else"]']]
-
-
-def test_the_tokenizer_round_trips_text_and_agrees_with_sentencepiece(library, tokenizer, model_folder):
+def test_the_tokenizer_round_trips_text_and_agrees_with_sentencepiece(records, tokenizer, model_folder):
     own = sentencepiece.SentencePieceProcessor(model_file=str(model_folder / "tokenizer.model"))
     odd = [
         "  leading",
@@ -104,10 +67,39 @@ def test_the_tokenizer_round_trips_text_and_agrees_with_sentencepiece(library, t
         " ",
         "<|im_start|>user\n  hi<|im_end|>\n",
     ]
-    for text in [*library.values(), *odd]:
+    for text in [*map(make_demo.spoken, records), *odd]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert ids == own.encode(text)
+
+
+def test_frequent_facts_and_the_tags_of_calls_are_one_token(tokenizer):
+    for text in ("<tool_call>", "</tool_response>", "health-9", " energy-9", ' "move_left",'):
+        assert len(tokenizer.encode(text)) == 1, text
+    call = "<tool_call>\n{}\n</tool_call>"
+    assert tokenizer.decode(tokenizer.encode(call), skip_special_tokens=True) == call
+
+
+def test_tokens_begin_as_the_sum_of_their_words(tokenizer):
+    embedding = make_demo.make_model(tokenizer, SETTINGS).get_input_embeddings().weight.detach()
+    place = {token: embedding[index] for token, index in tokenizer.get_vocab().items()}
+    alike = torch.cosine_similarity
+    near = alike(place["health-9"], place["\u2581food-9"], dim=0)
+    assert near > 0.3 > alike(place["health-9"], place["<tool_call>"], dim=0).abs()
+    assert alike(place["health-9"], place["\u2581health-9"], dim=0) > 0.99 if "\u2581health-9" in place else near > 0
+
+
+def test_pretraining_sees_the_answers_only_and_learns(records, tokenizer):
+    encoded = make_demo.encode(tokenizer, records)
+    assert len(encoded) == len(records)
+    for record, (ids, answer) in zip(records, encoded, strict=True):
+        sample = check_adapter.read_sample(tokenizer, json.dumps(record))
+        assert ids == sample.ids
+        assert answer == sample.supervised, "as the independent check finds them"
+    settings = dataclasses.replace(SETTINGS, pretrain_steps=40, pretrain_sequences=4)
+    model = make_demo.make_model(tokenizer, settings)
+    first = make_demo.pretrain(model, encoded, dataclasses.replace(settings, pretrain_steps=1))
+    assert make_demo.pretrain(model, encoded, settings) < 0.5 * first
 
 
 def test_special_tokens_are_single_and_end_and_padding_are_set(tokenizer):
@@ -116,24 +108,40 @@ def test_special_tokens_are_single_and_end_and_padding_are_set(tokenizer):
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
 
+def test_the_template_writes_tools_calls_and_results_as_qwen3_does(tokenizer, records):
+    record = records[0]
+    text = tokenizer.apply_chat_template(record["messages"], tools=record["tools"], tokenize=False)
+    system, user, assistant, result = text.split("<|im_end|>\n")[:4]
+    assert system.endswith(f"\n<tools>\n{json.dumps(record['tools'][0])}\n</tools>")
+    assert user == "<|im_start|>user\n" + record["messages"][1]["content"]
+    said = record["messages"][2]
+    call = json.dumps(said["tool_calls"][0]["function"])
+    assert assistant == f"<|im_start|>assistant\n{said['content']}\n<tool_call>\n{call}\n</tool_call>"
+    assert result == f"<|im_start|>user\n<tool_response>\n{record['messages'][3]['content']}\n</tool_response>"
+
+
 def test_chat_template_is_chatml(tokenizer):
     messages = [{"role": "user", "content": "Hi"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_the_check_supervises_the_answers_and_their_ends_only(conversations, tokenizer):
-    for conversation in conversations:
-        sample = check_adapter.read_sample(tokenizer, json.dumps({"messages": conversation}))
+def test_the_check_supervises_the_answers_and_their_ends_only(records, tokenizer):
+    for record in records:
+        sample = check_adapter.read_sample(tokenizer, json.dumps(record))
         supervised = [i for i, chosen in zip(sample.ids, sample.supervised, strict=True) if chosen]
-        answers = [message["content"] + "<|im_end|>" for message in conversation if message["role"] == "assistant"]
+        answers = [
+            f"{said['content']}\n<tool_call>\n{json.dumps(said['tool_calls'][0]['function'])}\n</tool_call><|im_end|>"
+            for said in record["messages"]
+            if said["role"] == "assistant"
+        ]
         assert tokenizer.decode(supervised) == "".join(answers)
 
 
 def test_a_folder_that_the_tool_did_not_make_is_left_unchanged(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(typer.Exit) as end:
-        make_demo.main(out=tmp_path, seed=0, pretrain_steps=0)
+        make_demo.main(out=tmp_path, seed=0, games=1, pretrain_steps=0)
     assert end.value.exit_code == 2
     assert "was not made by this tool" in " ".join(capsys.readouterr().out.split())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
@@ -164,9 +172,9 @@ def write_adapter(folder, model_folder, targets):
 
 
 @pytest.fixture
-def check(model_folder, conversations, tmp_path):
+def check(model_folder, records, tmp_path):
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations[:8]))
+    data.write_text("".join(json.dumps(one) + "\n" for one in records[:8]))
 
     def run(adapter, expect=None):
         check_adapter.main(model_folder, adapter, data, expect, None, tolerance=0.01, sequence_length=512, base=True)

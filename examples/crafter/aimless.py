@@ -1,0 +1,77 @@
+"""Players who follow rules that were drawn at random: what the demo's base model is pretrained on.
+
+Each reads the view, walks to things and acts, for no good reason: "with three stones and hungry, go to the water and
+turn right". A model that learned from several of them reads and writes this language well, and plays badly.
+"""
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .expert import DEEDS, MOST, RECIPES, Decision
+from .game import ACTIONS
+from .view import NAMED, VITALS, View
+
+PLAYERS = 4  # as many sets of rules; a model is told whose
+ITEMS = ("sapling", "wood", "stone", "coal", "iron", "diamond")
+ACHIEVEMENTS = (
+    *("collect_coal", "collect_diamond", "collect_drink", "collect_iron", "collect_sapling", "collect_stone"),
+    *("collect_wood", "eat_cow", "place_furnace", "place_plant", "place_stone", "place_table", "wake_up"),
+)
+DEEDS_IN_RULES = 6
+
+Test = Callable[[View], bool]
+
+
+class Rule(NamedTuple):
+    """Where all tests hold: go to the nearest of a kind, or stay and do a deed; then act."""
+
+    tests: list[Test]
+    words: str
+    actions: list[str]
+
+
+def name(player: int) -> str:
+    """The system prompt of a player's conversations."""
+    return f"You play Crafter as {player}."
+
+
+def rules(player: int) -> list[Rule]:
+    """Those of a player, the most urgent first."""
+    drawn = random.Random(player)
+    aims = [*NAMED, *NAMED, *(drawn.choice(DEEDS) for _ in range(DEEDS_IN_RULES))]
+    drawn.shuffle(aims)
+    return [
+        Rule([_test(drawn) for _ in range(drawn.randint(1, 2))], aim, drawn.randint(1, 2) * [drawn.choice(ACTIONS)])
+        for aim in aims
+    ]
+
+
+def make(player: int) -> Callable[[str], Decision]:
+    """A policy: the first rule of the player that applies, or to walk on."""
+    own = rules(player)
+
+    def decide(seen: str) -> Decision:
+        view = View.read(seen)
+        legs = {**dict.fromkeys(DEEDS), **view.ways}
+        rule = next((one for one in own if one.words in legs and all(test(view) for test in one.tests)), None)
+        leg, words, then = (legs[rule.words], rule.words, rule.actions) if rule else (view.open, "open", [])
+        moves = [f"move_{leg.direction}"] * leg.steps if leg else []
+        actions = moves if leg and leg.bends else [*moves, *then]
+        return Decision(words, actions[:MOST] or ["noop"])
+
+    return decide
+
+
+def _test(drawn: random.Random) -> Test:
+    """A question about what the player needs, has, has not, or has done."""
+    vital, least, item, count = drawn.choice(VITALS), drawn.randint(3, 6), drawn.choice(ITEMS), drawn.randint(1, 5)
+    achievement, tool = drawn.choice(ACHIEVEMENTS), drawn.choice(list(RECIPES))
+    tests: list[Test] = [
+        lambda view: view.vitals[vital] <= least,
+        lambda view: view.have.get(item, 0) >= count,
+        lambda view: view.have.get(item, 0) < count,
+        lambda view: achievement not in view.done,
+        lambda view: tool in view.tools,
+    ]
+    return drawn.choice(tests)
