@@ -52,7 +52,7 @@ class Shape:
 
 PRESETS = {
     # the model of tools/make_demo.py with the micro batch of configs/demo.toml
-    "demo": Shape(128, 4, 8, 4, 32, 16, 4, 64, 4096, conversations=4, length=256),
+    "demo": Shape(128, 2, 8, 4, 32, 8, 2, 128, 1472, conversations=8, length=256),
     "small": Shape(512, 4, 8, 2, 64, 32, 4, 192, 8192, conversations=1, length=1024),
     # one layer of Qwen3-Coder-30B-A3B at its true size, with a small vocabulary
     "slice": Shape(2048, 1, 32, 4, 128, 128, 8, 768, 8192, conversations=1, length=1024),

@@ -1,12 +1,12 @@
-"""Make the demo's world without a network: games of Crafter as conversations, a tokenizer, a small pretrained Qwen3-MoE.
+"""Make the demo's world without a network: games of Crafter as conversations, tokenizer, a small pretrained Qwen3-MoE.
 
     python tools/make_demo.py --out demo
 
-The traces are of a script that plays Crafter (examples/crafter). The base model is pretrained for a minute or two on the
-calls of players whose rules were drawn at random (aimless.py): it reads and writes the language and plays badly. The same packages and seed make the
-same world.
+The traces are of a script that plays Crafter (examples/crafter). The base model is pretrained for a minute or two on
+the calls of players whose rules were drawn at random (examples/crafter/aimless.py): it reads and writes their language,
+and plays badly. The same packages and seed make the same world.
 
-    OUT/data/train.jsonl, validation.jsonl, held_out.jsonl   games of the script, split by seed
+    OUT/data/                                train.jsonl, validation.jsonl, held_out.jsonl: the script's games, by seed
     OUT/model/tokenizer.model                SentencePiece BPE; transformers builds its tokenizer from it when it loads
     OUT/model/                               tokenizer and template with tools, config.json, model.safetensors
     OUT/stamp.json                           what all this was made from: when it still holds, there is nothing to do
@@ -68,9 +68,10 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 {{- '<|im_end|>\\n' }}
 {%- elif message.role == 'assistant' %}
-{{- '<|im_start|>assistant\\n' + message.content }}
+{{- '<|im_start|>assistant\\n' + (message.content or '') }}
 {%- for call in message.tool_calls or [] %}
-{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) + '}\\n</tool_call>' }}
+{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
 {%- endfor %}
 {{- '<|im_end|>\\n' }}
 {%- elif message.role == 'tool' %}
@@ -108,7 +109,7 @@ class Settings:
     pretrain_learning_rate: float = 4e-3
 
     def seeds(self) -> dict[str, range]:
-        """Seeds of the games of each part; no two parts share one, nor one with the worlds that agents are tested in."""
+        """Seeds of the games of each part; no two parts share one, nor one with the worlds to be tested in."""
         train, validation, held_out, aimless = (range(k * 50_000, (k + 1) * 50_000) for k in range(4))
         start = 1000 * self.seed
         return {
@@ -185,15 +186,14 @@ def make_world(world: Path, settings: Settings) -> dict[str, str]:
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     total = sum(p.numel() for p in model.parameters())
     median, longest = lengths[len(lengths) // 2], lengths[-1]
+    train, aimless = played["train"], played["aimless"]
     return {
-        "games of the script": ", ".join(
-            f"{len(settings.seeds()[name])} ({name})" for name in played if name != "aimless"
-        ),
-        "its mean return": f"{played['train'].mean_return:.2f}, {played['train'].mean_achievements:.1f} of 22 achievements",
-        "conversations": f"{played['train'].conversations:,} to train on, with {played['train'].calls:,} calls",
+        "games of the script": f"{settings.games} to train on",
+        "their mean return": f"{train.mean_return:.2f}, {train.mean_achievements:.1f} of 22 achievements",
+        "conversations": f"{train.conversations:,} to train on, with {train.calls:,} calls",
         "tokens": f"{sum(lengths):,} to train on; a conversation has {median} (median), {longest} (longest)",
         "parameters": f"{total:,}, of which {experts:,} in {settings.layers} x {settings.experts} experts",
-        "pretraining": f"{settings.pretrain_steps} steps on {played['aimless'].calls:,} calls without aim, last loss {loss:.2f}",
+        "pretraining": f"{settings.pretrain_steps} steps, {aimless.calls:,} aimless calls, last loss {loss:.2f}",
     }
 
 
@@ -240,7 +240,8 @@ def make_tokenizer(folder: Path, records: Sequence[Record], settings: Settings) 
         "extra_special_tokens": [IM_START],
         "added_tokens_decoder": {
             str(1 + len(SPECIAL_TOKENS) + k): {
-                "content": tag, "special": False, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False
+                "content": tag,
+                **dict.fromkeys(("special", "normalized", "lstrip", "rstrip", "single_word"), False),
             }
             for k, tag in enumerate(TAGS)
         },
@@ -284,7 +285,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> lis
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Qwen3MoeForCausalLM:
-    """A Qwen3-MoE with random weights, but for its tokens: `tree-left-3` begins as the sum of its words' random vectors.
+    """A Qwen3-MoE with random weights, but for its tokens: `tree-left-3` begins as the sum of its words' vectors.
 
     So all facts about trees have something in common from the first step, which a minute would not be enough to learn.
     """
