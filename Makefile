@@ -7,7 +7,7 @@ TORCHRUN := .venv/bin/torchrun
 export OMP_NUM_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: install demo demo-long demo-rl demo-served test test-slow test-serving test-rl test-te test-trackers test-browser lint clean
+.PHONY: install demo demo-rl demo-served test test-slow test-serving test-rl test-te test-trackers test-browser lint clean
 
 install: .venv/installed
 
@@ -20,23 +20,12 @@ install: .venv/installed
 	@$(PYTHON) -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	@touch $@
 
-# $(1): folder of data and model; $(2): options of make_demo.py; $(3): options of train.py.
-define run_demo
-	$(PYTHON) tools/make_demo.py --out $(1) $(2)
-	@[ runs/$(1)/config.toml -nt $(1)/stamp.json ] || rm -rf runs/$(1)  # of another demo model
-	$(TORCHRUN) --nproc-per-node 4 tools/train.py --config configs/demo.toml $(3)
-	$(PYTHON) tools/check_adapter.py $(1)/model runs/$(1)/adapter $(1)/data/validation.jsonl --run-dir runs/$(1)
-	$(PYTHON) -m examples.crafter.play $(1)/model runs/$(1)/adapter
-endef
-
 demo: install
-	$(call run_demo,demo)
-
-# More pretraining and twice the steps: an agent that plays better.
-demo-long: install
-	$(call run_demo,demo-long,--pretrain-steps 500,--set hyperparameters.max_steps=200 --set job.model=demo-long/model \
-		--set job.data=demo-long/data/train.jsonl --set data.validation_path=demo-long/data/validation.jsonl \
-		--set job.output_dir=runs/demo-long)
+	$(PYTHON) tools/make_demo.py --out demo
+	@[ runs/demo/config.toml -nt demo/stamp.json ] || rm -rf runs/demo  # of another demo model
+	$(TORCHRUN) --nproc-per-node 4 tools/train.py --config configs/demo.toml
+	$(PYTHON) tools/check_adapter.py demo/model runs/demo/adapter demo/data/validation.jsonl --run-dir runs/demo
+	$(PYTHON) -m examples.crafter.play demo/model runs/demo/adapter
 
 # The adapter of `make demo` through a few steps of GRPO in TRL, and on with megasft from there (2 minutes).
 demo-rl: install .venv-rl/installed

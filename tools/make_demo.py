@@ -94,7 +94,7 @@ class Settings:
     games: int = 200  # of the script, to train on
     validation_games: int = 10
     held_out_games: int = 10
-    aimless_games: int = 120  # to pretrain on
+    aimless_games: int = 160  # to pretrain on
     vocabulary: int = 1400
     hidden: int = 128
     layers: int = 2
@@ -104,7 +104,7 @@ class Settings:
     experts: int = 8
     experts_per_token: int = 2
     expert_intermediate: int = 128
-    pretrain_steps: int = 200
+    pretrain_steps: int = 500
     pretrain_sequences: int = 15  # per step
     pretrain_learning_rate: float = 4e-3
 

@@ -8,6 +8,7 @@ The most likely tokens are taken.
 """
 
 import json
+import os
 import time
 import warnings
 from collections import Counter
@@ -147,6 +148,7 @@ def language_model(model_folder: Path, adapter: Path | None) -> Answers:
     from megasft.model.hf_config import read_config
     from megasft.model.kv_cache import Chunk, KVCache, common_prefix
 
+    torch.set_num_threads(os.cpu_count() or 1)
     topology = join_world(resolve_topology(TopologySettings(), 1), seed=0)
     lora = AdapterFile(adapter).settings() if adapter else None
     model = load_model(str(model_folder), topology, torch.float32, lora, str(adapter) if adapter else None).eval()
