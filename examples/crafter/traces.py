@@ -93,7 +93,7 @@ def write(out: Path, policy: str, seeds: Sequence[int], processes: int = 2) -> P
 def record(seed: int, policy: str) -> tuple[list[dict[str, Any]], float, int]:
     """The conversations of the game of a seed, its return, and the number of its achievements."""
     game, no_aim = _game(), policy == "aimless"
-    records = [
+    records: list[dict[str, Any]] = [
         {"messages": messages, "tools": TOOLS, "metadata": {"seed": seed, "part": part, "policy": policy}}
         for part, messages in enumerate(play(game, seed, make_policy(policy, seed), endowed=no_aim))
     ]
