@@ -179,6 +179,7 @@ def make_world(world: Path, settings: Settings) -> dict[str, str]:
 
     tokenizer = make_tokenizer(model_folder, [*records["train"], *records["aimless"]], settings)
     model = make_model(tokenizer, settings)
+    torch.set_num_threads(os.cpu_count() or 1)  # OMP_NUM_THREADS is of ranks that share the cores
     loss = pretrain(model, encode(tokenizer, records["aimless"]), settings)
     model.save_pretrained(model_folder)
 
@@ -329,9 +330,6 @@ def word_generator(seed: int, word: str) -> torch.Generator:
 def pretrain(model: Qwen3MoeForCausalLM, samples: list[Encoded], settings: Settings) -> float:
     """Train all weights on the answers, with the routers kept in balance; return the last step's loss."""
     steps, rate = settings.pretrain_steps, settings.pretrain_learning_rate
-    torch.set_num_threads(
-        os.cpu_count() or 1
-    )  # nothing else runs now; OMP_NUM_THREADS is of ranks that share the cores
     model.set_experts_implementation("grouped_mm")
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 1), pct_start=0.1)
