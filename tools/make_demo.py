@@ -2,7 +2,7 @@
 
     python tools/make_demo.py --out demo
 
-The traces are of a script that plays Crafter (examples/crafter). The base model is pretrained for a minute or two on
+The traces are of a script that plays Crafter (examples/crafter). The base model is pretrained for some minutes on
 the calls of players whose rules were drawn at random (examples/crafter/aimless.py): it reads and writes their language,
 and plays badly. The same packages and seed make the same world.
 
@@ -53,12 +53,11 @@ WORDS = re.compile(r"[^A-Za-z0-9+<|>/]+|(?=\+)")  # between the words of a token
 ASSISTANT = f"{IM_START}assistant\n"  # what an answer follows
 # The form of Qwen3's: tools as JSON in the system's message, calls as JSON in <tool_call>, results in the user's turn.
 CHAT_TEMPLATE = """\
-{%- if tools and messages[0].role != 'system' %}
-{{- raise_exception('tools need a system message') }}
+{%- if messages[0].role == 'system' or tools %}
+{{- '<|im_start|>system' }}
+{%- if messages[0].role == 'system' %}
+{{- '\\n' + messages[0].content }}
 {%- endif %}
-{%- for message in messages %}
-{%- if message.role == 'system' %}
-{{- '<|im_start|>system\\n' + message.content }}
 {%- if tools %}
 {{- '\\n<tools>' }}
 {%- for tool in tools %}
@@ -67,6 +66,9 @@ CHAT_TEMPLATE = """\
 {{- '\\n</tools>' }}
 {%- endif %}
 {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'system' and loop.first %}
 {%- elif message.role == 'assistant' %}
 {{- '<|im_start|>assistant\\n' + (message.content or '') }}
 {%- for call in message.tool_calls or [] %}

@@ -14,6 +14,8 @@ import typer
 from safetensors.torch import save_file
 
 from examples.crafter import play, traces
+from megasft.data.tokenizer import load_tokenizer
+from megasft.evaluation.tool_calls import find_format
 
 
 def load_tool(name):
@@ -118,6 +120,14 @@ def test_the_template_writes_tools_calls_and_results_as_qwen3_does(tokenizer, re
     call = json.dumps(said["tool_calls"][0]["function"])
     assert assistant == f"<|im_start|>assistant\n{said['content']}\n<tool_call>\n{call}\n</tool_call>"
     assert result == f"<|im_start|>user\n<tool_response>\n{record['messages'][3]['content']}\n</tool_response>"
+
+
+def test_calls_are_read_as_qwen3s_and_tools_need_no_system_message(tokenizer, records, model_folder):
+    assert find_format(load_tokenizer(model_folder)) == "hermes"
+    messages, tools = records[0]["messages"][1:2], records[0]["tools"]
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    shown = f"<|im_start|>system\n<tools>\n{json.dumps(tools[0])}\n</tools><|im_end|>\n"
+    assert text == f"{shown}<|im_start|>user\n{messages[0]['content']}<|im_end|>\n"
 
 
 def test_chat_template_is_chatml(tokenizer):
