@@ -124,7 +124,7 @@ class SplitPlaces(torch.autograd.Function):
 def _drop(x: Tensor, hashes: np.ndarray, first: int, share: int) -> Tensor:
     pairs = _pair_hashes(first // 2, (first + x.shape[1] + 1) // 2)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    # The bits of a number times 0 are those of 0, whatever it is; filling under a mask takes three times as long.
+    # The bits of a number times 0 are those of 0, whatever it is; masked_fill_ takes 1.6 times as long.
     integers = _INTEGERS[x.itemsize]
     source, target = x.detach().view(integers).numpy(), out.view(integers).numpy()
     height = max(1, min(len(hashes), _BLOCK // max(1, len(pairs))))

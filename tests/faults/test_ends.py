@@ -1,6 +1,6 @@
 """However a job ends, all its processes end within 30 seconds, and one line says why.
 
-A launcher is started as a user starts it for a refusal, for a crash under torchrun and for a Ctrl-C as the ranks start;
+A launcher is started as a user starts it for a refusal, for a killed rank under torchrun and for a Ctrl-C as the ranks start;
 elsewhere `megasft train` and torchrun are forked from a process that has imported everything.
 """
 

@@ -211,9 +211,24 @@ def test_aimless_players_differ_follow_their_rules_and_play_badly():
         assert all(1 <= len(decision.actions) <= expert.MOST for decision in own)
         assert all(action in ACTIONS for decision in own for action in decision.actions)
     seats = play.play(
-        lambda seats: [("", aimless.make(s.seed % 4)(s.messages[-1]["content"])) for s in seats], [*range(8)]
+        lambda seats: [("", aimless.make(s.seed % aimless.PLAYERS)(s.messages[-1]["content"])) for s in seats],
+        [*range(8)],
     )
     assert mean(seat.result().total for seat in seats) < 2
+
+
+def test_an_aimless_player_follows_the_first_of_its_rules_that_applies(monkeypatch):
+    thirsty, rich = (lambda view: view.vitals["drink"] <= 4), (lambda view: view.have.get("stone", 0) >= 3)
+    own = [aimless.Rule([thirsty, rich], "water", ["do"]), aimless.Rule([rich], "sleep", ["noop"] * 2)]
+    monkeypatch.setattr(aimless, "rules", lambda player: own)
+    decide = aimless.make(0)
+    lake = ". . . @ . W"
+    assert decide(seen(lake, drink=4, stone=3).text()) == ("water", ["move_right", "move_right", "do"])
+    assert decide(seen("@ . .", drink=4, stone=3).text()) == ("sleep", ["noop", "noop"]), "there is no water"
+    assert decide(seen(lake, drink=5, stone=3).text()) == ("sleep", ["noop", "noop"])
+    assert decide(seen(lake, "left", drink=4, stone=2).text()) == ("open", ["move_left"] * 3)
+    bent = seen("@ T W\n. . .", drink=1, stone=9)
+    assert decide(bent.text()) == ("water", ["move_down"]), "of a way that bends, the first leg alone"
 
 
 def test_games_of_aimless_players_begin_anew_with_other_belongings_and_name_the_player():

@@ -88,7 +88,7 @@ def test_tokens_begin_as_the_sum_of_their_words(tokenizer):
     alike = torch.cosine_similarity
     near = alike(place["health-9"], place["\u2581food-9"], dim=0)
     assert near > 0.3 > alike(place["health-9"], place["<tool_call>"], dim=0).abs()
-    assert alike(place["health-9"], place["\u2581health-9"], dim=0) > 0.99 if "\u2581health-9" in place else near > 0
+    assert alike(place["\u2581food-9"], place["\u2581food-8"], dim=0) > 0.3, "the same word, another number"
 
 
 def test_pretraining_sees_the_answers_only_and_learns(records, tokenizer):
