@@ -7,7 +7,7 @@ TORCHRUN := .venv/bin/torchrun
 export OMP_NUM_THREADS ?= 1
 TEST_WORKERS ?= 2
 
-.PHONY: install demo demo-rl demo-served test test-slow test-serving test-rl test-te test-trackers test-browser lint clean
+.PHONY: install demo demo-long demo-rl demo-served test test-slow test-serving test-rl test-te test-trackers test-browser lint clean
 
 install: .venv/installed
 
@@ -20,10 +20,13 @@ install: .venv/installed
 	@$(PYTHON) -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	@touch $@
 
-demo: install
-	$(PYTHON) tools/make_demo.py --out demo
+# demo-long: the same with more steps, for an agent that plays better.
+demo-long: PRETRAINING := --pretrain-steps 800
+demo-long: TRAINING := --set hyperparameters.max_steps=300
+demo demo-long: install
+	$(PYTHON) tools/make_demo.py --out demo $(PRETRAINING)
 	@[ runs/demo/config.toml -nt demo/stamp.json ] || rm -rf runs/demo  # of another demo model
-	$(TORCHRUN) --nproc-per-node 4 tools/train.py --config configs/demo.toml
+	$(TORCHRUN) --nproc-per-node 4 tools/train.py --config configs/demo.toml $(TRAINING)
 	$(PYTHON) tools/check_adapter.py demo/model runs/demo/adapter demo/data/validation.jsonl --run-dir runs/demo
 	$(PYTHON) -m examples.crafter.play demo/model runs/demo/adapter
 

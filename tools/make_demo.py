@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +41,11 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import distributed
+from torch.multiprocessing.spawn import start_processes
+from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 from transformers.utils import logging as transformers_logging
 
 from examples.crafter import traces
@@ -107,7 +112,8 @@ class Settings:
     experts_per_token: int = 2
     expert_intermediate: int = 128
     pretrain_steps: int = 500
-    pretrain_sequences: int = 15  # per step
+    pretrain_sequences: int = 16  # per step
+    pretrain_processes: int = 2
     pretrain_learning_rate: float = 4e-3
 
     def seeds(self) -> dict[str, range]:
@@ -181,7 +187,6 @@ def make_world(world: Path, settings: Settings) -> dict[str, str]:
 
     tokenizer = make_tokenizer(model_folder, [*records["train"], *records["aimless"]], settings)
     model = make_model(tokenizer, settings)
-    torch.set_num_threads(os.cpu_count() or 1)  # OMP_NUM_THREADS is of ranks that share the cores
     loss = pretrain(model, encode(tokenizer, records["aimless"]), settings)
     model.save_pretrained(model_folder)
 
@@ -330,28 +335,65 @@ def word_generator(seed: int, word: str) -> torch.Generator:
 
 
 def pretrain(model: Qwen3MoeForCausalLM, samples: list[Encoded], settings: Settings) -> float:
-    """Train all weights on the answers, with the routers kept in balance; return the last step's loss."""
-    steps, rate = settings.pretrain_steps, settings.pretrain_learning_rate
+    """Train all weights on the answers, with the routers kept in balance; return the last step's loss.
+
+    Each process takes its share of a step's sequences, and gradients are averaged: two processes of one thread are
+    faster than one of two, as the model is small.
+    """
+    model.share_memory()
+    loss = torch.full((1,), math.nan).share_memory_()
+    with tempfile.TemporaryDirectory() as folder:
+        job = (model, loss, samples, settings, folder)
+        # Forked: a process that imports transformers anew would take 10 s for it.
+        start_processes(pretrain_rank, job, nprocs=settings.pretrain_processes, start_method="fork")
+    return loss.item()
+
+
+def pretrain_rank(
+    rank: int, result: Qwen3MoeForCausalLM, last: torch.Tensor, samples: list[Encoded], settings: Settings, folder: str
+) -> None:
+    """Pretrain a copy of the model; rank 0 writes weights and loss into `result` and `last`, which are shared."""
+    ranks, steps, rate = settings.pretrain_processes, settings.pretrain_steps, settings.pretrain_learning_rate
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))  # OMP_NUM_THREADS is of ranks that share the cores
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    model = deepcopy(result)
     model.set_experts_implementation("grouped_mm")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), fused=True)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 1), pct_start=0.1)
     stream = endless(samples, settings.pretrain_sequences, torch.Generator().manual_seed(settings.seed))
-    loss = torch.tensor(math.nan)
-    for _ in track(range(steps), "pretraining the base model", transient=True):
-        batch = next(stream)
-        length = max(len(ids) for ids, _ in batch)
-        ids, labels = torch.zeros(len(batch), length, dtype=torch.long), torch.full((len(batch), length), -100)
-        for row, (tokens, answer) in enumerate(batch):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            labels[row, : len(tokens)] = torch.where(torch.tensor(answer), ids[row, : len(tokens)], -100)
-        output = model(input_ids=ids, labels=labels, use_cache=False, output_router_logits=True)
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for _ in track(range(steps), "pretraining the base model", transient=True, disable=rank > 0):
+        loss = answer_loss(model, next(stream)[rank::ranks])
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        distributed.all_reduce(gradients)
+        for p, mean in zip(parameters, (gradients / ranks).split([p.numel() for p in parameters]), strict=True):
+            p.grad = mean.view_as(p)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        loss = output.loss.detach()
-    return loss.item()
+        if rank == 0:
+            last.copy_(loss.detach())
+    if rank == 0:
+        result.load_state_dict(model.state_dict())
+    distributed.destroy_process_group()
+
+
+def answer_loss(model: Qwen3MoeForCausalLM, batch: list[Encoded]) -> torch.Tensor:
+    """The mean cross-entropy of the answers' tokens, and what keeps the routers in balance.
+
+    Logits are computed where an answer's token is predicted, a fifth of the positions, and no others.
+    """
+    length = max(len(ids) for ids, _ in batch)
+    ids, answer = torch.zeros(len(batch), length, dtype=torch.long), torch.zeros(len(batch), length, dtype=torch.bool)
+    for row, (tokens, answered) in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        answer[row, : len(tokens)] = torch.tensor(answered)
+    output = model.model(input_ids=ids, use_cache=False, output_router_logits=True)
+    logits = model.lm_head(output.last_hidden_state[:, :-1][answer[:, 1:]])
+    balance = load_balancing_loss_func(output.router_logits, model.config.num_experts, model.config.num_experts_per_tok)
+    return cross_entropy(logits, ids[:, 1:][answer[:, 1:]]) + model.config.router_aux_loss_coef * balance
 
 
 def endless(samples: list[Encoded], size: int, generator: torch.Generator) -> Iterator[list[Encoded]]:

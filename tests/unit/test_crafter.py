@@ -217,6 +217,26 @@ def test_aimless_players_differ_follow_their_rules_and_play_badly():
     assert mean(seat.result().total for seat in seats) < 2
 
 
+def test_answers_of_aimless_players_are_rarely_the_ones_before():
+    """A model that learned from answers that are mostly repeated would learn to repeat them, not to read."""
+    repeated, pairs = 0, 0
+    for seed in range(4):
+        records, _, _ = traces.record(seed, "aimless")
+        for record in records:
+            answers = [message for message in record["messages"] if message["role"] == "assistant"]
+            repeated += sum(one == before for before, one in zip(answers, answers[1:], strict=False))
+            pairs += len(answers) - 1
+            assert all(message["content"] in aimless_answers(record) for message in answers)
+    assert pairs > 100
+    assert repeated < 0.4 * pairs  # 0.2; 0.85 where the player keeps what it has
+
+
+def aimless_answers(record):
+    """What the player of a conversation says to what it sees."""
+    decide = aimless.make(int(record["messages"][0]["content"].rstrip(".").split()[-1]))
+    return [decide(message["content"]).words for message in record["messages"] if message["role"] in ("user", "tool")]
+
+
 def test_an_aimless_player_follows_the_first_of_its_rules_that_applies(monkeypatch):
     thirsty, rich = (lambda view: view.vitals["drink"] <= 4), (lambda view: view.have.get("stone", 0) >= 3)
     own = [aimless.Rule([thirsty, rich], "water", ["do"]), aimless.Rule([rich], "sleep", ["noop"] * 2)]
