@@ -55,6 +55,7 @@ Record = dict[str, Any]
 ENDOFTEXT, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = tuple(f"<{end}{name}>" for name in ("tools", "tool_call", "tool_response") for end in ("", "/"))
 WORDS = re.compile(r"[^A-Za-z0-9+<|>/]+|(?=\+)")  # between the words of a token
+MARKS = frozenset('"[]{},:')  # JSON's: by them ` "do",` is not `do`, else an answer may lose its quotes
 ASSISTANT = f"{IM_START}assistant\n"  # what an answer follows
 # The form of Qwen3's: tools as JSON in the system's message, calls as JSON in <tool_call>, results in the user's turn.
 CHAT_TEMPLATE = """\
@@ -101,7 +102,7 @@ class Settings:
     games: int = 200  # of the script, to train on
     validation_games: int = 10
     held_out_games: int = 10
-    aimless_games: int = 160  # to pretrain on
+    aimless_games: int = 120  # to pretrain on
     vocabulary: int = 1400
     hidden: int = 128
     layers: int = 2
@@ -320,7 +321,9 @@ def make_model(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Qwen3M
     parts: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for token, index in tokenizer.get_vocab().items():
-            words = [word for word in WORDS.split(token) if word] or [token]
+            words = [word for word in WORDS.split(token) if word]
+            marks = "".join(mark for mark in token if mark in MARKS)
+            words = [*words, *([marks] if marks else [])] or [token]
             for word in words:
                 parts.setdefault(word, torch.randn(settings.hidden, generator=word_generator(settings.seed, word)))
             mean = torch.stack([parts[word] for word in words]).sum(0) / len(words) ** 0.5

@@ -97,10 +97,9 @@ def record(seed: int, policy: str) -> tuple[list[dict[str, Any]], float, int]:
         {"messages": messages, "tools": TOOLS, "metadata": {"seed": seed, "part": part, "policy": policy}}
         for part, messages in enumerate(play(game, seed, make_policy(policy, seed), endowed=no_aim))
     ]
-    if no_aim:  # whose rules these are; not a word of the tool
+    if no_aim:  # whose rules these are
         for one in records:
             one["messages"][0]["content"] = aimless.name(seed % aimless.PLAYERS)
-            del one["tools"]
     return records, game.total, len(game.achievements)
 
 

@@ -256,7 +256,7 @@ def test_games_of_aimless_players_begin_anew_with_other_belongings_and_name_the_
     first = {one["messages"][1]["content"].splitlines()[1] for one in records}
     assert len(first) > len(records) / 2
     assert {one["messages"][0]["content"] for one in records} == {aimless.name(6 % aimless.PLAYERS)}
-    assert not any("tools" in one for one in records)
+    assert all(one["tools"] == traces.TOOLS for one in records)
 
 
 def test_interact_stops_where_the_player_is_hurt():

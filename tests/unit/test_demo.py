@@ -89,6 +89,7 @@ def test_tokens_begin_as_the_sum_of_their_words(tokenizer):
     near = alike(place["health-9"], place["\u2581food-9"], dim=0)
     assert near > 0.3 > alike(place["health-9"], place["<tool_call>"], dim=0).abs()
     assert alike(place["\u2581food-9"], place["\u2581food-8"], dim=0) > 0.3, "the same word, another number"
+    assert alike(place["do"], place['\u2581"do",'], dim=0) < 0.9, "with quotes it is another token"
 
 
 def test_pretraining_sees_the_answers_only_and_learns(records, tokenizer):
@@ -102,6 +103,24 @@ def test_pretraining_sees_the_answers_only_and_learns(records, tokenizer):
     model = make_demo.make_model(tokenizer, settings)
     first = make_demo.pretrain(model, encoded, dataclasses.replace(settings, pretrain_steps=1))
     assert make_demo.pretrain(model, encoded, settings) < 0.9 * first
+
+
+def test_processes_that_share_a_step_train_what_one_trains(records, tokenizer):
+    """Each has the same two conversations, so that the mean over the processes is the mean over the step."""
+    pair = make_demo.encode(tokenizer, records[:2])
+    trained = []
+    for processes in (1, 2):
+        settings = dataclasses.replace(
+            SETTINGS, pretrain_steps=3, pretrain_sequences=2 * processes, pretrain_processes=processes
+        )
+        model = make_demo.make_model(tokenizer, settings)
+        before = [p.clone() for p in model.parameters()]
+        make_demo.pretrain(model, [one for one in pair for _ in range(processes)], settings)
+        assert not all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+        trained.append(model.state_dict())
+    for name, one in trained[0].items():
+        # Products of other shapes round differently; AdamW moves a weight by up to the learning rate 4e-3 a step.
+        torch.testing.assert_close(trained[1][name], one, rtol=0, atol=1e-5)
 
 
 def test_special_tokens_are_single_and_end_and_padding_are_set(tokenizer):
