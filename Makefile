@@ -20,11 +20,11 @@ install: .venv/installed
 	@$(PYTHON) -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	@touch $@
 
-# demo-long: the same with more steps, for an agent that plays better.
-demo-long: PRETRAINING := --pretrain-steps 800
+# demo-long: the same with more games and steps, for an agent that plays better.
+demo-long: WORLD := --games 200 --aimless-games 120 --pretrain-steps 800
 demo-long: TRAINING := --set hyperparameters.max_steps=300
 demo demo-long: install
-	$(PYTHON) tools/make_demo.py --out demo $(PRETRAINING)
+	$(PYTHON) tools/make_demo.py --out demo $(WORLD)
 	@[ runs/demo/config.toml -nt demo/stamp.json ] || rm -rf runs/demo  # of another demo model
 	$(TORCHRUN) --nproc-per-node 4 tools/train.py --config configs/demo.toml $(TRAINING)
 	$(PYTHON) tools/check_adapter.py demo/model runs/demo/adapter demo/data/validation.jsonl --run-dir runs/demo

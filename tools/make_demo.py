@@ -99,10 +99,10 @@ class Settings:
     """All that decides what is made."""
 
     seed: int = 0
-    games: int = 200  # of the script, to train on
+    games: int = 120  # of the script, to train on
     validation_games: int = 10
     held_out_games: int = 10
-    aimless_games: int = 120  # to pretrain on
+    aimless_games: int = 80  # to pretrain on
     vocabulary: int = 1400
     hidden: int = 128
     layers: int = 2
@@ -112,7 +112,7 @@ class Settings:
     experts: int = 8
     experts_per_token: int = 2
     expert_intermediate: int = 128
-    pretrain_steps: int = 500
+    pretrain_steps: int = 300
     pretrain_sequences: int = 16  # per step
     pretrain_processes: int = 2
     pretrain_learning_rate: float = 4e-3
@@ -133,11 +133,12 @@ def main(
     out: Annotated[Path, typer.Option(help="the folder to make")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, max=49, help="of worlds, weights and every choice")] = 0,
     games: Annotated[int, typer.Option(min=1, max=1000, help="of the script, to train on")] = Settings.games,
+    aimless_games: Annotated[int, typer.Option(min=1, max=1000, help="to pretrain on")] = Settings.aimless_games,
     pretrain_steps: Annotated[int, typer.Option(help="0 leaves the base model random")] = Settings.pretrain_steps,
 ) -> None:
     """Make the demo's data set, tokenizer and base model."""
     console = Console()
-    settings = Settings(seed=seed, games=games, pretrain_steps=pretrain_steps)
+    settings = Settings(seed=seed, games=games, aimless_games=aimless_games, pretrain_steps=pretrain_steps)
     stamp = {"settings": asdict(settings), "made_from": made_from()}
     stamp_file = out / "stamp.json"
     if stamp_file.exists() and json.loads(stamp_file.read_text()) == stamp:

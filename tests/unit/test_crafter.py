@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -224,7 +225,7 @@ def test_answers_of_aimless_players_are_rarely_the_ones_before():
         records, _, _ = traces.record(seed, "aimless")
         for record in records:
             answers = [message for message in record["messages"] if message["role"] == "assistant"]
-            repeated += sum(one == before for before, one in zip(answers, answers[1:], strict=False))
+            repeated += sum(one == before for before, one in pairwise(answers))
             pairs += len(answers) - 1
             assert all(message["content"] in aimless_answers(record) for message in answers)
     assert pairs > 100
