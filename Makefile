@@ -23,7 +23,8 @@ install: .venv/installed
 # demo-long: the same with more games and steps, for an agent that plays better.
 demo-long: WORLD := --games 200 --aimless-games 120 --pretrain-steps 800
 demo-long: TRAINING := --set hyperparameters.max_steps=300
-demo demo-long: install
+demo-long: demo
+demo: install
 	$(PYTHON) tools/make_demo.py --out demo $(WORLD)
 	@[ runs/demo/config.toml -nt demo/stamp.json ] || rm -rf runs/demo  # of another demo model
 	$(TORCHRUN) --nproc-per-node 4 tools/train.py --config configs/demo.toml $(TRAINING)
