@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -405,7 +406,9 @@ def endless(samples: list[Encoded], size: int, generator: torch.Generator) -> It
     while True:
         order = torch.randperm(len(samples), generator=generator).tolist()
         order.sort(key=lambda index: len(samples[index][0]))
-        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        count = math.ceil(len(order) / size)  # of like size: none too small to be shared by the processes
+        edges = [len(order) * k // count for k in range(count + 1)]
+        batches = [order[first:end] for first, end in pairwise(edges)]
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield [samples[one] for one in batches[index]]
 

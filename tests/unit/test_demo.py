@@ -105,6 +105,12 @@ def test_pretraining_sees_the_answers_only_and_learns(records, tokenizer):
     assert make_demo.pretrain(model, encoded, settings) < 0.9 * first
 
 
+def test_every_batch_has_work_for_each_process():
+    samples = [([0] * (k + 1), [True]) for k in range(17)]
+    stream = make_demo.endless(samples, 16, torch.Generator().manual_seed(0))
+    assert sorted(len(next(stream)) for _ in range(2)) == [8, 9]
+
+
 def test_processes_that_share_a_step_train_what_one_trains(records, tokenizer):
     """Each has the same two conversations, so that the mean over the processes is the mean over the step."""
     pair = make_demo.encode(tokenizer, records[:2])
