@@ -8,17 +8,13 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .expert import DEEDS, MOST, RECIPES, Decision
-from .game import ACTIONS
-from .view import NAMED, VITALS, View
+from .expert import DEEDS, MOST, Decision
+from .view import ACHIEVEMENTS, ACTIONS, NAMED, TOOLS, VITALS, View
 
 PLAYERS = 4  # as many sets of rules; a model is told whose
+LENGTH = 600  # steps of a game
 ITEMS = ("sapling", "wood", "stone", "coal", "iron", "diamond")
-ACHIEVEMENTS = (
-    *("collect_coal", "collect_diamond", "collect_drink", "collect_iron", "collect_sapling", "collect_stone"),
-    *("collect_wood", "eat_cow", "place_furnace", "place_plant", "place_stone", "place_table", "wake_up"),
-)
-DEEDS_IN_RULES = 6
+CRAFTED = tuple(name.removeprefix("make_") for name in ACTIONS if name.endswith(TOOLS))
 
 Test = Callable[[View], bool]
 
@@ -39,10 +35,14 @@ def name(player: int) -> str:
 def rules(player: int) -> list[Rule]:
     """Those of a player, the most urgent first."""
     drawn = random.Random(player)
-    aims = [*NAMED, *NAMED, *(drawn.choice(DEEDS) for _ in range(DEEDS_IN_RULES))]
+    aims = [*NAMED, *NAMED, *DEEDS]
     drawn.shuffle(aims)
     return [
-        Rule([_test(drawn) for _ in range(drawn.randint(1, 2))], aim, drawn.randint(1, 2) * [drawn.choice(ACTIONS)])
+        Rule(
+            [_test(drawn) for _ in range(drawn.randint(1, 2))],
+            aim,
+            drawn.randint(1, 3) * [DEEDS.get(aim) or drawn.choice(ACTIONS)],
+        )
         for aim in aims
     ]
 
@@ -64,14 +64,16 @@ def make(player: int) -> Callable[[str], Decision]:
 
 
 def _test(drawn: random.Random) -> Test:
-    """A question about what the player needs, has, has not, or has done."""
+    """A question about what the player needs, has, has not, or has to do."""
     vital, least, item, count = drawn.choice(VITALS), drawn.randint(3, 6), drawn.choice(ITEMS), drawn.randint(1, 5)
-    achievement, tool = drawn.choice(ACHIEVEMENTS), drawn.choice(list(RECIPES))
+    achievement, tool = drawn.choice(ACHIEVEMENTS), drawn.choice(CRAFTED)
+    possible = drawn.choice(ACHIEVEMENTS)
     tests: list[Test] = [
         lambda view: view.vitals[vital] <= least,
         lambda view: view.have.get(item, 0) >= count,
         lambda view: view.have.get(item, 0) < count,
-        lambda view: achievement not in view.done,
+        lambda view: achievement in view.todo,
+        lambda view: possible in view.now,
         lambda view: tool in view.tools,
     ]
     return drawn.choice(tests)

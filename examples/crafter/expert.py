@@ -7,22 +7,18 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .view import View
+from .view import ACTIONS, View
 
 MOST = 5  # actions of one call
 PLACEABLE = ("grass", "sand", "path")
 STRENGTH = {"cow": 3, "zombie": 5, "skeleton": 3}
 NEEDS = {"diamond": "iron_pickaxe", "iron": "stone_pickaxe", "coal": "wood_pickaxe"}
-WOOD_BEFORE_TABLE = 4  # 2 for the table, 1 each for a pickaxe and a sword
-RECIPES = {  # what a tool takes, in the order in which they are made
-    "wood_pickaxe": ("wood",),
-    "stone_pickaxe": ("wood", "stone"),
-    "wood_sword": ("wood",),
-    "stone_sword": ("wood", "stone"),
-    "iron_pickaxe": ("wood", "coal", "iron"),
-    "iron_sword": ("wood", "coal", "iron"),
+WOOD = 4  # 2 for the table, 1 each for a pickaxe and a sword
+DEEDS = {  # what a player says it does, when it goes to nothing, and the action
+    **{name: name for name in ACTIONS if name.startswith(("make_", "place_"))},
+    "collect_sapling": "do",
+    "sleep": "sleep",
 }
-DEEDS = ("sleep", "plant", "search", "make", "build", "turn")  # what a player says it does, when it goes to nothing
 
 
 class Decision(NamedTuple):
@@ -34,13 +30,16 @@ class Decision(NamedTuple):
 
 def decide(text: str) -> Decision:
     """What to do next."""
-    words, actions = next(_rules(View.read(text)))
-    return Decision(words, actions[:MOST])
+    return rules(View.read(text))[0]
+
+
+def rules(view: View) -> list[Decision]:
+    """What each rule that applies wants to do, the most urgent first."""
+    return [Decision(words, actions[:MOST]) for words, actions in _rules(view)]
 
 
 def _rules(view: View) -> Iterator[Decision]:
-    """What each rule that applies wants to do, the most urgent first."""
-    have, tools, done, ways, vitals = view.have, view.tools, view.done, view.ways, view.vitals
+    have, tools, todo, ways, vitals = view.have, view.tools, view.todo, view.ways, view.vitals
     wood, stone = have.get("wood", 0), have.get("stone", 0)
     pickaxe, stone_pickaxe = "wood_pickaxe" in tools, "stone_pickaxe" in tools
     sleep = Decision("sleep", ["sleep"] * MOST)
@@ -49,30 +48,24 @@ def _rules(view: View) -> Iterator[Decision]:
     for kind in ("zombie", "skeleton"):
         if kind in ways and ways[kind].steps <= 3:
             yield _attack(view, kind)
-    if (vitals["drink"] <= 4 or "collect_drink" not in done) and "water" in ways:
-        yield _go(view, "water", ["do"] * max(1, 9 - vitals["drink"]))
-    if (vitals["food"] <= 5 or "eat_cow" not in done) and "cow" in ways:
+    if (vitals["drink"] <= 4 or "collect_drink" in todo) and "water" in ways:
+        yield _go(view, "water", ["do"] * MOST)
+    if (vitals["food"] <= 5 or "eat_cow" in todo) and "cow" in ways:
         yield _attack(view, "cow")
-    if (vitals["energy"] <= 3 or ("wake_up" not in done and vitals["energy"] < 9)) and "zombie" not in ways:
+    if (vitals["energy"] <= 3 or "wake_up" in view.now) and "zombie" not in ways:
         yield sleep
-    if "place_plant" not in done and view.faced == "grass":
-        yield Decision("plant", ["place_plant"]) if "sapling" in have else Decision("search", ["do"] * 3)
-    if view.near and (made := _make(view)):
-        yield Decision("make", made)
-    if "place_stone" not in done and stone and view.faced in (*PLACEABLE, "water"):
-        yield Decision("build", ["place_stone"])
+    for name, action in DEEDS.items():
+        if name in view.now:
+            yield Decision(name, [action] * (3 if action == "do" else 1))
     for wanted, needed in NEEDS.items():
-        if needed in tools and f"collect_{wanted}" not in done and wanted in ways:
+        if needed in tools and f"collect_{wanted}" in todo and wanted in ways:
             yield _go(view, wanted, ["do"])
-    if pickaxe and not stone_pickaxe and stone >= 2 and wood >= 2 and "table" in ways:
-        yield _go(view, "table", [])
-    if not pickaxe and wood >= WOOD_BEFORE_TABLE:
-        yield _build(view, ["place_table", "make_wood_pickaxe", "make_wood_sword"])
-    if pickaxe and not stone_pickaxe and stone >= 2 and wood >= WOOD_BEFORE_TABLE:
-        yield _build(view, ["place_table", "make_stone_pickaxe", "make_stone_sword"])
-    if "place_furnace" not in done and stone_pickaxe and stone >= 4:
-        yield _build(view, ["place_furnace"])
-    if wood < WOOD_BEFORE_TABLE and not stone_pickaxe and "tree" in ways:
+    if wood >= 2 and (not pickaxe or (stone >= 2 and not stone_pickaxe)):
+        if "table" in ways:
+            yield _go(view, "table", [])
+        if pickaxe and wood >= WOOD and view.faced in PLACEABLE:
+            yield Decision("place_table", ["place_table"])  # another one
+    if wood < WOOD and not stone_pickaxe and "tree" in ways:
         yield _go(view, "tree", ["do"])
     if pickaxe and stone < 5 and "stone" in ways:
         yield _go(view, "stone", ["do"])
@@ -92,26 +85,6 @@ def _attack(view: View, kind: str) -> Decision:
     words, actions = _go(view, kind, ["do"] * math.ceil(STRENGTH[kind] / strength))
     leg = view.ways[kind]
     return Decision(words, actions if leg.steps <= 2 or leg.bends else actions[: leg.steps - 1])
-
-
-def _make(view: View) -> list[str]:
-    """The tools that can be made here and now."""
-    left, made = dict(view.have), []
-    for name, uses in RECIPES.items():
-        place = {"table", "furnace"} if "iron" in uses else {"table"}
-        if name in view.tools or not place <= set(view.near) or any(left.get(item, 0) < 1 for item in uses):
-            continue
-        made.append(f"make_{name}")
-        for item in uses:
-            left[item] -= 1
-    return made
-
-
-def _build(view: View, actions: list[str]) -> Decision:
-    """Place something on the cell in front, or turn to one where there is room."""
-    if view.faced in PLACEABLE:
-        return Decision("build", actions)
-    return Decision("turn", [f"move_{view.open.direction}" if view.open.steps else "do"])
 
 
 def _explore(view: View) -> Decision:

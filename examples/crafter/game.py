@@ -5,13 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import crafter
-from crafter import constants, worldgen
+from crafter import worldgen
 
 from .noise import WorldNoise
-from .view import DIRECTIONS, TOOLS, VITALS, View, look
+from .view import ACTIONS, DIRECTIONS, TOOLS, VITALS, View, look
 
 LENGTH = 150  # steps of an episode; the game's own limit is 10,000
-ACTIONS = tuple(constants.actions)
 
 
 class Game(crafter.Env):  # type: ignore[misc]
@@ -49,7 +48,7 @@ class Game(crafter.Env):  # type: ignore[misc]
         return self.view().text()
 
     def endow(self, drawn: random.Random) -> str:
-        """Let the player have, need and have done things at random; return what it sees."""
+        """Let the player, who may have died, have, need and have done things at random; return what it sees."""
         carried = self._player.inventory
         for name in carried:
             if name in VITALS:
@@ -59,6 +58,7 @@ class Game(crafter.Env):  # type: ignore[misc]
             else:
                 carried[name] = drawn.randint(0, 1) * drawn.randint(1, 9)
         self._unlocked = {name for name in self._player.achievements if drawn.randint(0, 1)}
+        self.over = self.steps >= self._length
         return self.view().text()
 
     def interact(self, actions: list[str]) -> str:

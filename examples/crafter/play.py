@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .expert import MOST, Decision
-from .game import ACTIONS, LENGTH, Game
+from .game import LENGTH, Game
 from .traces import CALLS, TOOLS, call, make_policy, opening
+from .view import ACTIONS
 
 HELD_OUT = 300_000  # the first seed of the worlds to be tested in; traces are to be of others
 MOST_TOKENS = 48  # of an answer; words and a call of five actions have 30

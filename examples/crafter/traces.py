@@ -9,6 +9,7 @@ conversation's number in it.
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ import typer
 
 from . import aimless, expert
 from .expert import Decision
-from .game import ACTIONS, Game
-from .view import View
+from .game import LENGTH, Game
+from .view import ACTIONS, View
 
 CALLS = 4  # of one conversation
+SLIPS = 1, 6  # the fewest and the most calls between two conversations of a careless player
+DRAWS = 8  # of what an aimless player has and needs, to choose from
 SYSTEM = "You play Crafter. Stay alive and unlock achievements."
 INTERACT = {
     "type": "function",
@@ -53,7 +56,7 @@ Policy = Callable[[str], Decision]
 
 
 def main(
-    policy: Annotated[str, typer.Option(help="expert, aimless or random")] = "expert",
+    policy: Annotated[str, typer.Option(help="expert, careless, aimless or random")] = "expert",
     seeds: Annotated[tuple[int, int], typer.Option(help="first seed, and the one after the last")] = (0, 300),
     out: Annotated[Path, typer.Option(help="the JSONL file to write")] = Path("traces.jsonl"),
     processes: Annotated[int, typer.Option(help="games are played side by side")] = 2,
@@ -92,10 +95,11 @@ def write(out: Path, policy: str, seeds: Sequence[int], processes: int = 2) -> P
 
 def record(seed: int, policy: str) -> tuple[list[dict[str, Any]], float, int]:
     """The conversations of the game of a seed, its return, and the number of its achievements."""
-    game, no_aim = _game(), policy == "aimless"
+    no_aim, careless = policy == "aimless", policy == "careless"
+    game = _game(aimless.LENGTH if no_aim else LENGTH)
     records: list[dict[str, Any]] = [
         {"messages": messages, "tools": TOOLS, "metadata": {"seed": seed, "part": part, "policy": policy}}
-        for part, messages in enumerate(play(game, seed, make_policy(policy, seed), endowed=no_aim))
+        for part, messages in enumerate(play(game, seed, make_policy(policy, seed), endowed=no_aim, careless=careless))
     ]
     if no_aim:  # whose rules these are
         for one in records:
@@ -104,22 +108,34 @@ def record(seed: int, policy: str) -> tuple[list[dict[str, Any]], float, int]:
 
 
 @cache
-def _game() -> Game:
+def _game(length: int) -> Game:
     """One of this process: its textures take longer to load than a game to play."""
-    return Game()
+    return Game(length)
 
 
-def play(game: Game, seed: int, policy: Policy, endowed: bool = False) -> Iterator[list[Message]]:
+def play(
+    game: Game, seed: int, policy: Policy, endowed: bool = False, careless: bool = False
+) -> Iterator[list[Message]]:
     """Play the game of a seed; yield its conversations.
 
-    `endowed`: after each call the player has and needs other things, drawn at random. So a few games show all that
-    there is to read, and an answer is rarely the one before: left alone, 85 % of an aimless player's are, and a model
-    that learns from them learns to repeat, not to read.
+    `endowed`: after each call the player has and needs other things, drawn at random, and is alive. So a few games show
+    all that there is to read, and an answer is rarely the one before: left alone, 85 % of an aimless player's are, and
+    a model that learns from them learns to repeat, not to read. Of `DRAWS` draws the one is taken that has the player
+    say what it said least, so that it says everything about equally often.
+
+    `careless`: between two conversations the player does what any rule of the script says that applies, as often as
+    `SLIPS` allows, and this is in no conversation. So the script is seen to answer where it would not have come: an
+    imitator, which errs, comes there (DART: Laskey et al. 2017, arXiv:1703.09327).
     """
-    drawn = random.Random(seed)
+    drawn, said = random.Random(seed), Counter[str]()
 
     def shown(seen: str) -> str:
-        return game.endow(drawn) if endowed else seen
+        if not endowed:
+            return seen
+        draws = [drawn.random() for _ in range(DRAWS)]
+        seen = game.endow(random.Random(min(draws, key=lambda one: said[policy(game.endow(random.Random(one))).words])))
+        said[policy(seen).words] += 1
+        return seen
 
     seen = shown(game.start(seed))
     while not game.over:
@@ -132,16 +148,18 @@ def play(game: Game, seed: int, policy: Policy, endowed: bool = False) -> Iterat
                 break
             messages.append({"role": "tool", "content": seen})
         yield messages
+        for _ in range(drawn.randint(*SLIPS) if careless else 0):
+            seen = game.interact(drawn.choice(expert.rules(View.read(seen))).actions)
 
 
 def make_policy(name: str, seed: int) -> Policy:
-    """The expert; one of the aimless players, by the seed; or one that does one to five things at random."""
-    if name == "expert":
+    """The script; one of the aimless players, by the seed; or one that does one to five things at random."""
+    if name in ("expert", "careless"):
         return expert.decide
     if name == "aimless":
         return aimless.make(seed % aimless.PLAYERS)
     if name != "random":
-        raise ValueError(f"{name}: no such policy; there are expert, aimless and random")
+        raise ValueError(f"{name}: no such policy; there are expert, careless, aimless and random")
     drawn = random.Random(seed)
 
     def decide(seen: str) -> Decision:

@@ -2,23 +2,27 @@
 
     health-9 food-8 drink-8 energy-9
     have wood-3 stone-1 wood_pickaxe wood_sword
-    done collect_stone collect_wood place_table
-    facing-tree near-table
-    open-up-3 tree-here water-left-3+ cow-right-2
+    todo collect_drink collect_sapling eat_cow place_plant place_stone! wake_up
+    facing-grass near-table
+    open-up-3 tree-left-1 water-left-3+ cow-right-2
 
-`done` are the achievements of this game; those of making a tool are not in it, as `have` shows the tool. `open` is
-where to walk on: straight ahead, at an obstacle to the side with more room, and for how many cells.
+`todo` are the achievements that this game still offers, with `!` those that can be done at the place, with what the
+player faces, has and is near to. A tool to make is in it where it can be made.
 
 The player sees 9 x 7 cells, as in the game's own picture. Of each kind of thing in it that can be walked to, the text
 names the nearest, and the first leg of the shortest way to it: `cow-right-2` is two steps to the right, the last of
 them into the cow, where a step only turns the player to face it. After `water-left-3+` the way bends. `here` is what
-the player faces. A fact is one word, so that a tokenizer that learned from such text makes one token of it.
+the player faces. `open` is where to walk on: straight ahead, at an obstacle to the side with more room, and for how
+many cells. A fact is one word, so that a tokenizer that learned from such text makes one token of it.
 """
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
+
+from crafter import constants
 
 Cell = tuple[int, int]
 
@@ -26,6 +30,8 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 WALKABLE = ("grass", "sand", "path")
 VITALS = ("health", "food", "drink", "energy")
 TOOLS = ("_pickaxe", "_sword")
+ACTIONS = tuple(constants.actions)
+ACHIEVEMENTS = tuple(constants.achievements)
 NAMED = ("zombie", "skeleton", "cow", "water", "tree", "stone", "coal", "iron", "diamond", "table", "furnace")
 WORKPLACES = ("table", "furnace")
 AROUND = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)]  # where the game looks for a table
@@ -62,7 +68,8 @@ class View:
         vitals: health, food, drink and energy, 0 to 9.
         have: what the player carries, and how many.
         tools: pickaxes and swords.
-        done: other achievements unlocked in this game.
+        todo: achievements not unlocked in this game; of making tools those in `now` only.
+        now: those of them that can be done at the place.
         faced: the name of what the player faces.
         near: those of table and furnace that are near enough to work at.
         open: where to walk on; no steps where the player is shut in.
@@ -72,7 +79,8 @@ class View:
     vitals: Mapping[str, int]
     have: Mapping[str, int]
     tools: Sequence[str]
-    done: Sequence[str]
+    todo: Sequence[str]
+    now: Sequence[str]
     faced: str
     near: Sequence[str] = ()
     open: Leg = HERE
@@ -87,22 +95,25 @@ class View:
         ways = [f"open-{self.open.text()}", *(f"{kind}-{leg.text()}" for kind, leg in self.ways.items())]
         lines = [" ".join([*vitals, *(["asleep"] if self.asleep else [])])]
         lines += [" ".join(["have", *have])] if have else []
-        lines += [" ".join(["done", *self.done])] if self.done else []
+        todo = [f"{name}{'!' * (name in self.now)}" for name in self.todo]
+        lines += [" ".join(["todo", *todo])] if todo else []
         return "\n".join([*lines, " ".join(place), " ".join(ways)])
 
     @classmethod
     def read(cls, text: str) -> "View":
         """The view that `text` wrote."""
         first, *rest = (line.split() for line in text.split("\n"))
-        lists = {words[0]: words[1:] for words in rest if words[0] in ("have", "done")}
+        lists = {words[0]: words[1:] for words in rest if words[0] in ("have", "todo")}
         facts = [word for words in rest if words[0] not in lists for word in words]
         named = {word.partition("-")[0]: word.partition("-")[2] for word in facts if not word.startswith("near-")}
         carried = [word for word in lists.get("have", []) if not word.endswith(TOOLS)]
+        todo = lists.get("todo", [])
         return cls(
             vitals=_counts(word for word in first if word != "asleep"),
             have=_counts(carried),
             tools=[word for word in lists.get("have", []) if word.endswith(TOOLS)],
-            done=lists.get("done", []),
+            todo=[word.rstrip("!") for word in todo],
+            now=[word.rstrip("!") for word in todo if word.endswith("!")],
             faced=named["facing"],
             near=[word.removeprefix("near-") for word in facts if word.startswith("near-")],
             open=Leg.read(named["open"]),
@@ -114,19 +125,45 @@ class View:
 def look(
     cells: Mapping[Cell, str], inventory: Mapping[str, int], done: Sequence[str], facing: str, asleep: bool
 ) -> View:
-    """The view of a player at (0, 0), from the names of the cells around."""
+    """The view of a player at (0, 0), from the names of the cells around and the achievements unlocked."""
     carried = {name: count for name, count in inventory.items() if count and name not in VITALS}
+    faced = cells.get(DIRECTIONS[facing], "edge")
+    near = [kind for kind in WORKPLACES if any(cells.get(cell) == kind for cell in AROUND)]
+    now = [] if asleep else [name for name in _possible(inventory, faced, near) if name not in done]
     return View(
         vitals={name: inventory[name] for name in VITALS},
         have={name: count for name, count in carried.items() if not name.endswith(TOOLS)},
         tools=[name for name in carried if name.endswith(TOOLS)],
-        done=[name for name in done if not name.endswith(TOOLS)],
-        faced=cells.get(DIRECTIONS[facing], "edge"),
-        near=[kind for kind in WORKPLACES if any(cells.get(cell) == kind for cell in AROUND)],
+        todo=[name for name in ACHIEVEMENTS if name in now or not (name in done or name.endswith(TOOLS))],
+        now=now,
+        faced=faced,
+        near=near,
         open=_open(cells, facing),
-        ways=_ways(cells, facing),
+        ways=_ways(tuple(cells.items()), facing),
         asleep=asleep,
     )
+
+
+def _possible(inventory: Mapping[str, int], faced: str, near: Sequence[str]) -> Iterator[str]:
+    """The achievements within reach, by the rules of the game."""
+
+    def has(uses: Mapping[str, int]) -> bool:
+        return all(inventory.get(item, 0) >= count for item, count in uses.items())
+
+    for kind, rule in constants.collect.items():
+        if kind == faced and has(rule["require"]):
+            yield f"collect_{next(iter(rule['receive']))}"
+    for name, rule in constants.place.items():
+        if faced in rule["where"] and has(rule["uses"]):
+            yield f"place_{name}"
+    for name, rule in constants.make.items():
+        if set(rule["nearby"]) <= set(near) and has(rule["uses"]):
+            yield f"make_{name}"
+    for creature, name in (("cow", "eat_cow"), ("zombie", "defeat_zombie"), ("skeleton", "defeat_skeleton")):
+        if creature == faced:
+            yield name
+    if inventory["energy"] < constants.items["energy"]["max"]:
+        yield "wake_up"  # whoever is rested does not fall asleep
 
 
 def _open(cells: Mapping[Cell, str], facing: str) -> Leg:
@@ -147,8 +184,10 @@ def _free(cells: Mapping[Cell, str], step: Cell) -> int:
     return count
 
 
-def _ways(cells: Mapping[Cell, str], facing: str) -> dict[str, Leg]:
+@lru_cache(maxsize=1)  # often asked for again with other belongings
+def _ways(seen: tuple[tuple[Cell, str], ...], facing: str) -> Mapping[str, Leg]:
     """The beginning of the way to the nearest of each kind: the fewest steps, then the fewest bends."""
+    cells = dict(seen)
     order = [facing, *(name for name in DIRECTIONS if name != facing)]
     found: dict[str, tuple[int, int, Leg]] = {}
     reached: set[tuple[Cell, str]] = set()

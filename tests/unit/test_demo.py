@@ -111,8 +111,12 @@ def test_every_batch_has_work_for_each_process():
     assert sorted(len(next(stream)) for _ in range(2)) == [8, 9]
 
 
-def test_processes_that_share_a_step_train_what_one_trains(records, tokenizer):
-    """Each has the same two conversations, so that the mean over the processes is the mean over the step."""
+def test_processes_that_share_a_step_train_what_one_trains(records, tokenizer, monkeypatch):
+    """Each has the same two conversations, so that the mean over the processes is the mean over the step.
+
+    With AdamW for all weights: Muon orthogonalises in bf16, where a gradient's last bit becomes 1e-4 of a weight.
+    """
+    monkeypatch.setattr(make_demo, "make_optimizers", lambda model, *_: [torch.optim.AdamW(model.parameters(), 4e-3)])
     pair = make_demo.encode(tokenizer, records[:2])
     trained = []
     for processes in (1, 2):
@@ -127,6 +131,26 @@ def test_processes_that_share_a_step_train_what_one_trains(records, tokenizer):
     for name, one in trained[0].items():
         # Products of other shapes round differently; AdamW moves a weight by up to the learning rate 4e-3 a step.
         torch.testing.assert_close(trained[1][name], one, rtol=0, atol=1e-5)
+
+
+def test_each_weight_is_of_one_optimizer_and_pretraining_moves_all_experts(records, tokenizer):
+    settings = dataclasses.replace(SETTINGS, pretrain_steps=2, pretrain_sequences=4)
+    model = make_demo.make_model(tokenizer, settings)
+    fused = [p for p in model.parameters() if p.ndim == 3]
+    experts = [torch.nn.Parameter(one) for p in fused for one in p.data]
+    muon, adam = make_demo.make_optimizers(model, experts, settings)
+    own = [p for one in (muon, adam) for group in one.param_groups for p in group["params"]]
+    expected = [p.data_ptr() for p in model.parameters() if p.ndim < 3] + [one.data_ptr() for p in fused for one in p]
+    assert sorted(p.data_ptr() for p in own) == sorted(expected)
+    names = {p.data_ptr(): name for name, p in model.named_parameters()}
+    of_adam = {names[p.data_ptr()].split(".")[-2] for p in adam.param_groups[0]["params"]}
+    assert {"embed_tokens", "lm_head", "gate", "norm"} <= of_adam
+    assert not {"q_proj", "o_proj", "experts"} & of_adam
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    make_demo.pretrain(model, make_demo.encode(tokenizer, records), settings)
+    for name, p in model.named_parameters():
+        for old, new in zip(before[name], p, strict=True) if p.ndim == 3 else [(before[name], p)]:
+            assert not torch.equal(old, new), name
 
 
 def test_special_tokens_are_single_and_end_and_padding_are_set(tokenizer):
