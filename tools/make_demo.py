@@ -56,6 +56,7 @@ Record = dict[str, Any]
 ENDOFTEXT, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = tuple(f"<{end}{name}>" for name in ("tools", "tool_call", "tool_response") for end in ("", "/"))
 WORDS = re.compile(r"[^A-Za-z0-9+<|>/]+|(?=\+)")  # between the words of a token
+BRACKETS = re.compile(r"(?<=\[)|(?=\])")  # of a list: a token neither goes on after it begins, nor holds its end
 MARKS = frozenset('"[]{},:')  # JSON's: by them ` "do",` is not `do`, else an answer may lose its quotes
 ASSISTANT = f"{IM_START}assistant\n"  # what an answer follows
 # The form of Qwen3's: tools as JSON in the system's message, calls as JSON in <tool_call>, results in the user's turn.
@@ -100,10 +101,10 @@ class Settings:
     """All that decides what is made."""
 
     seed: int = 0
-    games: int = 250  # of the script, which slips now and then, to train on
+    games: int = 160  # of the script, which slips now and then, to train on
     validation_games: int = 10
     held_out_games: int = 10
-    aimless_games: int = 40  # to pretrain on
+    aimless_games: int = 30  # to pretrain on
     vocabulary: int = 1400
     hidden: int = 128
     layers: int = 2
@@ -113,7 +114,7 @@ class Settings:
     experts: int = 8
     experts_per_token: int = 2
     expert_intermediate: int = 128
-    pretrain_steps: int = 300
+    pretrain_steps: int = 200
     pretrain_sequences: int = 16  # per step
     pretrain_processes: int = 2
     pretrain_learning_rate: float = 2e-2  # of matrices, with Muon
@@ -218,11 +219,17 @@ def make_tokenizer(folder: Path, records: Sequence[Record], settings: Settings) 
     fallback, and every user-defined symbol a token of its own. Nothing is normalised: text comes back as it went in.
     A word is one token where it is frequent, with its digits and quotes: a fact of what the player sees is one. It
     learns from single lines, so a newline ends a token and never starts a longer one: the newline after
-    `<|im_start|>assistant` cannot merge with the answer.
+    `<|im_start|>assistant` cannot merge with the answer. Likewise at the brackets of a list of actions, else a small
+    model may forget one.
     """
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for record in records for line in spoken(record).splitlines(keepends=True)),
+        sentence_iterator=(
+            part
+            for record in records
+            for line in spoken(record).splitlines(keepends=True)
+            for part in BRACKETS.split(line)
+        ),
         model_writer=trained,
         model_type="bpe",
         vocab_size=settings.vocabulary,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .expert import DEEDS, MOST, Decision
-from .view import ACHIEVEMENTS, ACTIONS, NAMED, TOOLS, VITALS, View
+from .view import ACTIONS, NAMED, TOOLS, VITALS, View
 
 PLAYERS = 4  # as many sets of rules; a model is told whose
 LENGTH = 600  # steps of a game
@@ -41,7 +41,7 @@ def rules(player: int) -> list[Rule]:
         Rule(
             [_test(drawn) for _ in range(drawn.randint(1, 2))],
             aim,
-            drawn.randint(1, 3) * [DEEDS.get(aim) or drawn.choice(ACTIONS)],
+            DEEDS[aim] if aim in DEEDS else drawn.randint(1, 3) * [drawn.choice(ACTIONS)],
         )
         for aim in aims
     ]
@@ -64,16 +64,14 @@ def make(player: int) -> Callable[[str], Decision]:
 
 
 def _test(drawn: random.Random) -> Test:
-    """A question about what the player needs, has, has not, or has to do."""
+    """A question about what the player needs, has or has not, or can do for the first time."""
     vital, least, item, count = drawn.choice(VITALS), drawn.randint(3, 6), drawn.choice(ITEMS), drawn.randint(1, 5)
-    achievement, tool = drawn.choice(ACHIEVEMENTS), drawn.choice(CRAFTED)
-    possible = drawn.choice(ACHIEVEMENTS)
+    tool, new = drawn.choice(CRAFTED), drawn.choice([*NAMED, *DEEDS])
     tests: list[Test] = [
         lambda view: view.vitals[vital] <= least,
         lambda view: view.have.get(item, 0) >= count,
         lambda view: view.have.get(item, 0) < count,
-        lambda view: achievement in view.todo,
-        lambda view: possible in view.now,
+        lambda view: new in view.new,
         lambda view: tool in view.tools,
     ]
     return drawn.choice(tests)

@@ -12,13 +12,13 @@ from .view import ACTIONS, View
 MOST = 5  # actions of one call
 PLACEABLE = ("grass", "sand", "path")
 STRENGTH = {"cow": 3, "zombie": 5, "skeleton": 3}
-NEEDS = {"diamond": "iron_pickaxe", "iron": "stone_pickaxe", "coal": "wood_pickaxe"}
 WOOD = 4  # 2 for the table, 1 each for a pickaxe and a sword
-DEEDS = {  # what a player says it does, when it goes to nothing, and the action
-    **{name: name for name in ACTIONS if name.startswith(("make_", "place_"))},
-    "collect_sapling": "do",
-    "sleep": "sleep",
+DEEDS = {  # what a player says it does when it goes to nothing, and its actions
+    **{name: [name] for name in ACTIONS if name.startswith(("make_", "place_"))},
+    "collect_sapling": ["do"] * 3,
+    "sleep": ["sleep"] * MOST,
 }
+ON_THE_SPOT = {"water": MOST, "table": 0}  # how often to `do` something with a thing; else once
 
 
 class Decision(NamedTuple):
@@ -39,50 +39,49 @@ def rules(view: View) -> list[Decision]:
 
 
 def _rules(view: View) -> Iterator[Decision]:
-    have, tools, todo, ways, vitals = view.have, view.tools, view.todo, view.ways, view.vitals
+    have, tools, ways, vitals = view.have, view.tools, view.ways, view.vitals
     wood, stone = have.get("wood", 0), have.get("stone", 0)
     pickaxe, stone_pickaxe = "wood_pickaxe" in tools, "stone_pickaxe" in tools
-    sleep = Decision("sleep", ["sleep"] * MOST)
+    sleep = Decision("sleep", DEEDS["sleep"])
     if view.asleep:
         yield sleep
     for kind in ("zombie", "skeleton"):
         if kind in ways and ways[kind].steps <= 3:
             yield _attack(view, kind)
-    if (vitals["drink"] <= 4 or "collect_drink" in todo) and "water" in ways:
-        yield _go(view, "water", ["do"] * MOST)
-    if (vitals["food"] <= 5 or "eat_cow" in todo) and "cow" in ways:
+    if vitals["drink"] <= 4 and "water" in ways:
+        yield _go(view, "water")
+    if vitals["food"] <= 5 and "cow" in ways:
         yield _attack(view, "cow")
-    if (vitals["energy"] <= 3 or "wake_up" in view.now) and "zombie" not in ways:
+    if vitals["energy"] <= 3 and "zombie" not in ways:
         yield sleep
-    for name, action in DEEDS.items():
-        if name in view.now:
-            yield Decision(name, [action] * (3 if action == "do" else 1))
-    for wanted, needed in NEEDS.items():
-        if needed in tools and f"collect_{wanted}" in todo and wanted in ways:
-            yield _go(view, wanted, ["do"])
-    if wood >= 2 and (not pickaxe or (stone >= 2 and not stone_pickaxe)):
-        if "table" in ways:
-            yield _go(view, "table", [])
-        if pickaxe and wood >= WOOD and view.faced in PLACEABLE:
-            yield Decision("place_table", ["place_table"])  # another one
+    for name in view.new:
+        if name in STRENGTH:
+            yield _attack(view, name)
+        elif name in ways:
+            yield _go(view, name)
+        elif name != "sleep" or "zombie" not in ways:
+            yield Decision(name, DEEDS[name])
+    if pickaxe and not stone_pickaxe and wood >= WOOD and stone >= 2 and view.faced in PLACEABLE:
+        yield Decision("place_table", DEEDS["place_table"])  # another one
     if wood < WOOD and not stone_pickaxe and "tree" in ways:
-        yield _go(view, "tree", ["do"])
+        yield _go(view, "tree")
     if pickaxe and stone < 5 and "stone" in ways:
-        yield _go(view, "stone", ["do"])
+        yield _go(view, "stone")
     yield _explore(view)
 
 
-def _go(view: View, kind: str, then: list[str]) -> Decision:
-    """Walk to the nearest of a kind, face it, and do something if the call has room for it."""
+def _go(view: View, kind: str, times: int | None = None) -> Decision:
+    """Walk to the nearest of a kind, face it, and act on it if the call has room for it."""
     leg = view.ways[kind]
     moves = [f"move_{leg.direction}"] * leg.steps
-    return Decision(kind, moves if leg.bends else moves + then or ["noop"])
+    deeds = ["do"] * (ON_THE_SPOT.get(kind, 1) if times is None else times)
+    return Decision(kind, moves if leg.bends else moves + deeds or ["noop"])
 
 
 def _attack(view: View, kind: str) -> Decision:
     """Walk to a creature and hit it as often as it takes. It moves: from afar, only walk."""
     strength = 3 if "stone_sword" in view.tools else 2 if "wood_sword" in view.tools else 1
-    words, actions = _go(view, kind, ["do"] * math.ceil(STRENGTH[kind] / strength))
+    words, actions = _go(view, kind, math.ceil(STRENGTH[kind] / strength))
     leg = view.ways[kind]
     return Decision(words, actions if leg.steps <= 2 or leg.bends else actions[: leg.steps - 1])
 

@@ -2,12 +2,12 @@
 
     health-9 food-8 drink-8 energy-9
     have wood-3 stone-1 wood_pickaxe wood_sword
-    todo collect_drink collect_sapling eat_cow place_plant place_stone! wake_up
+    new collect_sapling place_stone water
     facing-grass near-table
     open-up-3 tree-left-1 water-left-3+ cow-right-2
 
-`todo` are the achievements that this game still offers, with `!` those that can be done at the place, with what the
-player faces, has and is near to. A tool to make is in it where it can be made.
+`new` is what unlocks an achievement that this game has not seen: deeds that are possible at the place, then things in
+sight that the player has the tools for.
 
 The player sees 9 x 7 cells, as in the game's own picture. Of each kind of thing in it that can be walked to, the text
 names the nearest, and the first leg of the shortest way to it: `cow-right-2` is two steps to the right, the last of
@@ -31,7 +31,7 @@ WALKABLE = ("grass", "sand", "path")
 VITALS = ("health", "food", "drink", "energy")
 TOOLS = ("_pickaxe", "_sword")
 ACTIONS = tuple(constants.actions)
-ACHIEVEMENTS = tuple(constants.achievements)
+CREATURES = {"cow": "eat_cow", "zombie": "defeat_zombie", "skeleton": "defeat_skeleton"}
 NAMED = ("zombie", "skeleton", "cow", "water", "tree", "stone", "coal", "iron", "diamond", "table", "furnace")
 WORKPLACES = ("table", "furnace")
 AROUND = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)]  # where the game looks for a table
@@ -68,8 +68,7 @@ class View:
         vitals: health, food, drink and energy, 0 to 9.
         have: what the player carries, and how many.
         tools: pickaxes and swords.
-        todo: achievements not unlocked in this game; of making tools those in `now` only.
-        now: those of them that can be done at the place.
+        new: deeds and kinds of things that unlock an achievement of which this game has none yet.
         faced: the name of what the player faces.
         near: those of table and furnace that are near enough to work at.
         open: where to walk on; no steps where the player is shut in.
@@ -79,8 +78,7 @@ class View:
     vitals: Mapping[str, int]
     have: Mapping[str, int]
     tools: Sequence[str]
-    todo: Sequence[str]
-    now: Sequence[str]
+    new: Sequence[str]
     faced: str
     near: Sequence[str] = ()
     open: Leg = HERE
@@ -95,25 +93,22 @@ class View:
         ways = [f"open-{self.open.text()}", *(f"{kind}-{leg.text()}" for kind, leg in self.ways.items())]
         lines = [" ".join([*vitals, *(["asleep"] if self.asleep else [])])]
         lines += [" ".join(["have", *have])] if have else []
-        todo = [f"{name}{'!' * (name in self.now)}" for name in self.todo]
-        lines += [" ".join(["todo", *todo])] if todo else []
+        lines += [" ".join(["new", *self.new])] if self.new else []
         return "\n".join([*lines, " ".join(place), " ".join(ways)])
 
     @classmethod
     def read(cls, text: str) -> "View":
         """The view that `text` wrote."""
         first, *rest = (line.split() for line in text.split("\n"))
-        lists = {words[0]: words[1:] for words in rest if words[0] in ("have", "todo")}
+        lists = {words[0]: words[1:] for words in rest if words[0] in ("have", "new")}
         facts = [word for words in rest if words[0] not in lists for word in words]
         named = {word.partition("-")[0]: word.partition("-")[2] for word in facts if not word.startswith("near-")}
         carried = [word for word in lists.get("have", []) if not word.endswith(TOOLS)]
-        todo = lists.get("todo", [])
         return cls(
             vitals=_counts(word for word in first if word != "asleep"),
             have=_counts(carried),
             tools=[word for word in lists.get("have", []) if word.endswith(TOOLS)],
-            todo=[word.rstrip("!") for word in todo],
-            now=[word.rstrip("!") for word in todo if word.endswith("!")],
+            new=lists.get("new", []),
             faced=named["facing"],
             near=[word.removeprefix("near-") for word in facts if word.startswith("near-")],
             open=Leg.read(named["open"]),
@@ -129,41 +124,49 @@ def look(
     carried = {name: count for name, count in inventory.items() if count and name not in VITALS}
     faced = cells.get(DIRECTIONS[facing], "edge")
     near = [kind for kind in WORKPLACES if any(cells.get(cell) == kind for cell in AROUND)]
-    now = [] if asleep else [name for name in _possible(inventory, faced, near) if name not in done]
+    ways = _ways(tuple(cells.items()), facing)
+    offers = [*_deeds(inventory, faced, near), *_things(inventory, near, ways)]
     return View(
         vitals={name: inventory[name] for name in VITALS},
         have={name: count for name, count in carried.items() if not name.endswith(TOOLS)},
         tools=[name for name in carried if name.endswith(TOOLS)],
-        todo=[name for name in ACHIEVEMENTS if name in now or not (name in done or name.endswith(TOOLS))],
-        now=now,
+        new=list(dict.fromkeys(name for name, achievement in offers if achievement not in done and not asleep)),
         faced=faced,
         near=near,
         open=_open(cells, facing),
-        ways=_ways(tuple(cells.items()), facing),
+        ways=ways,
         asleep=asleep,
     )
 
 
-def _possible(inventory: Mapping[str, int], faced: str, near: Sequence[str]) -> Iterator[str]:
-    """The achievements within reach, by the rules of the game."""
+def _has(inventory: Mapping[str, int], uses: Mapping[str, int]) -> bool:
+    return all(inventory.get(item, 0) >= count for item, count in uses.items())
 
-    def has(uses: Mapping[str, int]) -> bool:
-        return all(inventory.get(item, 0) >= count for item, count in uses.items())
 
-    for kind, rule in constants.collect.items():
-        if kind == faced and has(rule["require"]):
-            yield f"collect_{next(iter(rule['receive']))}"
-    for name, rule in constants.place.items():
-        if faced in rule["where"] and has(rule["uses"]):
-            yield f"place_{name}"
+def _deeds(inventory: Mapping[str, int], faced: str, near: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What the game allows at the place, and the achievement it is."""
     for name, rule in constants.make.items():
-        if set(rule["nearby"]) <= set(near) and has(rule["uses"]):
-            yield f"make_{name}"
-    for creature, name in (("cow", "eat_cow"), ("zombie", "defeat_zombie"), ("skeleton", "defeat_skeleton")):
-        if creature == faced:
-            yield name
-    if inventory["energy"] < constants.items["energy"]["max"]:
-        yield "wake_up"  # whoever is rested does not fall asleep
+        if set(rule["nearby"]) <= set(near) and _has(inventory, rule["uses"]):
+            yield f"make_{name}", f"make_{name}"
+    for name, rule in constants.place.items():
+        if faced in rule["where"] and _has(inventory, rule["uses"]):
+            yield f"place_{name}", f"place_{name}"
+    if faced == "grass":
+        yield "collect_sapling", "collect_sapling"
+    if inventory["energy"] < constants.items["energy"]["max"]:  # whoever is rested does not fall asleep
+        yield "sleep", "wake_up"
+
+
+def _things(inventory: Mapping[str, int], near: Sequence[str], ways: Mapping[str, Leg]) -> Iterator[tuple[str, str]]:
+    """What to eat, to defeat, to collect with the tools at hand, or to make something at, and the achievement it is."""
+    for kind in ways:
+        if kind in CREATURES:
+            yield kind, CREATURES[kind]
+        if (found := constants.collect.get(kind)) and _has(inventory, found["require"]):
+            yield kind, f"collect_{next(iter(found['receive']))}"
+        for name, rule in constants.make.items():
+            if kind not in near and set(rule["nearby"]) <= {*near, kind} and _has(inventory, rule["uses"]):
+                yield kind, f"make_{name}"
 
 
 def _open(cells: Mapping[Cell, str], facing: str) -> Leg:
