@@ -21,8 +21,8 @@ install: .venv/installed
 	@touch $@
 
 # demo-long: the same with more games and steps, for an agent that plays better.
-demo-long: WORLD := --games 200 --aimless-games 120 --pretrain-steps 800
-demo-long: TRAINING := --set hyperparameters.max_steps=300
+demo-long: WORLD := --games 400 --aimless-games 60 --pretrain-steps 700
+demo-long: TRAINING := --set hyperparameters.max_steps=500
 demo-long: demo
 demo: install
 	$(PYTHON) tools/make_demo.py --out demo $(WORLD)

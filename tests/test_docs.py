@@ -293,7 +293,7 @@ def test_the_page_on_gpus_lists_every_file_that_asks_for_cuda():
 def test_the_mistake_in_the_readme_is_refused_in_these_words(tmp_path, monkeypatch):
     said, line = re.search(r"^megasft: (configs/demo.toml:(\d+): .*)$", TEXTS["README.md"], re.MULTILINE).groups()
     lines = (ROOT / "configs" / "demo.toml").read_text().splitlines()
-    lines[int(line) - 1] = lines[int(line) - 1].replace("learning_rate = 6e-3", "learning_rat = 5e-6")
+    lines[int(line) - 1] = lines[int(line) - 1].replace("learning_rate = 5e-3", "learning_rat = 5e-6")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "demo.toml").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)

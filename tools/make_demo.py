@@ -101,10 +101,10 @@ class Settings:
     """All that decides what is made."""
 
     seed: int = 0
-    games: int = 160  # of the script, which slips now and then, to train on
+    games: int = 200  # of the script, which slips now and then, to train on
     validation_games: int = 10
     held_out_games: int = 10
-    aimless_games: int = 30  # to pretrain on
+    aimless_games: int = 40  # to pretrain on
     vocabulary: int = 1400
     hidden: int = 128
     layers: int = 2
@@ -114,7 +114,7 @@ class Settings:
     experts: int = 8
     experts_per_token: int = 2
     expert_intermediate: int = 128
-    pretrain_steps: int = 200
+    pretrain_steps: int = 350
     pretrain_sequences: int = 16  # per step
     pretrain_processes: int = 2
     pretrain_learning_rate: float = 2e-2  # of matrices, with Muon

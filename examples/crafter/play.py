@@ -13,7 +13,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -28,6 +30,9 @@ from .traces import CALLS, TOOLS, call, make_policy, opening
 from .view import ACTIONS
 
 HELD_OUT = 300_000  # the first seed of the worlds to be tested in; traces are to be of others
+PLAYERS = ("random actions", "base", "base + adapter", "script")
+POLICIES = {"random actions": "random", "script": "expert"}  # of those that are no model
+PROCESSES = 2  # players at a time
 MOST_TOKENS = 48  # of an answer; words and a call of five actions have 30
 
 
@@ -92,19 +97,15 @@ def main(
     console = Console()
     seeds = list(range(first_seed, first_seed + games))
     results: dict[str, list[Result]] = {}
-    players = {
-        "random actions": lambda: scripted("random", seeds),
-        "base": lambda: language_model(model, None),
-        "base + adapter": lambda: language_model(model, adapter),
-        "script": lambda: scripted("expert", seeds),
-    }
-    for name, make in players.items():
-        started = time.perf_counter()
-        seats = play(make(), seeds)
-        results[name] = [seat.result() for seat in seats]
-        console.print(f"{name}: {games} games in {time.perf_counter() - started:.0f} s", highlight=False)
-        if show and name == "base + adapter":
-            console.print(*seats[0].said[: 2 * show], sep="\n\n", highlight=False, markup=False)
+    adapters = {"base": None, "base + adapter": adapter}
+    # Spawned, as forked children of a process with threads may hang.
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+        games_of = {name: pool.submit(let_play, name, model, adapters.get(name), seeds) for name in PLAYERS}
+        for name, going in games_of.items():
+            results[name], said, seconds = going.result()
+            console.print(f"{name}: {games} games in {seconds:.0f} s", highlight=False)
+            if show and name == "base + adapter":
+                console.print(*said[: 2 * show], sep="\n\n", highlight=False, markup=False)
     if out is not None:
         out.write_text(json.dumps({name: [asdict(one) for one in found] for name, found in results.items()}) + "\n")
     console.print(table(results))
@@ -112,6 +113,15 @@ def main(
     tuned, base, script = (average(results[name]) for name in ("base + adapter", "base", "script"))
     against = f"{tuned / base:.1f} times the base's" if base > 0 else f"the base's is {base:.2f}"
     console.print(f"The agent's return is {tuned / script:.0%} of the script's; {against}.", highlight=False)
+
+
+def let_play(name: str, model: Path, adapter: Path | None, seeds: list[int]) -> tuple[list[Result], list[str], float]:
+    """The results of a player's games, the transcript of the first, and the seconds that they took."""
+    warnings.simplefilter("ignore")  # of other libraries
+    started = time.perf_counter()
+    policy = POLICIES.get(name)
+    seats = play(scripted(policy, seeds) if policy else language_model(model, adapter), seeds)
+    return [seat.result() for seat in seats], seats[0].said, time.perf_counter() - started
 
 
 def play(answers: Answers, seeds: list[int]) -> list[Seat]:
@@ -149,7 +159,7 @@ def language_model(model_folder: Path, adapter: Path | None) -> Answers:
     from megasft.model.hf_config import read_config
     from megasft.model.kv_cache import Chunk, KVCache, common_prefix
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // PROCESSES))
     topology = join_world(resolve_topology(TopologySettings(), 1), seed=0)
     lora = AdapterFile(adapter).settings() if adapter else None
     model = load_model(str(model_folder), topology, torch.float32, lora, str(adapter) if adapter else None).eval()

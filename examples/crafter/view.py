@@ -2,7 +2,7 @@
 
     health-9 food-8 drink-8 energy-9
     have wood-3 stone-1 wood_pickaxe wood_sword
-    new collect_sapling place_stone water
+    new place_stone collect_sapling water
     facing-grass near-table
     open-up-3 tree-left-1 water-left-3+ cow-right-2
 

@@ -75,6 +75,19 @@ def test_the_tokenizer_round_trips_text_and_agrees_with_sentencepiece(records, t
         assert ids == own.encode(text)
 
 
+def test_a_list_of_actions_begins_and_ends_with_tokens_of_its_own(records, tokenizer):
+    """Else `["do"` is another token than `"do"`, and a model may write one for the other."""
+    for record in records:
+        for message in record["messages"][2::2]:
+            tokens = [
+                tokenizer.decode([one]) for one in tokenizer.encode(json.dumps(message["tool_calls"][0]["function"]))
+            ]
+            assert len([one for one in tokens if "[" in one]) == len([one for one in tokens if "]" in one]) == 1
+            (begin,), (end,) = ([one for one in tokens if bracket in one] for bracket in "[]")
+            assert begin.endswith("[")
+            assert end.startswith("]")
+
+
 def test_frequent_facts_and_the_tags_of_calls_are_one_token(tokenizer):
     for text in ("<tool_call>", "</tool_response>", "health-9", " energy-9", ' "move_left",'):
         assert len(tokenizer.encode(text)) == 1, text
