@@ -8,6 +8,7 @@ The most likely tokens are taken.
 """
 
 import json
+import logging
 import os
 import time
 import warnings
@@ -118,6 +119,7 @@ def main(
 def let_play(name: str, model: Path, adapter: Path | None, seeds: list[int]) -> tuple[list[Result], list[str], float]:
     """The results of a player's games, the transcript of the first, and the seconds that they took."""
     warnings.simplefilter("ignore")  # of other libraries
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     started = time.perf_counter()
     policy = POLICIES.get(name)
     seats = play(scripted(policy, seeds) if policy else language_model(model, adapter), seeds)
@@ -248,5 +250,4 @@ def rates(results: dict[str, list[Result]]) -> Table:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # of other libraries
     typer.run(main)
