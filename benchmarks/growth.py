@@ -1,6 +1,6 @@
 """How a step grows with sequence length, experts, layers and ranks: fitted exponents beside those of theory.
 
-    python benchmarks/growth.py --svg docs/images/growth.svg            # a GPU's step, counted (6 minutes)
+    python benchmarks/growth.py --svg docs/images/growth.svg            # a GPU's step, counted (10 minutes)
     python benchmarks/growth.py --cpu --svg docs/images/growth_cpu.svg  # a real step on one thread, timed (3 minutes)
     python benchmarks/growth.py --flat FILE                             # layers that a test compares
 
