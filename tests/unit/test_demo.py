@@ -25,6 +25,7 @@ def load_tool(name):
     return module
 
 
+demo_model = load_tool("demo_model")  # which make_demo imports from its own folder
 make_demo = load_tool("make_demo")
 check_adapter = load_tool("check_adapter")
 
@@ -40,7 +41,7 @@ def records():
 def model_folder(records, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_demo.make_tokenizer(folder, records, SETTINGS)
-    make_demo.make_model(tokenizer, SETTINGS).save_pretrained(folder)
+    demo_model.make_model(tokenizer, SETTINGS).save_pretrained(folder)
     return folder
 
 
@@ -96,7 +97,7 @@ def test_frequent_facts_and_the_tags_of_calls_are_one_token(tokenizer):
 
 
 def test_tokens_begin_as_the_sum_of_their_words(tokenizer):
-    embedding = make_demo.make_model(tokenizer, SETTINGS).get_input_embeddings().weight.detach()
+    embedding = demo_model.make_model(tokenizer, SETTINGS).get_input_embeddings().weight.detach()
     place = {token: embedding[index] for token, index in tokenizer.get_vocab().items()}
     alike = torch.cosine_similarity
     near = alike(place["health-9"], place["\u2581food-9"], dim=0)
@@ -113,14 +114,14 @@ def test_pretraining_sees_the_answers_only_and_learns(records, tokenizer):
         assert ids == sample.ids
         assert answer == sample.supervised, "as the independent check finds them"
     settings = dataclasses.replace(SETTINGS, pretrain_steps=16, pretrain_sequences=4)
-    model = make_demo.make_model(tokenizer, settings)
-    first = make_demo.pretrain(model, encoded, dataclasses.replace(settings, pretrain_steps=1))
-    assert make_demo.pretrain(model, encoded, settings) < 0.9 * first
+    model = demo_model.make_model(tokenizer, settings)
+    first = demo_model.pretrain(model, encoded, dataclasses.replace(settings, pretrain_steps=1))
+    assert demo_model.pretrain(model, encoded, settings) < 0.9 * first
 
 
 def test_every_batch_has_work_for_each_process():
     samples = [([0] * (k + 1), [True]) for k in range(17)]
-    stream = make_demo.endless(samples, 16, torch.Generator().manual_seed(0))
+    stream = demo_model.endless(samples, 16, torch.Generator().manual_seed(0))
     assert sorted(len(next(stream)) for _ in range(2)) == [8, 9]
 
 
@@ -129,16 +130,16 @@ def test_processes_that_share_a_step_train_what_one_trains(records, tokenizer, m
 
     With AdamW for all weights: Muon orthogonalises in bf16, where a gradient's last bit becomes 1e-4 of a weight.
     """
-    monkeypatch.setattr(make_demo, "make_optimizers", lambda model, *_: [torch.optim.AdamW(model.parameters(), 4e-3)])
+    monkeypatch.setattr(demo_model, "make_optimizers", lambda model, *_: [torch.optim.AdamW(model.parameters(), 4e-3)])
     pair = make_demo.encode(tokenizer, records[:2])
     trained = []
     for processes in (1, 2):
         settings = dataclasses.replace(
             SETTINGS, pretrain_steps=3, pretrain_sequences=2 * processes, pretrain_processes=processes
         )
-        model = make_demo.make_model(tokenizer, settings)
+        model = demo_model.make_model(tokenizer, settings)
         before = [p.clone() for p in model.parameters()]
-        make_demo.pretrain(model, [one for one in pair for _ in range(processes)], settings)
+        demo_model.pretrain(model, [one for one in pair for _ in range(processes)], settings)
         assert not all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
         trained.append(model.state_dict())
     for name, one in trained[0].items():
@@ -148,10 +149,10 @@ def test_processes_that_share_a_step_train_what_one_trains(records, tokenizer, m
 
 def test_each_weight_is_of_one_optimizer_and_pretraining_moves_all_experts(records, tokenizer):
     settings = dataclasses.replace(SETTINGS, pretrain_steps=2, pretrain_sequences=4)
-    model = make_demo.make_model(tokenizer, settings)
+    model = demo_model.make_model(tokenizer, settings)
     fused = [p for p in model.parameters() if p.ndim == 3]
     experts = [torch.nn.Parameter(one) for p in fused for one in p.data]
-    muon, adam = make_demo.make_optimizers(model, experts, settings)
+    muon, adam = demo_model.make_optimizers(model, experts, settings)
     own = [p for one in (muon, adam) for group in one.param_groups for p in group["params"]]
     expected = [p.data_ptr() for p in model.parameters() if p.ndim < 3] + [one.data_ptr() for p in fused for one in p]
     assert sorted(p.data_ptr() for p in own) == sorted(expected)
@@ -160,7 +161,7 @@ def test_each_weight_is_of_one_optimizer_and_pretraining_moves_all_experts(recor
     assert {"embed_tokens", "lm_head", "gate", "norm"} <= of_adam
     assert not {"q_proj", "o_proj", "experts"} & of_adam
     before = {name: p.clone() for name, p in model.named_parameters()}
-    make_demo.pretrain(model, make_demo.encode(tokenizer, records), settings)
+    demo_model.pretrain(model, make_demo.encode(tokenizer, records), settings)
     for name, p in model.named_parameters():
         for old, new in zip(before[name], p, strict=True) if p.ndim == 3 else [(before[name], p)]:
             assert not torch.equal(old, new), name
@@ -221,7 +222,7 @@ def test_a_folder_that_the_tool_did_not_make_is_left_unchanged(tmp_path, capsys)
 
 def write_adapter(folder, model_folder, targets):
     """A random adapter of rank 4 in the per-expert layout."""
-    model = make_demo.Qwen3MoeForCausalLM.from_pretrained(model_folder)
+    model = demo_model.Qwen3MoeForCausalLM.from_pretrained(model_folder)
     generator = torch.Generator().manual_seed(0)
     hidden, wide = SETTINGS.hidden, SETTINGS.heads * SETTINGS.head_dim
     shapes = {"self_attn.q_proj": (wide, hidden), "mlp.gate": (SETTINGS.experts, hidden)}
