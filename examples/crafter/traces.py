@@ -63,7 +63,9 @@ def main(
 ) -> None:
     """Play a game for each seed and write its conversations, a line each."""
     played = write(out, policy, range(*seeds), processes)
-    typer.echo(f"{out}: {played.conversations:,} conversations, mean return {played.mean_return:.2f}")
+    # What an aimless player has done is drawn anew after each call: its return says nothing.
+    returned = "" if policy == "aimless" else f", mean return {played.mean_return:.2f}"
+    typer.echo(f"{out}: {played.conversations:,} conversations{returned}")
 
 
 @dataclass(frozen=True)
