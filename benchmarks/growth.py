@@ -4,7 +4,7 @@
     python benchmarks/growth.py --cpu --svg docs/images/growth_cpu.svg  # a real step on one thread, timed (3 minutes)
     python benchmarks/growth.py --flat FILE                             # layers that a test compares
 
-Counted as `kernels.py` does, on fake CUDA tensors: launches, bytes, FLOPs and collectives of a layer, forward and
+Counted as `kernel_counts.py` does, on fake CUDA tensors: launches, bytes, FLOPs and collectives of a layer, forward and
 backward of one micro batch on one rank; its roofline, and the memory of all 48 layers at the peak. An exponent is the
 slope of a figure over an axis, both as logarithms, by least squares; beside it the slope at the axis' end, where
 constant parts weigh least. Theory says what that slope may be at most.
@@ -69,22 +69,22 @@ COUNTED = (
 
 def counted() -> Curves:
     """All of COUNTED; of layers the whole micro batch, of the other axes one layer of 48."""
-    import kernels
+    import kernel_counts
 
-    walk = kernels.begin()
+    walk = kernel_counts.begin()
     found = []
     for axis in COUNTED:
         rows = []
         for place in axis.places:
             row = {}
             if axis.field == "layers":
-                part = kernels.Figures.of(kernels.count(walk, kernels.Setting(), place))
+                part = kernel_counts.Figures.of(kernel_counts.count(walk, kernel_counts.Setting(), place))
                 peak = part.peak
             else:
-                part, rest = kernels.measure(walk, _setting(axis.field, place))
-                peak = rest.peak + kernels.LAYERS * part.peak
+                part, rest = kernel_counts.measure(walk, _setting(axis.field, place))
+                peak = rest.peak + kernel_counts.LAYERS * part.peak
                 row["launches outside layers"] = float(rest.kernels.total())
-            counts = kernels.Counts(part.ran)
+            counts = kernel_counts.Counts(part.ran)
             attention = sum(n for name, n in counts.flops.items() if "attention" in name)
             rows.append(row | {
                 "launches": float(part.kernels.total()), "GB moved": counts.bytes.total() / 1e9,
@@ -98,7 +98,7 @@ def counted() -> Curves:
 
 def _setting(field: str, place: int) -> Any:
     """The reference job with another length or number of experts; of ranks, as many as are named, and no others."""
-    from kernels import Setting
+    from kernel_counts import Setting
 
     changes: dict[str, Any] = {
         "tp": {"world": place, "tp": place}, "ep": {"world": place, "tp": 1, "ep": place},
@@ -109,12 +109,12 @@ def _setting(field: str, place: int) -> Any:
 
 def flat(file: Path) -> None:
     """Write what a layer of the reference job launches and moves with more tokens, with fewer experts, after others."""
-    import kernels
+    import kernel_counts
 
-    walk = kernels.begin()
-    found = {"16,384 tokens": kernels.measure(walk, kernels.Setting(tokens=16384))[0]}
-    few = kernels.Setting(experts=8)
-    one, two, three = (kernels.Figures.of(kernels.count(walk, few, layers)) for layers in (1, 2, 3))
+    walk = kernel_counts.begin()
+    found = {"16,384 tokens": kernel_counts.measure(walk, kernel_counts.Setting(tokens=16384))[0]}
+    few = kernel_counts.Setting(experts=8)
+    one, two, three = (kernel_counts.Figures.of(kernel_counts.count(walk, few, layers)) for layers in (1, 2, 3))
     found |= {"8 experts": two.minus(one), "8 experts, a third layer": three.minus(two)}
     file.write_text(json.dumps({name: layer.summary() for name, layer in found.items()}, indent=1) + "\n")
 

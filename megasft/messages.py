@@ -1,8 +1,10 @@
-"""Output for the user: errors that the user can fix, and lines on standard error."""
+"""Output for the user: errors that the user can fix, lines on standard error, and silence of other libraries."""
 
 import functools
+import logging
 import os
 import sys
+import warnings
 
 
 class UserError(Exception):
@@ -35,3 +37,11 @@ def say_once(line: str) -> None:
     """Print a line on standard error on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
+
+
+def quieten_libraries() -> None:
+    """Silence what libraries tell their developers, on import and later."""
+    warnings.filterwarnings("ignore", module=r"(.*/)?megatron[./]")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

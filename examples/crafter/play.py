@@ -8,10 +8,8 @@ The most likely tokens are taken.
 """
 
 import json
-import logging
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +22,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from megasft.messages import quieten_libraries
 
 from .expert import MOST, Decision
 from .game import LENGTH, Game
@@ -118,8 +118,7 @@ def main(
 
 def let_play(name: str, model: Path, adapter: Path | None, seeds: list[int]) -> tuple[list[Result], list[str], float]:
     """The results of a player's games, the transcript of the first, and the seconds that they took."""
-    warnings.simplefilter("ignore")  # of other libraries
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    quieten_libraries()
     started = time.perf_counter()
     policy = POLICIES.get(name)
     seats = play(scripted(policy, seeds) if policy else language_model(model, adapter), seeds)

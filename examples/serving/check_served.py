@@ -8,20 +8,19 @@ messages (/v1/chat/completions), so that the server's template and tokenizer tak
 server lacks the tokenizer, by its token ids (/v1/completions). Exit code 1 if any token differs.
 """
 
-import logging
 import os
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-if __name__ == "__main__":  # what libraries tell their developers
-    warnings.simplefilter("ignore")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+if __name__ == "__main__":
+    from megasft.messages import quieten_libraries
+
+    quieten_libraries()
 
 import torch
 import typer

@@ -1,10 +1,8 @@
 """What the commands share: the app, options, `main`, and what a rank imports."""
 
 import contextlib
-import logging
 import os
 import sys
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -13,7 +11,7 @@ import typer
 
 from megasft.launch import rendezvous
 from megasft.launch.exit import REFUSED, first_to_report
-from megasft.messages import UserError, say
+from megasft.messages import UserError, quieten_libraries, say
 
 # Without rich's markup, which takes the sections of a run file, such as [data], for styles and leaves them out.
 app = typer.Typer(
@@ -116,7 +114,7 @@ def import_rank() -> None:
 
 def main() -> None:
     """Run the command; a user's mistake is one line and exit code 2."""
-    _quieten()
+    quieten_libraries()
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
@@ -138,11 +136,3 @@ def _refuse(message: str) -> NoReturn:
     if first_to_report(store, rank, otherwise=os.environ.get("LOCAL_RANK", "0") == "0"):
         say(message)
     sys.exit(REFUSED)
-
-
-def _quieten() -> None:
-    """Silence what libraries tell their developers, on import and later."""
-    warnings.filterwarnings("ignore", module=r"(.*/)?megatron[./]")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -8,6 +8,7 @@ section 3).
 n: supervised positions of the micro batch; V: vocabulary rows on this rank.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,51 +20,50 @@ CHUNK_BYTES = 256 * 2**20  # fp32 logits of one chunk
 MIN_CHUNK, MAX_CHUNK = 64, 4096
 
 
-def supervised_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    at: Tensor,
-    first_row: int,
-    group: dist.ProcessGroup,
-    sequence_parallel: bool,
-) -> tuple[Tensor, Tensor]:
+@dataclass
+class Head:
+    """This rank's part of the head.
+
+    Attributes:
+        weight: [V, H], its rows without padding.
+        first_row: vocabulary id of the first.
+        group: the tensor-parallel ranks that have the others.
+        sequence_parallel: whether hidden states come as sequence shards.
+    """
+
+    weight: Tensor
+    first_row: int
+    group: dist.ProcessGroup
+    sequence_parallel: bool
+
+
+def supervised_loss(hidden: Tensor, labels: Tensor, at: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """Over supervised positions: the summed cross entropy, fp32 [], and how many targets no logit exceeds, int64 [].
 
     Args:
-        hidden: [S, 1, H] after the final norm; a sequence shard if `sequence_parallel`.
-        weight: [V, H], this rank's rows of the head without padding.
+        hidden: [S, 1, H] after the final norm; a sequence shard if `head.sequence_parallel`.
         labels: int64 [T].
         at: int64 [n], the supervised positions.
-        first_row: vocabulary id of this rank's first row.
     """
-    if sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+    if head.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=head.group)
     # Each rank's gradient covers its part of the vocabulary only; the gather's backward sums the ranks' gradients.
-    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.index_select(0, at), at, first_row, group)
+    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), labels.index_select(0, at), at, head)
 
 
 @torch.no_grad()
-def token_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    at: Tensor,
-    first_row: int,
-    group: dist.ProcessGroup,
-    sequence_parallel: bool,
-) -> Tensor:
+def token_losses(hidden: Tensor, labels: Tensor, at: Tensor, head: Head) -> Tensor:
     """Of each supervised position the cross entropy, and 1 where no logit exceeds the target's: fp32 [2, n].
 
     Args as `supervised_loss`'s.
     """
-    if sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, group=group)
+    if head.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, group=head.group)
     found = [hidden.new_zeros(2, 0, dtype=torch.float32)]
-    chunk = chunk_length(weight)
-    for where in at.split(chunk):
-        logits = (hidden.flatten(0, -2).index_select(0, where) @ weight.t()).float()
-        loss, correct, _ = _cross_entropy(logits, labels.index_select(0, where) - first_row, group, False)
+    for where in at.split(chunk_length(head.weight)):
+        logits = (hidden.flatten(0, -2).index_select(0, where) @ head.weight.t()).float()
+        targets = labels.index_select(0, where) - head.first_row
+        loss, correct, _ = _cross_entropy(logits, targets, head.group, False)
         found.append(torch.stack([loss, correct.float()]))
     return torch.cat(found, 1)
 
@@ -75,10 +75,8 @@ def chunk_length(weight: Tensor) -> int:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, at: Tensor, first_row: int, group: dist.ProcessGroup
-    ) -> tuple[Tensor, Tensor]:
-        needs_grad = hidden.requires_grad
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, at: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        weight, needs_grad = head.weight, hidden.requires_grad
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         chunk = chunk_length(weight)
@@ -86,7 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for where, target in zip(at.split(chunk), targets.split(chunk), strict=True):
             x = hidden.index_select(0, where)
             logits = (x @ weight.t()).float()
-            part_loss, part_correct, g_logits = _cross_entropy(logits, target - first_row, group, needs_grad)
+            part_loss, part_correct, g_logits = _cross_entropy(logits, target - head.first_row, head.group, needs_grad)
             loss += part_loss.sum()
             correct += part_correct.sum()
             if needs_grad:
@@ -102,7 +100,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         at, grads = ctx.saved_tensors
         g_hidden = grads.new_zeros(ctx.shape)
         g_hidden.index_copy_(0, at, grads * g_loss.to(grads.dtype))
-        return g_hidden, None, None, None, None, None
+        return g_hidden, None, None, None
 
 
 def _cross_entropy(

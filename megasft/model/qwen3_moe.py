@@ -28,7 +28,7 @@ from megasft.lora.recompute import UnreadSum, recomputing
 from megasft.lora.sharded import ShardedLinear
 from megasft.model.attention import SelfAttention
 from megasft.model.batch import MicroBatch, Segments
-from megasft.model.loss import supervised_loss, token_losses
+from megasft.model.loss import Head, supervised_loss, token_losses
 from megasft.model.mlp import DenseMLP, Router, SparseMLP
 from megasft.model.norm import RMSNorm
 from megasft.model.rotary import RotaryEmbedding
@@ -162,7 +162,7 @@ class Qwen3Moe(GPTModel):
         before the last.
         """
         assert batch.supervised is not None
-        return self._run(batch, partial(self._loss, supervised=batch.supervised, head=token_losses))
+        return self._run(batch, partial(self._loss, supervised=batch.supervised, function=token_losses))
 
     def route(self, batch: MicroBatch) -> Tensor:
         """Run the layers for the routers' counts only: returns 0, or hidden states on stages before the last."""
@@ -218,20 +218,18 @@ class Qwen3Moe(GPTModel):
         # megatron-core 0.19.2 splits a given mask into sequence shards on the first pipeline stage only.
         return mask.chunk(self.topology.sizes.tensor, dim=1)[self.topology.groups.tp.rank()]
 
-    def _head_weight(self) -> tuple[Tensor, int]:
-        """This rank's rows of the head without padding rows, and the vocabulary id of the first."""
+    def _head(self) -> Head:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
-        first = self.topology.groups.tp.rank() * weight.shape[0]
-        return weight[: max(0, self.true_vocab_size - first)], first
+        tp = self.topology.groups.tp
+        first = tp.rank() * weight.shape[0]
+        rows = weight[: max(0, self.true_vocab_size - first)]
+        return Head(rows, first, tp, self.config.sequence_parallel)
 
     def _loss(
-        self, hidden_states: Tensor, labels: Tensor, supervised: Tensor, head: Any = supervised_loss, **_: Any
+        self, hidden_states: Tensor, labels: Tensor, supervised: Tensor, function: Any = supervised_loss, **_: Any
     ) -> Any:
-        weight, first = self._head_weight()
-        return head(
-            hidden_states, weight, labels, supervised, first, self.topology.groups.tp, self.config.sequence_parallel
-        )
+        return function(hidden_states, labels, supervised, self._head())
 
     def _logits(self, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
         logits, _bias = output_layer(hidden_states, weight=output_weight)
@@ -251,16 +249,15 @@ class Qwen3Moe(GPTModel):
         return logits[:, : self.true_vocab_size].float()
 
     def _next_tokens(self, hidden_states: Tensor, at: Tensor, **_: Any) -> Tensor:
-        weight, first = self._head_weight()
-        logits = (self._at(hidden_states, at) @ weight.t()).float()
-        if not len(weight):  # padding rows only
+        head = self._head()
+        logits = (self._at(hidden_states, at) @ head.weight.t()).float()
+        if not len(head.weight):  # padding rows only
             logits = logits.new_full((len(at), 1), -torch.inf)
-        tp = self.topology.groups.tp
         # Numbers of tokens are exact in fp64.
         best = torch.stack([part.double() for part in logits.max(-1)])
-        best[1] += first
-        everyone = best.new_empty(tp.size() * 2, len(at))
-        dist.all_gather_into_tensor(everyone, best, group=tp)
+        best[1] += head.first_row
+        everyone = best.new_empty(head.group.size() * 2, len(at))
+        dist.all_gather_into_tensor(everyone, best, group=head.group)
         winner = everyone[::2].argmax(0, keepdim=True)
         return everyone[1::2].gather(0, winner)[0].long()
 

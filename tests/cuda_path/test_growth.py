@@ -15,7 +15,7 @@ def layers(tmp_path_factory):
     """A layer of the reference job, as committed, and of jobs at other places of `benchmarks/growth.py`'s axes."""
     path = tmp_path_factory.mktemp("growth") / "layers.json"
     subprocess.run([sys.executable, "benchmarks/growth.py", "--flat", path], cwd=ROOT, check=True, capture_output=True)
-    committed = json.loads((ROOT / "benchmarks" / "kernels.json").read_text())
+    committed = json.loads((ROOT / "benchmarks" / "kernel_counts.json").read_text())
     return json.loads(path.read_text()) | {"job": committed["reference job, TP=2 x DP=2"]["a layer"]}
 
 

@@ -1,4 +1,4 @@
-"""What a GPU would run in a layer of the reference job and of four others, held to `benchmarks/kernels.json` exactly."""
+"""What a GPU would run in a layer of the reference job and of four others, held to `benchmarks/kernel_counts.json` exactly."""
 
 import json
 import subprocess
@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMITTED = json.loads((ROOT / "benchmarks" / "kernels.json").read_text())
-REMEDY = "if that is meant, run `python benchmarks/kernels.py --write` and say so in docs/performance.md"
+COMMITTED = json.loads((ROOT / "benchmarks" / "kernel_counts.json").read_text())
+REMEDY = "if that is meant, run `python benchmarks/kernel_counts.py --write` and say so in docs/performance.md"
 
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
     path = tmp_path_factory.mktemp("kernels") / "counted.json"
-    subprocess.run([sys.executable, "benchmarks/kernels.py", "--json", path], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "benchmarks/kernel_counts.py", "--json", path], cwd=ROOT, check=True, capture_output=True
+    )
     return json.loads(path.read_text())
 
 

@@ -1,8 +1,8 @@
 """What a GPU would run in a step of Qwen3-Coder-30B-A3B's shape, counted on fake CUDA tensors, without a GPU.
 
-    python benchmarks/kernels.py                                # the committed settings
-    python benchmarks/kernels.py --tp 1 --tokens 16384 --packed 4 --no-recompute --gpu H100 --costliest 15
-    python benchmarks/kernels.py --write                        # into kernels.json, which a test compares exactly
+    python benchmarks/kernel_counts.py # the committed settings
+    python benchmarks/kernel_counts.py --tp 1 --tokens 16384 --packed 4 --no-recompute --gpu H100 --costliest 15
+    python benchmarks/kernel_counts.py --write # into kernel_counts.json, which a test compares exactly
 
 megasft's own step runs, of one micro batch on one rank, with models of one and two layers: their difference is a layer.
 Counted are launches of kernels, bytes that they read and write, their FLOPs, waits of the host, collectives and what
@@ -121,7 +121,7 @@ class Figures:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """For `kernels.json`: numbers that are exact."""
+        """For `kernel_counts.json`: numbers that are exact."""
         counts = Counts(self.ran)
         return {
             "kernels": self.kernels.total(), "bytes": counts.bytes.total(), "flops": counts.flops.total(),
