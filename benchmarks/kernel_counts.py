@@ -1,7 +1,7 @@
 """What a GPU would run in a step of Qwen3-Coder-30B-A3B's shape, counted on fake CUDA tensors, without a GPU.
 
     python benchmarks/kernel_counts.py # the committed settings
-    python benchmarks/kernel_counts.py --tp 1 --tokens 16384 --packed 4 --no-recompute --gpu H100 --costliest 15
+    python benchmarks/kernel_counts.py --tp 1 --tokens 16384 --packed 4 --recompute selective --gpu H100 --costliest 15
     python benchmarks/kernel_counts.py --write # into kernel_counts.json, which a test compares exactly
 
 megasft's own step runs, of one micro batch on one rank, with models of one and two layers: their difference is a layer.
@@ -25,6 +25,7 @@ if not sys.warnoptions:
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the fake GPU is the tests'
 
+from megasft.config.values import Recompute
 from megasft.model.flops import step_flops
 from megasft.plan.devices import GPUS
 from tests.support.fake_cuda.walk import Walk, qwen3_30b, settings
@@ -45,7 +46,7 @@ class Setting:
     tokens: int = 4096
     packed: int = 1
     dropout: float = 0.05
-    recompute: bool = True
+    recompute: Recompute = True
     quant: bool = False
     dispatcher: str = "auto"
     experts: int = 128
@@ -56,12 +57,14 @@ class Setting:
         return self.tokens // self.packed
 
 
+RECOMPUTE: dict[str | None, Recompute] = {"true": True, "false": False, "selective": "selective"}
 COMMITTED = {
     "reference job, TP=2 x DP=2": Setting(),
     "reference job in 4 bits": Setting(quant=True),
     "TP=1 x DP=4 without recomputation": Setting(tp=1, recompute=False),
     "TP=1 x DP=4, 16,384 packed tokens": Setting(tp=1, tokens=16384, packed=4),
     "EP=4, all-to-all": Setting(tp=1, ep=4),
+    "reference job, selective recomputation": Setting(recompute="selective"),
 }
 
 
@@ -172,7 +175,9 @@ def main() -> None:
     """Count what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field, default in asdict(Setting()).items():
-        if isinstance(default, bool):
+        if field == "recompute":
+            parser.add_argument("--recompute", choices=RECOMPUTE)
+        elif isinstance(default, bool):
             parser.add_argument(f"--{field}", action=argparse.BooleanOptionalAction, default=None)
         else:
             parser.add_argument(f"--{field}", type=type(default))
@@ -181,6 +186,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"the committed settings, into {FIGURES.name}")
     parser.add_argument("--json", metavar="FILE", help="the same, into a file")
     given = parser.parse_args()
+    given.recompute = RECOMPUTE.get(given.recompute)
     changed = {field: value for field in asdict(Setting()) if (value := getattr(given, field)) is not None}
     if changed.get("tokens", 4096) % changed.get("packed", 1):
         parser.error("--tokens must be a multiple of --packed")

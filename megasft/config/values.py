@@ -6,10 +6,11 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
+Recompute = Literal[True, False, "selective"]  # what is computed again for the backward: layers, nothing, their MLPs
 REFERENCE_MODEL = "Qwen/Qwen3-Coder-30B-A3B-Instruct"
 
 

@@ -11,7 +11,7 @@ experts on other ranks, where this counts too little.
 from collections.abc import Set
 from dataclasses import dataclass
 
-from megasft.config.values import ROUTER
+from megasft.config.values import ROUTER, Recompute
 from megasft.model.shape import Shape, head_dim, sparse_layers
 
 
@@ -32,16 +32,17 @@ class Flops:
 
 
 def step_flops(
-    config: Shape, targets: Set[str], r: int, tokens: int, supervised: int, squares: int, recompute: bool
+    config: Shape, targets: Set[str], r: int, tokens: int, supervised: int, squares: int, recompute: Recompute
 ) -> Flops:
     """FLOPs of a step with LoRA of rank `r` on the layers `targets`.
 
     Args:
         tokens, supervised: fed and supervised tokens of the global batch, without padding.
         squares: sum of the squared lengths of its conversations.
-        recompute: whether layers run forward twice.
+        recompute: whether layers run forward twice; "selective": MLPs only.
     """
     active = active_lora = again = 0
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
     h, q = config.hidden_size, config.num_attention_heads * head_dim(config)
     kv = config.num_key_value_heads * head_dim(config)
     for sparse in sparse_layers(config):
@@ -53,13 +54,17 @@ def step_flops(
         linears += [(ROUTER, 1, h, config.num_experts)] * sparse
         active += sum(n * inputs * outputs for _, n, inputs, outputs in linears)
         active_lora += sum(r * n * (inputs + outputs) for name, n, inputs, outputs in linears if name in targets)
+        again += sum(
+            n * (inputs * outputs + r * (inputs + outputs) * (name in targets))
+            for name, n, inputs, outputs in linears
+            if recompute is True or name not in attention
+        )
         again -= times * h * (f + r * ("down_proj" in targets))
-    again += active + active_lora
     scores = squares * config.num_hidden_layers * q / 2  # multiplications of one product
     return Flops(
         frozen=4.0 * tokens * active,
         lora=6.0 * tokens * active_lora,
         attention=6 * 2 * scores,
         head=4.0 * supervised * h * config.vocab_size,
-        recomputed=2.0 * tokens * again + 2 * 2 * scores if recompute else 0.0,
+        recomputed=2.0 * tokens * again + 2 * 2 * scores * (recompute is True) if recompute else 0.0,
     )

@@ -4,10 +4,11 @@ T: tokens (in experts: token copies, one per chosen expert) on this rank; F: int
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, apply_router_token_dropping
@@ -20,6 +21,7 @@ from megasft.config.schema import LoraSettings, QuantSettings
 from megasft.lora.grouped import GroupedLoraLinear
 from megasft.lora.linear import LoraLinear
 from megasft.lora.recompute import recomputing
+from megasft.lora.sharded import ShardedLinear
 from megasft.model.dispatch import DISPATCHERS
 from megasft.model.routing import count_experts, gate, top_experts
 from megasft.model.swiglu import swiglu
@@ -28,6 +30,8 @@ from megasft.storage.shards import Shard, Sharded
 
 class DenseMLP(Sharded):
     """down(silu(gate x) * up x), split over the tensor-parallel ranks."""
+
+    config: TransformerConfig
 
     def __init__(
         self,
@@ -38,6 +42,7 @@ class DenseMLP(Sharded):
         **_: Any,
     ) -> None:
         super().__init__()
+        self.config = config
         h, f = config.hidden_size, config.ffn_hidden_size
         common = {"lora": lora, "group": pg_collection.tp, "dtype": config.params_dtype}
         common |= {"writer": pg_collection.dp.rank() == 0, "quant": quant}
@@ -46,6 +51,9 @@ class DenseMLP(Sharded):
 
     def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
         """x [S, 1, H] -> [S, 1, H] and no bias."""
+        return run_or_recompute(self, self._run, x)
+
+    def _run(self, x: Tensor) -> tuple[Tensor, None]:
         return self.linear_fc2(swiglu(self.linear_fc1(x)), recomputing()), None
 
     def base_shards(self) -> Iterator[Shard]:
@@ -55,6 +63,21 @@ class DenseMLP(Sharded):
     def adapter_shards(self) -> Iterator[Shard]:
         yield from self.linear_fc1.adapter_shards()
         yield from self.linear_fc2.adapter_shards()
+
+
+def run_or_recompute(mlp: Any, run: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    """`run(x, *args)`, a forward of `mlp`; with selective recomputation it keeps x and runs again for its backward."""
+    if not (mlp.config.recompute_granularity == "selective" and mlp.training):
+        return run(x, *args)
+    linears = [module for module in mlp.modules() if isinstance(module, ShardedLinear)]
+    draws = [linear.draw for linear in linears]  # other micro batches may come between forward and backward
+
+    def run_as_now(*args: Any) -> Any:
+        for linear, draw in zip(linears, draws, strict=True):
+            linear.draw = draw
+        return run(*args)
+
+    return tensor_parallel.checkpoint(run_as_now, False, x, *args)
 
 
 class SparseMLP(MoELayer, Sharded):
@@ -83,6 +106,12 @@ class SparseMLP(MoELayer, Sharded):
     router: "Router"
     experts: "Experts"
     token_dispatcher: Any
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Hidden states [S, 1, H], padding_mask bool [1, S] (true: padding) -> [S, 1, H] and no bias."""
+        return run_or_recompute(self, super().forward, hidden_states, intermediate_tensors, padding_mask)
 
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
         """Where the experts drop elements, the dispatcher takes the tokens' places along. See `Router.routing`."""

@@ -22,6 +22,7 @@ from transformers import Qwen3MoeConfig
 
 from megasft.config.parallelism import TopologySizes, choose_dispatcher
 from megasft.config.schema import LoraSettings, QuantSettings
+from megasft.config.values import Recompute
 from megasft.distributed.topology import Topology
 from megasft.lora.dropout import Draw
 from megasft.lora.recompute import UnreadSum, recomputing
@@ -41,15 +42,15 @@ def build_model(
     topology: Topology,
     lora: LoraSettings | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    recompute: bool = True,
+    recompute: Recompute = True,
     dispatcher: str = "auto",
     capacity_factor: float | None = None,
     quant: QuantSettings | None = None,
 ) -> "Qwen3Moe":
     """Build this rank's part of the model: uninitialized base weights and, for the targets of `lora`, zero adapters.
 
-    `model.load_base` loads the base weights; `adapters.model_io` initializes or loads the adapters. `recompute` saves
-    only each layer's input and recomputes the layer in backward. `capacity_factor` limits the tokens of an expert in
+    `model.load_base` loads the base weights; `adapters.model_io` initializes or loads the adapters. `recompute`
+    saves only each layer's input and recomputes the layer in backward; "selective", only its MLP. `capacity_factor` limits the tokens of an expert in
     training (`model.mlp.Router`). `quant` keeps the frozen linear layers and experts in 4 bits. Raises UserError for a
     topology that cannot shard the model.
     """
@@ -64,12 +65,16 @@ def _megatron_config(
     config: Qwen3MoeConfig,
     sizes: TopologySizes,
     dtype: torch.dtype,
-    recompute: bool,
+    recompute: Recompute,
     dispatcher: str,
     capacity_factor: float | None,
 ) -> TransformerConfig:
     stages = stage_layers(config.num_hidden_layers, sizes.pipeline)
-    full_recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    recomputation: dict[str, Any] = {}
+    if recompute == "selective":  # of none of megatron-core's modules: `model.mlp` does it
+        recomputation = {"recompute_granularity": "selective", "recompute_modules": []}
+    elif recompute:
+        recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -112,7 +117,7 @@ def _megatron_config(
         gradient_accumulation_fusion=False,
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         bias_dropout_fusion=False,
-        **(full_recompute if recompute else {}),
+        **recomputation,
     )
 
 
@@ -203,7 +208,7 @@ class Qwen3Moe(GPTModel):
         prepared = list(super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **kwargs))
         hidden = prepared[0]
         if hidden is not None and self.training and self.config.recompute_granularity and torch.is_grad_enabled():
-            # Recomputation runs backward only for layers whose input requires a gradient; frozen embeddings give none.
+            # Recomputation runs backward only for what has an input that requires a gradient; frozen embeddings give none.
             hidden.requires_grad_(True)
         prepared[1] = torch.cat(self.rotary(position_ids, self.config.params_dtype))
         prepared[5] = self._padding_mask(input_ids, packed_seq_params.padding)

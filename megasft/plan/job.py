@@ -5,6 +5,7 @@ from functools import cached_property, lru_cache
 
 from megasft.config.parallelism import TopologySizes, choose_dispatcher, fit
 from megasft.config.schema import QuantSettings, RunConfig
+from megasft.config.values import Recompute
 from megasft.model.shape import PlainShape, Shape, head_dim, sparse_layers, stage_layers
 
 
@@ -32,7 +33,7 @@ class Job:
     micro_batches: int
     dropout: bool = True
     width: int = 2
-    recompute: bool = True
+    recompute: Recompute = True
     counts_first: bool = False
     decay: bool = False
     quant: QuantSettings | None = None
@@ -64,6 +65,16 @@ class Job:
     def of_rank(self, rank: int) -> "Job":
         """The same job as another rank sees it."""
         return replace(self, rank=rank)
+
+    @property
+    def again(self) -> int:
+        """How often experts and dense MLPs run forward for their backward."""
+        return int(bool(self.recompute))
+
+    @property
+    def attention_again(self) -> int:
+        """The same of attention and what is around it."""
+        return int(self.recompute is True)
 
     @property
     def world(self) -> int:

@@ -65,19 +65,23 @@ def _moments(job: Job) -> dict[str, dict[str, int]]:
     of_kind = {sparse: (_experts if sparse else _dense)(job) for sparse in set(job.layers)}
     mlps = [of_kind[sparse] for sparse in job.layers]
     in_flight = min(job.sizes.pipeline - job.stage, job.micro_batches)
-    if job.recompute:  # a layer's dispatcher keeps the numbers of its copies of tokens until its next forward
-        kept, last = len(job.layers) * layer_input + sum(job.layers) * job.rows * COPY_BYTES, 0
+    saved, transient = max(mlps, key=sum)
+    if job.recompute:
+        stays, worst = layer_input, attention + saved
+        if job.recompute == "selective":  # the input of the MLP too
+            stays, worst = 2 * layer_input + attention, saved
+        kept, last, one = len(job.layers) * stays, 0, "recomputed layer"
+        waiting = (in_flight - 1) * kept
+        # A layer's dispatcher keeps the numbers of its copies of tokens until its next forward.
+        kept += sum(job.layers) * job.rows * COPY_BYTES
     else:
         kept = sum(layer_input + attention + saved for saved, _ in mlps)
-        last = layer_input + attention + mlps[-1][0]
-    waiting = (in_flight - 1) * (len(job.layers) * layer_input if job.recompute else kept)
-    saved, transient = max(mlps, key=sum)
+        worst, one = layer_input + attention + saved, "last layer"
+        last, waiting = layer_input + attention + mlps[-1][0], (in_flight - 1) * kept
     residual = {"residual and its gradient": 2 * layer_input}
     moments = {
         "backward of a layer": {
-            "saved activations": waiting + kept - last, "recomputed layer" if job.recompute else "last layer":
-            attention + saved + (0 if job.recompute else layer_input), "products in flight": transient,
-            **residual,
+            "saved activations": waiting + kept - last, one: worst, "products in flight": transient, **residual,
         },
         "sums of gradients": {"flattened gradients": _flattened(job)},
         "optimizer": {"Adam's temporaries": _adam(job)},

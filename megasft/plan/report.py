@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from megasft.config.parallelism import TopologySizes
+from megasft.config.values import Recompute
 from megasft.plan.devices import CONSTANTS
 from megasft.plan.job import Job
 from megasft.plan.plan import CHARACTERS, Plan
@@ -75,12 +76,16 @@ def _job(plan: Plan) -> list[str]:
     job, total, trained = plan.job, plan.parameters, plan.trained
     return [
         f"{job.world} x {plan.gpu.name}, {topology(job.sizes)} ({job.dispatcher}); micro batch of {job.tokens:,} "
-        f"tokens, {'with' if job.recompute else 'without'} recomputation, {precision(job)}",
+        f"tokens, {RECOMPUTATION[job.recompute]} recomputation, {precision(job)}",
         "",
         f"{'parameters':<58} {'millions':>9} {'trained':>9}",
         *(f"  {kind:<56} {number / 1e6:9,.1f} {trained.get(kind, 0) / 1e6:9,.1f}" for kind, number in total.items()),
         f"  {'all':<56} {sum(total.values()) / 1e6:9,.1f} {sum(trained.values()) / 1e6:9,.1f}",
     ]
+
+
+RECOMPUTATION: dict[Recompute, str] = {True: "with", False: "without", "selective": "with selective"}
+RECOMPUTED: dict[Recompute, str] = {True: "full", False: "no", "selective": "selective"}
 
 
 def precision(job: Job) -> str:
@@ -160,7 +165,7 @@ def search_text(found: list[Candidate], gpus: str, plan: Plan | None, best: int 
 
 def _candidate(one: Candidate) -> str:
     batch, base = f"{one.samples} x {one.micro_batches}", "4-bit" if one.four_bits else "whole"
-    flags = f"{'yes' if one.recompute else 'no':<9}  {base:<5}  {'yes' if one.packing else 'no'}"
+    flags = f"{RECOMPUTED[one.recompute]:<9}  {base:<5}  {'yes' if one.packing else 'no'}"
     return f"{one.rate:9,.0f} {one.peak / GiB:6.1f}  {topology(one.sizes):<52} {batch:>8}  {flags}"
 
 

@@ -2,6 +2,7 @@
 ranked by estimated tokens per second. What is learned stays the same: LoRA, data and global batch are the run file's.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from itertools import product
 
 from megasft.config.parallelism import TopologySettings, TopologySizes, choose_dispatcher, derive
 from megasft.config.schema import QuantSettings, RunConfig
+from megasft.config.values import Recompute
 from megasft.messages import UserError
 from megasft.model.shape import PlainShape, Shape, check_fits
 from megasft.plan.devices import CONSTANTS, IMBALANCE, Gpu
@@ -20,6 +22,7 @@ from megasft.plan.time import step_parts
 
 GiB = 2**30
 MICRO_BATCHES = (1, 2, 4, 8, 16)  # samples
+RECOMPUTE: tuple[Recompute, ...] = (False, "selective", True)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Candidate:
 
     sizes: TopologySizes
     samples: int
-    recompute: bool
+    recompute: Recompute
     four_bits: bool
     packing: bool
     micro_batches: int = 0
@@ -55,7 +58,7 @@ class Candidate:
     def lines(self) -> str:
         """These as lines of a run file."""
         sections = (
-            "\n".join([f"[{name}]", *(f"{key} = {str(value).lower()}" for key, value in keys.items())])
+            "\n".join([f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())])
             for name, keys in self.settings().items()
         )
         return "\n\n".join(sections)
@@ -107,7 +110,7 @@ def _candidates(config: RunConfig, shape: PlainShape, ranks: int, data: bool) ->
             if rest % (expert * expert_tensor):
                 continue
             sizes = TopologySizes(tensor, pipeline, rest // tensor, expert, expert_tensor)
-            for options in product(MICRO_BATCHES, (False, True), (False, True), packings):
+            for options in product(MICRO_BATCHES, RECOMPUTE, (False, True), packings):
                 yield Candidate(sizes, *options)
 
 

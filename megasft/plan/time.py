@@ -12,8 +12,9 @@ from megasft.plan.job import Job
 from megasft.plan.state import owned
 from megasft.plan.traffic import StepTraffic
 
-# Per layer: of a forward, of one that is run again for the backward, and of a backward; bf16, and 4-bit (docs/gpu.md).
-KERNELS = {False: (33, 27, 50), True: (41, 33, 58)}
+# Per layer: of a forward, of attention and of an MLP that are run again for the backward, and of a backward; bf16, and
+# 4-bit (docs/gpu.md).
+KERNELS = {False: (33, 11, 16, 50), True: (41, 13, 20, 58)}
 # FLOPs of attention for each multiplication of one of its products: forward 2 products, backward 5 in flash attention,
 # which computes one of forward's again.
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
@@ -94,21 +95,24 @@ class Work:
 
 def rank_work(job: Job) -> Work:
     """Of this rank: frozen weights 4 per weight and token (2 in forward, 2 for the gradient of the input), LoRA 6."""
-    dense, experts, lora_dense, lora_experts = _weights(job)
-    again = job.recompute + job.counts_first
+    held, lora = _weights(job), _adapters(job)
+    attention, mlp = job.counts_first + job.attention_again, job.counts_first + job.again
     scores = len(job.layers) * job.queries * job.tokens * job.length / 2
     return Work(
-        job.tokens * (dense * (4 + 2 * again) + lora_dense * (6 + 2 * again)),
-        job.rows * (experts * (4 + 2 * experts_again(job)) + lora_experts * (6 + 2 * experts_again(job))),
-        scores * (ATTENTION_FORWARD * (1 + again) + ATTENTION_BACKWARD),
+        job.tokens * (
+            held.attention * (4 + 2 * attention) + lora.attention * (6 + 2 * attention)
+            + held.mlp * (4 + 2 * mlp) + lora.mlp * (6 + 2 * mlp)
+        ),
+        job.rows * (held.expert * (4 + 2 * experts_again(job)) + lora.expert * (6 + 2 * experts_again(job))),
+        scores * (ATTENTION_FORWARD * (1 + attention) + ATTENTION_BACKWARD),
         4.0 * job.supervised * job.shape.hidden_size * job.shape.vocab_size / job.sizes.tensor * job.is_last,
-    )
+    )  # fmt: skip
 
 
 def experts_again(job: Job) -> float:
     """How many forwards of the experts' products are run again: without `down`, a third, if its output stays here."""
     stays = job.dispatcher == "allgather" or job.sizes.expert * job.sizes.expert_tensor == 1
-    return job.counts_first + job.recompute * (2 / 3 if stays else 1)
+    return job.counts_first + job.again * (2 / 3 if stays else 1)
 
 
 def _stage(job: Job, gpu: Gpu, per_node: int, c: Constants) -> tuple[dict[str, float], dict[str, float]]:
@@ -116,22 +120,26 @@ def _stage(job: Job, gpu: Gpu, per_node: int, c: Constants) -> tuple[dict[str, f
     work, m, bandwidth = rank_work(job), job.micro_batches, gpu.hbm * c.memory
     dense_rate = gpu.flops * c.dense * _filled(job.tokens, c)
     grouped_rate = gpu.flops * c.grouped * _filled(job.rows / job.experts, c)
-    dense, _, _, _ = _weights(job)
-    passes = 2 + job.recompute + job.counts_first  # each reads the weights once
+    held = _weights(job)
+    # Each pass reads the weights once.
+    dense = sum((2 + again + job.counts_first) * weights for again, weights in (
+        (job.attention_again, held.attention), (job.again, held.mlp)
+    ))  # fmt: skip
     one = {
         "experts' products": max(
             work.experts / grouped_rate, (2 + experts_again(job)) * job.width * _experts_held(job) / bandwidth
         ),
-        "other products": max(work.dense / dense_rate, passes * job.width * dense / bandwidth),
+        "other products": max(work.dense / dense_rate, job.width * dense / bandwidth),
         "attention": work.attention / (gpu.flops * c.attention),
         "loss head": work.head / (gpu.flops * c.dense) + job.is_last * _head_bytes(job) / bandwidth,
         "elementwise, sorting, copies": _moved(job) / bandwidth,
     }  # fmt: skip
     if job.quant:
-        dequantized = passes * dense + (2 + experts_again(job)) * _experts_held(job)
+        dequantized = dense + (2 + experts_again(job)) * _experts_held(job)
         one["dequantization"] = dequantized * DEQUANTIZED_BYTES / bandwidth
-    forward, again, backward = KERNELS[job.quant is not None]
-    kernels = len(job.layers) * (forward * (1 + job.counts_first) + again * job.recompute + backward)
+    forward, attention, mlp, backward = KERNELS[job.quant is not None]
+    again = attention * job.attention_again + mlp * job.again
+    kernels = len(job.layers) * (forward * (1 + job.counts_first) + again + backward)
     one["launches"] = max(0.0, kernels * c.launch - sum(one.values()))
     parts = {name: m * seconds for name, seconds in one.items()}
     seconds, sent = _collectives(job, gpu, per_node, c)
@@ -149,23 +157,35 @@ def _filled(rows: float, c: Constants) -> float:
     return rows / (rows + c.half_rows)
 
 
-def _weights(job: Job) -> tuple[float, float, float, float]:
-    """Weights that a token meets on this rank outside the experts, weights of one expert over all layers, and the same
-    of the adapters.
-    """
+@dataclass(frozen=True)
+class _Weights:
+    """Numbers that a token meets on this rank, over all layers: in attention, in routers and dense MLPs, in an expert."""
+
+    attention: float
+    mlp: float
+    expert: float
+
+
+def _weights(job: Job) -> _Weights:
+    h, sparse, dense = job.shape.hidden_size, sum(job.layers), len(job.layers) - sum(job.layers)
+    return _Weights(
+        len(job.layers) * h * (2 * job.queries + 2 * job.keys),
+        sparse * h * job.shape.num_experts / job.sizes.tensor  # the router, on a sequence shard
+        + dense * 3 * h * job.dense_width,
+        sparse * 3 * h * job.expert_width,
+    )
+
+
+def _adapters(job: Job) -> _Weights:
     h, r, t = job.shape.hidden_size, job.r, job.targets
     sparse, dense = sum(job.layers), len(job.layers) - sum(job.layers)
     attention = {"q_proj": h + job.queries, "k_proj": h + job.keys, "v_proj": h + job.keys, "o_proj": job.queries + h}
     projections = len(t & {"gate_proj", "up_proj", "down_proj"})
-    return (
-        len(job.layers) * h * (2 * job.queries + 2 * job.keys)
-        + sparse * h * job.shape.num_experts / job.sizes.tensor  # the router, on a sequence shard
-        + dense * 3 * h * job.dense_width,
-        sparse * 3 * h * job.expert_width,
-        r * (len(job.layers) * sum(size for name, size in attention.items() if name in t)
-             + dense * projections * (h + job.dense_width)),
+    return _Weights(
+        r * len(job.layers) * sum(size for name, size in attention.items() if name in t),
+        r * dense * projections * (h + job.dense_width),
         r * sparse * projections * (h + job.expert_width),
-    )  # fmt: skip
+    )
 
 
 def _experts_held(job: Job) -> float:
@@ -183,9 +203,9 @@ def _moved(job: Job) -> float:
     Passes over H and F for each row of the experts, over H, queries and keys for each token.
     """
     h, f, b = job.shape.hidden_size, job.expert_width, job.width
-    forwards, again = 1 + job.counts_first, job.recompute
+    forwards, again = 1 + job.counts_first, job.again
     per_row = h * (6 * forwards + 3 * again + 8) + f * (8 * forwards + 8 * again + 12)
-    per_token = (14 * h + 4 * (job.queries + 2 * job.keys)) * (forwards + again + 3.3)
+    per_token = (14 * h + 4 * (job.queries + 2 * job.keys)) * (forwards + job.attention_again + 3.3)
     shard = job.tokens / job.sizes.tensor
     return b * len(job.layers) * (job.rows * per_row + (job.tokens + shard) / 2 * per_token)
 

@@ -29,7 +29,8 @@ class StepTraffic:
         job = self.job
         self.config, self.sizes, self.dispatcher = job.shape, job.sizes, job.dispatcher
         self.counts_first = job.counts_first
-        self.forwards = 1 + job.recompute  # how often a layer runs forward per micro batch
+        # How often attention runs forward per micro batch, and the MLP.
+        self.forwards, self.mlp_forwards = 1 + job.attention_again, 1 + job.again
         self.b = job.width
         self.places = bool(job.dropout and job.targets & {"gate_proj", "up_proj", "down_proj"})  # go to the experts
         self.sparse_everywhere = job.sparse_everywhere
@@ -39,7 +40,7 @@ class StepTraffic:
     def of(self, micro_batches: list[tuple[int, int]]) -> "StepTraffic":
         """Add the traffic of a step whose micro batches have these (T, n) on this rank."""
         for tokens, supervised in micro_batches:
-            self._layers(tokens, self.forwards + self.counts_first)
+            self._layers(tokens, self.forwards + self.counts_first, self.mlp_forwards + self.counts_first)
             self._ends(tokens, supervised)
             self._pipeline(tokens)
         self._gradients()
@@ -51,19 +52,20 @@ class StepTraffic:
             self.calls[group, kind] += times
             self.bytes[group, kind] += times * size
 
-    def _layers(self, tokens: int, forwards: int) -> None:
-        """Forward: gather before a column-parallel product, scatter after a row-parallel one; backward: the reverse.
+    def _layers(self, tokens: int, attention: int, forwards: int) -> None:
+        """Of so many forwards of attention and of the MLP, and a backward.
 
-        The last scatter of a layer is left out where the layer is computed again.
+        Forward: gather before a column-parallel product, scatter after a row-parallel one; backward: the reverse. The
+        last scatter of a layer is left out where the layer is computed again.
         """
         s, config = self.sizes, self.config
         hidden = tokens * config.hidden_size * self.b
-        pairs = self.layers + (self.layers - self.sparse)  # attention everywhere, the MLP of dense layers
-        self._add("tp", s.tensor, "all-gather", hidden, pairs * (forwards + 1))
+        dense, again = self.layers - self.sparse, self.mlp_forwards - 1
+        pairs = self.layers * (attention + 1) + dense * (forwards + 1)
+        self._add("tp", s.tensor, "all-gather", hidden, pairs)
         # Without recomputation the first product asks no gradient of the embedding, which is frozen.
-        asked_by_none = self.is_first and self.forwards == 1
-        dense, again = self.layers - self.sparse, self.forwards - 1
-        self._add("tp", s.tensor, "reduce-scatter", hidden, pairs * (forwards + 1) - asked_by_none - dense * again)
+        asked_by_none = self.is_first and not again
+        self._add("tp", s.tensor, "reduce-scatter", hidden, pairs - asked_by_none - dense * again)
         sharing = s.expert * s.expert_tensor
         group = ("expert tp x ep", sharing)
         if self.dispatcher == "allgather":

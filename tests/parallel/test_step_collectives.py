@@ -25,6 +25,7 @@ def base(tmp_path_factory):
         (Case(2, tensor=2), True, 0.0),
         (Case(2, tensor=2, expert_tensor=2), True, 0.0),
         (Case(2, tensor=2, expert_tensor=2), False, 0.0),
+        (Case(2, tensor=2, expert_tensor=2), "selective", 0.0),
         (Case(2, tensor=2, expert=2), True, 0.1),
         (Case(2, expert=2, batch=2), True, 0.0),
         (Case(2, pipeline=2), True, 0.0),

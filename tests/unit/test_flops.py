@@ -43,5 +43,17 @@ def test_recomputation_is_a_forward_without_the_product_of_down(dense):
     assert adapted.recomputed - frozen.recomputed == adapted.lora / 3 - of_B
 
 
+def test_selective_recomputation_is_of_routers_and_mlps_alone():
+    config, r, tokens = tiny_config(num_hidden_layers=3, mlp_only_layers=[1], intermediate_size=80), 4, 24
+
+    def of(*targets):
+        return step_flops(config, frozenset(targets), r, tokens, 0, tokens**2, recompute="selective").recomputed
+
+    h, f, dense, k = config.hidden_size, config.moe_intermediate_size, 80, config.num_experts_per_tok
+    assert of() == 2 * tokens * (2 * h * config.num_experts + 2 * k * 2 * h * f + 2 * h * dense)
+    assert of("q_proj", "o_proj") == of()
+    assert of("up_proj") - of() == 2 * tokens * r * (2 * k * (h + f) + h + dense)
+
+
 def test_without_recomputation_none_is_counted():
     assert step_flops(tiny_config(), frozenset(), 16, 24, 24, 24**2, recompute=False).recomputed == 0

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import Qwen3MoeConfig
 
+from megasft.config.values import Recompute
+
 from tests.support.fake_cuda import process
 from tests.support.fake_cuda.watch import Counts, Watch
 from tests.support.state import held
@@ -180,7 +182,7 @@ def qwen3_30b(layers: int = 48, **changes: Any) -> Qwen3MoeConfig:
 
 def settings(
     tp: int = 1, ep: int = 1, etp: int = 0, pp: int = 1, tokens: int = 4096, accumulation: int = 2, dropout: float = 0.05,
-    recompute: bool = True, quant: bool = False, dispatcher: str = "auto", folder: str = "/tmp", r: int = 16,
+    recompute: Recompute = True, quant: bool = False, dispatcher: str = "auto", folder: str = "/tmp", r: int = 16,
 ) -> dict[str, Any]:  # fmt: skip
     """A run file: the reference job's, in another topology; experts are cut as the rest where `etp` is 0."""
     etp = etp or (tp if ep == 1 else 1)
@@ -208,7 +210,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--dispatcher", default="auto")
     parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--no-recompute", action="store_true")
+    parser.add_argument("--recompute", choices=("true", "false", "selective"), default="true")
     parser.add_argument("--quant", action="store_true")
     parser.add_argument("--sdpa", action="store_true", help="without Transformer Engine")
     parser.add_argument("--kernels", action="store_true", help="also list them")
@@ -216,7 +218,7 @@ def main() -> None:
     walk = Walk()
     run_file = settings(
         given.tp, given.ep, given.etp, given.pp, given.tokens, given.micro_batches, given.dropout,
-        not given.no_recompute, given.quant, given.dispatcher,
+        {"true": True, "false": False}.get(given.recompute, given.recompute), given.quant, given.dispatcher,
     )  # fmt: skip
     rows = given.world // given.tp // given.pp * given.micro_batches
     with walk.job(
