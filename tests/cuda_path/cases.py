@@ -90,7 +90,7 @@ CASES = [
     Case("one GPU", world=1),
     Case("tp2-pp2, first stage", changes=TP2 | {"pp": 2}),
     Case("tp2-pp2, last stage", rank=3, changes=TP2 | {"pp": 2}),
-    Case("tp2-pp2, first stage, selective", changes=TP2 | {"pp": 2, "recompute": "selective", "accumulation": 2}),
+    Case("tp2-pp2, first stage, selective", changes=TP2 | {"pp": 2, "recompute": "selective"}),
     Case("packed", changes=TP2, lengths=PACKED * 3, hyper={"per_device_batch": 3}),
     Case("dense layer", changes=TP2, model={"mlp_only_layers": [1]}),
     Case("dense layer, selective", changes=TP2 | {"recompute": "selective"}, model={"mlp_only_layers": [1]}),

@@ -155,7 +155,7 @@ class Job:
         """Keep the answers of the device those of the micro batch that is computed."""
         config, sizes, answers = self.model.config, self.topology.sizes, self.watch.answers
 
-        def entered(layer: Any, args: Any) -> None:
+        def entered(router: Any, args: Any) -> None:
             rows = args[0].shape[0] * args[0].shape[1]
             sent = rows * (config.moe_router_topk or 1)
             received = 0 if self.without_rows else sent
@@ -164,8 +164,8 @@ class Job:
                 received * sizes.expert_tensor,
             )
 
-        for layer in self.model.decoder.layers:
-            layer.mlp.register_forward_pre_hook(entered)
+        for _, router in self.model.routers():
+            router.register_forward_pre_hook(entered)
         answers.message = [longest // sizes.tensor, 1, config.hidden_size]
 
 
