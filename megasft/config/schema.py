@@ -221,8 +221,8 @@ class ParallelismSettings(Section):
     bf16: bool = True  # false trains in fp32
     # false is the only value
     fp16: Annotated[bool, refuse_true("megasft trains in bf16 or fp32; set bf16 = true, or both to false")] = False
-    # recompute each layer in backward instead of keeping its activations; `"selective"`: only its experts (dense layers:
-    # its MLP), and keep those of attention; false: keep all
+    # recompute each layer in backward instead of keeping its activations; `"selective"`: only its router and experts
+    # (or dense MLP), and keep those of attention; `false`: keep all
     activation_checkpointing: Recompute = True
     # how tokens get to their experts; `"auto"` takes the one that sends less (see parallelism.md)
     token_dispatcher: Literal["auto", "alltoall", "allgather"] = "auto"

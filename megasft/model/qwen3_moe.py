@@ -49,10 +49,10 @@ def build_model(
 ) -> "Qwen3Moe":
     """Build this rank's part of the model: uninitialized base weights and, for the targets of `lora`, zero adapters.
 
-    `model.load_base` loads the base weights; `adapters.model_io` initializes or loads the adapters. `recompute`
-    saves only each layer's input and recomputes the layer in backward; "selective", only its MLP. `capacity_factor` limits the tokens of an expert in
-    training (`model.mlp.Router`). `quant` keeps the frozen linear layers and experts in 4 bits. Raises UserError for a
-    topology that cannot shard the model.
+    `model.load_base` loads the base weights; `adapters.model_io` initializes or loads the adapters. `recompute` saves
+    only each layer's input and recomputes the layer in backward; "selective", only its MLP. `capacity_factor` limits
+    the tokens of an expert in training (`model.mlp.Router`). `quant` keeps the frozen linear layers and experts in
+    4 bits. Raises UserError for a topology that cannot shard the model.
     """
     check_fits(config, topology.sizes, quant)
     if lora is None:
@@ -208,7 +208,7 @@ class Qwen3Moe(GPTModel):
         prepared = list(super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **kwargs))
         hidden = prepared[0]
         if hidden is not None and self.training and self.config.recompute_granularity and torch.is_grad_enabled():
-            # Recomputation runs backward only for what has an input that requires a gradient; frozen embeddings give none.
+            # Recomputation runs backward only where the input requires a gradient; frozen embeddings give none.
             hidden.requires_grad_(True)
         prepared[1] = torch.cat(self.rotary(position_ids, self.config.params_dtype))
         prepared[5] = self._padding_mask(input_ids, packed_seq_params.padding)

@@ -14,7 +14,7 @@ from megasft.plan.traffic import StepTraffic
 
 # Per layer: of a forward, of attention and of an MLP that are run again for the backward, and of a backward; bf16, and
 # 4-bit (docs/gpu.md).
-KERNELS = {False: (33, 11, 16, 50), True: (41, 13, 20, 58)}
+KERNELS = {False: (33, 13, 14, 50), True: (41, 17, 16, 58)}
 # FLOPs of attention for each multiplication of one of its products: forward 2 products, backward 5 in flash attention,
 # which computes one of forward's again.
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 4, 10
@@ -159,7 +159,7 @@ def _filled(rows: float, c: Constants) -> float:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Numbers that a token meets on this rank, over all layers: in attention, in routers and dense MLPs, in an expert."""
+    """Weights that a token meets here, over all layers: of attention, of routers and dense MLPs, of an expert."""
 
     attention: float
     mlp: float

@@ -16,7 +16,6 @@ import torch
 from transformers import Qwen3MoeConfig
 
 from megasft.config.values import Recompute
-
 from tests.support.fake_cuda import process
 from tests.support.fake_cuda.watch import Counts, Watch
 from tests.support.state import held
