@@ -35,6 +35,7 @@ from megasft.config.values import (
     check_block_size,
     check_deepspeed_stage,
     check_json,
+    check_recompute,
     iso_date,
     list_as_tuple,
     names_as_tuple,
@@ -223,7 +224,7 @@ class ParallelismSettings(Section):
     fp16: Annotated[bool, refuse_true("megasft trains in bf16 or fp32; set bf16 = true, or both to false")] = False
     # recompute each layer in backward instead of keeping its activations; `"selective"`: only its router and experts
     # (or dense MLP), and keep those of attention; `false`: keep all
-    activation_checkpointing: Recompute = True
+    activation_checkpointing: Annotated[Recompute, BeforeValidator(check_recompute)] = True
     # how tokens get to their experts; `"auto"` takes the one that sends less (see parallelism.md)
     token_dispatcher: Literal["auto", "alltoall", "allgather"] = "auto"
 

@@ -198,7 +198,6 @@ def explain(
             reason = str(first["ctx"]["error"])
         case _:
             reason = re.sub("^(Input|String) should", "must", first["msg"])
-            reason = re.sub("True|False", lambda found: found[0].lower(), reason)
     return f"{file.at(key)}: {reason}{others}"
 
 

@@ -73,6 +73,13 @@ def check_deepspeed_stage(value: int | None) -> int | None:
     return value
 
 
+def check_recompute(value: Any) -> Any:
+    """A bool or "selective"; a Literal takes 1 for true."""
+    if not isinstance(value, bool) and value != "selective":
+        raise ValueError('must be true, false or "selective"')
+    return value
+
+
 def check_block_size(value: int) -> int:
     """A block size of bitsandbytes' 4-bit types."""
     if value not in BLOCK_SIZES:
