@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -162,9 +163,12 @@ def test_more_of_anything_takes_more_memory():
         ("lora", "r", 64), ("hyperparameters", "sequence_length", 65536), ("hyperparameters", "per_device_batch", 16),
     ):  # fmt: skip
         assert plan_of(**base | {section: {key: more}}).memory.peak > peak
-    without = plan_of(**base, hyperparameters={"parallelism": {"activation_checkpointing": False}})
-    assert without.memory.peak > peak
-    assert without.time.seconds < plan_of(**base).time.seconds
+    full, selective, without = (
+        plan_of(**base, hyperparameters={"parallelism": {"activation_checkpointing": kept}})
+        for kept in (True, "selective", False)
+    )
+    assert peak == full.memory.peak < selective.memory.peak < without.memory.peak
+    assert full.time.seconds > selective.time.seconds > without.time.seconds
 
 
 def test_the_first_rank_of_a_stage_needs_most_of_its_stage():
@@ -200,6 +204,21 @@ def test_without_recomputation_and_tensor_parallel_the_reference_job_takes_about
     given = make_plan(load_config(REFERENCE), RELEASED["Qwen3-Coder-30B-A3B"], 4, H200)
     assert (ranked[0].sizes.tensor, ranked[0].sizes.data, ranked[0].recompute) == (1, 4, False)
     assert 1.6 < ranked[0].rate / given.time.tokens_per_second < 2.2
+
+
+def test_selective_recomputation_wins_where_not_all_activations_fit():
+    config = RunConfig.from_dict({"hyperparameters": {"sequence_length": 16384, "gradient_accumulation_steps": 128}})
+    found = search(config, RELEASED["Qwen3-Coder-30B-A3B"], 4, H200, 8)
+    alone = [
+        one for one in found if one.sizes.data == 4 and one.sizes.expert * one.sizes.expert_tensor == one.samples == 1
+    ]
+    fitting = [one.recompute for one in alone if not one.four_bits and not one.reason]
+    assert fitting == ["selective", True]
+    chosen = next(one for one in alone if one.recompute == "selective" and not one.four_bits)
+    assert (
+        RunConfig.from_dict(tomllib.loads(chosen.lines())).hyperparameters.parallelism.activation_checkpointing
+        == "selective"
+    )
 
 
 def test_a_candidate_is_planned_as_its_lines_are(ranked, tmp_path):
