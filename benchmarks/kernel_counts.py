@@ -1,8 +1,8 @@
 """What a GPU would run in a step of Qwen3-Coder-30B-A3B's shape, counted on fake CUDA tensors, without a GPU.
 
-    python benchmarks/kernel_counts.py # the committed settings
+    python benchmarks/kernel_counts.py          # the committed settings
     python benchmarks/kernel_counts.py --tp 1 --tokens 16384 --packed 4 --recompute selective --gpu H100 --costliest 15
-    python benchmarks/kernel_counts.py --write # into kernel_counts.json, which a test compares exactly
+    python benchmarks/kernel_counts.py --write  # into kernel_counts.json, which a test compares exactly
 
 megasft's own step runs, of one micro batch on one rank, with models of one and two layers: their difference is a layer.
 Counted are launches of kernels, bytes that they read and write, their FLOPs, waits of the host, collectives and what
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the fake GPU is the tests'
 from megasft.config.values import Recompute
 from megasft.model.flops import step_flops
 from megasft.plan.devices import GPUS
-from tests.support.fake_cuda.walk import Walk, qwen3_30b, settings
+from tests.support.fake_cuda.walk import RECOMPUTE, Walk, qwen3_30b, settings
 from tests.support.fake_cuda.watch import Counts
 
 FIGURES = Path(__file__).with_suffix(".json")
@@ -57,7 +57,6 @@ class Setting:
         return self.tokens // self.packed
 
 
-RECOMPUTE: dict[str | None, Recompute] = {"true": True, "false": False, "selective": "selective"}
 COMMITTED = {
     "reference job, TP=2 x DP=2": Setting(),
     "reference job in 4 bits": Setting(quant=True),
@@ -186,7 +185,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"the committed settings, into {FIGURES.name}")
     parser.add_argument("--json", metavar="FILE", help="the same, into a file")
     given = parser.parse_args()
-    given.recompute = RECOMPUTE.get(given.recompute)
+    given.recompute = RECOMPUTE[given.recompute] if given.recompute else None
     changed = {field: value for field in asdict(Setting()) if (value := getattr(given, field)) is not None}
     if changed.get("tokens", 4096) % changed.get("packed", 1):
         parser.error("--tokens must be a multiple of --packed")

@@ -65,21 +65,6 @@ class DenseMLP(Sharded):
         yield from self.linear_fc2.adapter_shards()
 
 
-def run_or_recompute(mlp: Any, run: Callable[..., Any], x: Tensor, *args: Any) -> Any:
-    """`run(x, *args)`, a forward of `mlp`; with selective recomputation it keeps x and runs again for its backward."""
-    if not (mlp.config.recompute_granularity == "selective" and mlp.training):
-        return run(x, *args)
-    linears = [module for module in mlp.modules() if isinstance(module, ShardedLinear)]
-    draws = [linear.draw for linear in linears]  # other micro batches may come between forward and backward
-
-    def run_as_now(*args: Any) -> Any:
-        for linear, draw in zip(linears, draws, strict=True):
-            linear.draw = draw
-        return run(*args)
-
-    return tensor_parallel.checkpoint(run_as_now, False, x, *args)
-
-
 class SparseMLP(MoELayer, Sharded):
     """megatron-core's mixture-of-experts layer (dispatchers and top-k routing) with our router and experts."""
 
@@ -270,3 +255,18 @@ class Experts(Sharded):
     def adapter_shards(self) -> Iterator[Shard]:
         yield from self.gate_up.adapter_shards()
         yield from self.down.adapter_shards()
+
+
+def run_or_recompute(mlp: Any, run: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    """`run(x, *args)`, a forward of `mlp`; with selective recomputation it keeps x and runs again for its backward."""
+    if not (mlp.config.recompute_granularity == "selective" and mlp.training):
+        return run(x, *args)
+    linears = [module for module in mlp.modules() if isinstance(module, ShardedLinear)]
+    draw = linears[0].draw  # that of all; other micro batches may come between forward and backward
+
+    def run_as_now(*args: Any) -> Any:
+        for linear in linears:
+            linear.draw = draw
+        return run(*args)
+
+    return tensor_parallel.checkpoint(run_as_now, False, x, *args)

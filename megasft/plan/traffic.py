@@ -29,8 +29,6 @@ class StepTraffic:
         job = self.job
         self.config, self.sizes, self.dispatcher = job.shape, job.sizes, job.dispatcher
         self.counts_first = job.counts_first
-        # How often attention runs forward per micro batch, and the MLP.
-        self.forwards, self.mlp_forwards = 1 + job.attention_again, 1 + job.again
         self.b = job.width
         self.places = bool(job.dropout and job.targets & {"gate_proj", "up_proj", "down_proj"})  # go to the experts
         self.sparse_everywhere = job.sparse_everywhere
@@ -40,7 +38,7 @@ class StepTraffic:
     def of(self, micro_batches: list[tuple[int, int]]) -> "StepTraffic":
         """Add the traffic of a step whose micro batches have these (T, n) on this rank."""
         for tokens, supervised in micro_batches:
-            self._layers(tokens, self.forwards + self.counts_first, self.mlp_forwards + self.counts_first)
+            self._layers(tokens)
             self._ends(tokens, supervised)
             self._pipeline(tokens)
         self._gradients()
@@ -52,15 +50,16 @@ class StepTraffic:
             self.calls[group, kind] += times
             self.bytes[group, kind] += times * size
 
-    def _layers(self, tokens: int, attention: int, forwards: int) -> None:
-        """Of so many forwards of attention and of the MLP, and a backward.
+    def _layers(self, tokens: int) -> None:
+        """Forward: gather before a column-parallel product, scatter after a row-parallel one; backward: the reverse.
 
-        Forward: gather before a column-parallel product, scatter after a row-parallel one; backward: the reverse. The
-        last scatter of a layer is left out where the layer is computed again.
+        The last scatter of a layer is left out where the layer is computed again.
         """
-        s, config = self.sizes, self.config
+        s, config, again = self.sizes, self.config, self.job.again
+        first = 1 + self.counts_first
+        attention, forwards = first + self.job.attention_again, first + again  # forwards of attention and of the MLP
         hidden = tokens * config.hidden_size * self.b
-        dense, again = self.layers - self.sparse, self.mlp_forwards - 1
+        dense = self.layers - self.sparse
         pairs = self.layers * (attention + 1) + dense * (forwards + 1)
         self._add("tp", s.tensor, "all-gather", hidden, pairs)
         # Without recomputation the first product asks no gradient of the embedding, which is frozen.

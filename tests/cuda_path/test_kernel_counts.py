@@ -1,4 +1,4 @@
-"""What a GPU would run in a layer of the reference job and of four others, held to `benchmarks/kernel_counts.json` exactly."""
+"""What a GPU would run in a layer of the reference job and of five others, held to `benchmarks/kernel_counts.json` exactly."""
 
 import json
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from megasft.plan.time import KERNELS
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = json.loads((ROOT / "benchmarks" / "kernel_counts.json").read_text())
@@ -28,6 +30,15 @@ def test_kernels_bytes_waits_collectives_and_memory_are_as_committed(counted, na
     assert len(committed["kernels by operator"]) > 10
     changed = {key: (committed[key], found[key]) for key in committed if found[key] != committed[key]}
     assert not changed, f"{name}, {part}: (committed, counted) {changed}; {REMEDY}"
+
+
+def test_the_plan_counts_launches_as_they_are():
+    """Of attention and of an MLP that run again, too: with selective recomputation attention does not."""
+    for four_bits, name in enumerate(("reference job, TP=2 x DP=2", "reference job in 4 bits")):
+        assert sum(KERNELS[bool(four_bits)]) == COMMITTED[name]["a layer"]["kernels"]
+    forward, _, mlp, backward = KERNELS[False]
+    selective = COMMITTED["reference job, selective recomputation"]["a layer"]["kernels"]
+    assert forward + mlp + backward == selective
 
 
 def test_the_reference_job_stays_below_its_limits():

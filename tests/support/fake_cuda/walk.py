@@ -20,6 +20,8 @@ from tests.support.fake_cuda import process
 from tests.support.fake_cuda.watch import Counts, Watch
 from tests.support.state import held
 
+RECOMPUTE: dict[str, Recompute] = {"true": True, "false": False, "selective": "selective"}
+
 
 class Walk:
     """Makes this process walk jobs; make one in a process."""
@@ -209,7 +211,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--dispatcher", default="auto")
     parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--recompute", choices=("true", "false", "selective"), default="true")
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="true")
     parser.add_argument("--quant", action="store_true")
     parser.add_argument("--sdpa", action="store_true", help="without Transformer Engine")
     parser.add_argument("--kernels", action="store_true", help="also list them")
@@ -217,7 +219,7 @@ def main() -> None:
     walk = Walk()
     run_file = settings(
         given.tp, given.ep, given.etp, given.pp, given.tokens, given.micro_batches, given.dropout,
-        {"true": True, "false": False}.get(given.recompute, given.recompute), given.quant, given.dispatcher,
+        RECOMPUTE[given.recompute], given.quant, given.dispatcher,
     )  # fmt: skip
     rows = given.world // given.tp // given.pp * given.micro_batches
     with walk.job(
