@@ -169,6 +169,12 @@ def test_more_of_anything_takes_more_memory():
     )
     assert peak == full.memory.peak < selective.memory.peak < without.memory.peak
     assert full.time.seconds > selective.time.seconds > without.time.seconds
+    names = ("attention", "other products", "experts' products", "elementwise, sorting, copies")
+    full, selective, without = ([found.time.parts[name] for name in names] for found in (full, selective, without))
+    assert selective[0] == without[0] < full[0]
+    assert without[1] < selective[1] < full[1]  # the router's is recomputed, attention's are not
+    assert without[2] < selective[2] == full[2]
+    assert without[3] < selective[3] < full[3]
 
 
 def test_the_first_rank_of_a_stage_needs_most_of_its_stage():
