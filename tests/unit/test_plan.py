@@ -172,7 +172,7 @@ def test_more_of_anything_takes_more_memory():
     names = ("attention", "other products", "experts' products", "elementwise, sorting, copies")
     full, selective, without = ([found.time.parts[name] for name in names] for found in (full, selective, without))
     assert selective[0] == without[0] < full[0]
-    assert without[1] < selective[1] < full[1]  # the router's is recomputed, attention's are not
+    assert 0 < selective[1] - without[1] < (full[1] - selective[1]) / 10  # the router's against those of attention
     assert without[2] < selective[2] == full[2]
     assert without[3] < selective[3] < full[3]
 
