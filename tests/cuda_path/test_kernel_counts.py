@@ -3,10 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megasft.config.schema import load_config
+from megasft.model.shape import RELEASED
+from megasft.plan.job import Job
+from megasft.plan.memory import memory
 from megasft.plan.time import KERNELS
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +44,19 @@ def test_the_plan_counts_launches_as_they_are():
     forward, _, mlp, backward = KERNELS[False]
     selective = COMMITTED["reference job, selective recomputation"]["a layer"]["kernels"]
     assert forward + mlp + backward == selective
+
+
+def test_the_plan_knows_to_the_byte_what_selective_recomputation_keeps_of_a_layer():
+    job = Job.of(load_config(ROOT / "configs" / "qwen3_coder_30b.toml"), RELEASED["Qwen3-Coder-30B-A3B"], 4)
+    selective, full = (
+        memory(replace(job, recompute=kept)).moments["loss head"]["saved activations"] for kept in ("selective", True)
+    )
+    counted = [
+        COMMITTED[name]["a layer"]["peak"]
+        for name in ("reference job, selective recomputation", "reference job, TP=2 x DP=2")
+    ]
+    assert job.tokens == 4096
+    assert (selective - full) / len(job.layers) == counted[0] - counted[1] > 0
 
 
 def test_the_reference_job_stays_below_its_limits():
